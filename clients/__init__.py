@@ -1,0 +1,19 @@
+"""Local objectives: one file each, and what a host does for a device (``base``).
+
+This folder lies at the top of the repository and is imported as ``fedmaestro.clients``.
+"""
+
+if __name__ != "fedmaestro.clients":
+    raise ImportError("import fedmaestro.clients, not clients")
+
+from fedmaestro.clients.base import Objective
+from fedmaestro.clients.ordered_prefixes import ORDERED_PREFIXES
+from fedmaestro.clients.own_prefix import OWN_PREFIX
+from fedmaestro.clients.paired_prefixes import PAIRED_PREFIXES
+from fedmaestro.clients.self_distillation import SELF_DISTILLATION
+
+_ROWS = (OWN_PREFIX, ORDERED_PREFIXES, PAIRED_PREFIXES, SELF_DISTILLATION)
+
+OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}
+
+__all__ = ["OBJECTIVES", "Objective"]

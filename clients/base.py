@@ -1,0 +1,115 @@
+"""What a host does for one device: load the submodel into a resident model, train it locally, hand back its state."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedmaestro.submodel import Shapes, State, leading_block, load
+
+
+class Prefixes:
+    """A device's model and the smaller nested models inside it; level 0 is its own, then ever smaller tiers.
+
+    ``prefixes(x, level)`` runs on views of the same parameters, so a smaller level does that prefix's work only and its
+    gradient flows into the leading blocks.
+    """
+
+    def __init__(self, model: nn.Module, smaller: Sequence[tuple[nn.Module, Shapes]]) -> None:
+        self.model = model
+        self._smaller = smaller
+        self._parameters = dict(model.named_parameters())
+
+    @property
+    def levels(self) -> int:
+        """Number of nested models, the own one included."""
+        return 1 + len(self._smaller)
+
+    def __call__(self, images: Tensor, level: int = 0) -> Tensor:
+        """Return the logits ``(B, classes)`` of ``images (B, C, H, W)``."""
+        if level == 0:
+            return self.model(images)  # type: ignore[no-any-return]
+        template, shapes = self._smaller[level - 1]
+        views = {name: leading_block(self._parameters[name], shape) for name, shape in shapes.items()}
+        return functional_call(template, views, (images,))  # type: ignore[no-any-return]
+
+
+Loss = Callable[[Prefixes, Tensor, Tensor, np.random.Generator], Tensor]
+"""``(prefixes, images (B, C, H, W), labels (B,), generator) -> scalar``"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One row of ``OBJECTIVES``: what a device minimises in each local step."""
+
+    name: str
+    loss: Loss
+    summary: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """The local optimiser: plain SGD, as every method here uses it."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+class TrainingFailedError(RuntimeError):
+    """A device's local training gave no usable model."""
+
+
+def train_device(
+    prefixes: Prefixes,
+    start: State,
+    objective: Objective,
+    images: Tensor,
+    labels: Tensor,
+    settings: LocalTraining,
+    generator: np.random.Generator,
+) -> float:
+    """Train a device's model in place from ``start``; ``prefixes.model`` then holds the result.
+
+    Args:
+        prefixes: the resident model and its smaller levels.
+        start: the submodel that the server sent.
+        objective: what a step minimises.
+        images: ``(N, C, H, W)``, all examples of the device.
+        labels: ``(N,)``.
+        settings: epochs, batch size and SGD parameters; the last batch of an epoch may be smaller.
+        generator: order of the examples and whatever the objective draws.
+
+    Returns:
+        The mean loss of a step, weighted by examples.
+
+    Raises:
+        TrainingFailedError: the loss or a parameter is not finite.
+    """
+    model = prefixes.model.train()
+    load(model, start)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    total = torch.zeros(())
+    for _ in range(settings.epochs):
+        order = torch.from_numpy(generator.permutation(len(labels)))
+        for batch in order.split(settings.batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            loss = objective.loss(prefixes, images[batch], labels[batch], generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.detach() * len(batch)
+    mean = float(total) / (settings.epochs * len(labels))
+    if not np.isfinite(mean):
+        raise TrainingFailedError(f"the training loss is {mean}")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TrainingFailedError(f"parameter {name} is not finite after training")
+    return mean

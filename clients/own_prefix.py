@@ -1,0 +1,20 @@
+"""Train the tier's own prefix only: cross-entropy on the device's model."""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
+
+
+def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001
+    """Return ``CE(own(x), y)``."""
+    return F.cross_entropy(prefixes(images), labels)
+
+
+OWN_PREFIX = Objective(
+    name="own-prefix",
+    loss=loss,
+    summary="cross-entropy of the device's own submodel",
+    source="FedAvg (1602.05629), HeteroFL (2010.01264)",
+)

@@ -1,0 +1,28 @@
+"""Self-distillation: the own prefix learns from labels, a smaller one from the own prefix's soft targets.
+
+FjORD (NeurIPS 2021, section 3.3) and Maestro's optional second pass (section 3.2); temperature 1, equal weights.
+"""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
+
+
+def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+    """Return ``CE(own(x), y) + CE(smaller(x), softmax(own(x)))``; the smallest tier has the first term only."""
+    own = prefixes(images)
+    value = F.cross_entropy(own, labels)
+    if prefixes.levels > 1:
+        level = 1 + int(generator.integers(prefixes.levels - 1))
+        value = value + F.cross_entropy(prefixes(images, level), own.detach().softmax(dim=1))
+    return value
+
+
+SELF_DISTILLATION = Objective(
+    name="self-distillation",
+    loss=loss,
+    summary="cross-entropy of the own submodel, and of one random smaller one against its soft targets",
+    source="FjORD (2102.13451), Maestro (2308.14929)",
+)

@@ -1,0 +1,20 @@
+"""FedMaestro: simulate federations of unequal devices that share one low-rank ordered (LoD) network.
+
+The functional core (``lod``, ``models``, ``cost``, ``fleet``, ``clock``, ``submodel``) knows neither Flower nor
+Ray; ``fedmaestro.flower`` is the shell that runs it there. ``strategies/`` and ``clients/`` are top-level folders of
+the repository that are imported as ``fedmaestro.strategies`` and ``fedmaestro.clients``.
+"""
+
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_PYPROJECT = _ROOT / "pyproject.toml"
+
+# In a checkout and in a Flower App Bundle, strategies/ and clients/ lie beside this package; in a wheel they lie inside.
+if _PYPROJECT.is_file():
+    __path__.append(str(_ROOT))
+    __version__: str = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
+else:
+    __version__ = metadata.version("fedmaestro")

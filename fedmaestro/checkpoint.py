@@ -1,0 +1,92 @@
+"""Atomic checkpoints of a run, and the model artefact; safetensors and JSON, no pickle."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedmaestro.errors import UserError
+from fedmaestro.history import write_atomically
+from fedmaestro.submodel import State
+
+_GLOBAL, _SERVER = "global/", "server/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """All that the next round depends on besides the configuration (every random draw derives from the seed)."""
+
+    round: int
+    global_state: State
+    server_memory: State
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write ``round-N.safetensors``, then point ``progress.json`` at it, then remove older ones.
+
+    A crash between any two steps leaves a checkpoint that loads.
+    """
+    name = f"round-{checkpoint.round:06d}.safetensors"
+    tensors = {_GLOBAL + k: v.contiguous() for k, v in checkpoint.global_state.items()}
+    tensors |= {_SERVER + k: v.contiguous() for k, v in checkpoint.server_memory.items()}
+    content = save(tensors)
+    progress = {
+        "round": checkpoint.round,
+        "file": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_atomically(folder / name, content)
+    write_atomically(folder / "progress.json", json.dumps(progress))
+    for old in folder.glob("round-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the last checkpoint, or None when there is none yet.
+
+    Raises:
+        UserError: a corrupt checkpoint.
+    """
+    pointer = folder / "progress.json"
+    if not pointer.exists():
+        return None
+    try:
+        progress = json.loads(pointer.read_text(encoding="utf-8"))
+        content = (folder / progress["file"]).read_bytes()
+        tensors = load(content)
+        intact = hashlib.sha256(content).hexdigest() == progress["sha256"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"the checkpoint in {folder} cannot be read ({error}): start a new run") from None
+    if not intact:
+        raise UserError(f"the checkpoint {folder / progress['file']} is corrupt: start a new run")
+    return Checkpoint(
+        round=progress["round"],
+        global_state={k.removeprefix(_GLOBAL): v for k, v in tensors.items() if k.startswith(_GLOBAL)},
+        server_memory={k.removeprefix(_SERVER): v for k, v in tensors.items() if k.startswith(_SERVER)},
+    )
+
+
+def write_model(folder: Path, state: State, card: dict[str, Any]) -> str:
+    """Write ``model.safetensors`` and ``model.json``; return the SHA-256 of the former."""
+    content = save({name: tensor.contiguous() for name, tensor in state.items()})
+    write_atomically(folder / "model.safetensors", content)
+    write_atomically(folder / "model.json", json.dumps(card, indent=2) + "\n")
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_model(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Read what ``write_model`` wrote.
+
+    Raises:
+        UserError: a missing or corrupt artefact.
+    """
+    try:
+        card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        return load((folder / "model.safetensors").read_bytes()), card
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"no readable model in {folder}: {error}") from None

@@ -1,0 +1,163 @@
+"""Costs in closed form, for any ranks, without building the model of those ranks.
+
+Units: MACs (multiply-accumulates of linear and convolution layers, as in the papers' tables; a FLOP counter shows
+twice as many), bytes of float32 tensors. ``O`` out, ``I`` in times kernel, ``R`` full rank, ``r`` prefix, ``P`` output
+positions of a layer (1 for a linear layer on vectors).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fedmaestro.lod import LoDLayer
+from fedmaestro.submodel import num_elements, shapes_of
+
+BYTES_PER_SCALAR = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTrace:
+    """What the cost of one linear or convolution layer depends on besides its rank."""
+
+    name: str
+    out: int
+    inner: int
+    positions: int
+    max_rank: int | None
+    """``R`` of a LoD layer, None for a dense one."""
+    input_needs_grad: bool
+    """False for layers that see the images: their input gradient is never computed."""
+
+    def macs(self, rank: int) -> int:
+        """Forward: ``P·O·I`` dense, ``P·r·(I + O)`` in LoD form."""
+        if self.max_rank is None:
+            return self.positions * self.out * self.inner
+        return self.positions * rank * (self.inner + self.out)
+
+    def train_macs(self, rank: int) -> int:
+        """Forward, weight gradients and input gradients: each costs as much as the forward."""
+        inner_part = self.macs(rank) if self.max_rank is None else self.positions * rank * self.inner
+        return 3 * self.macs(rank) - (0 if self.input_needs_grad else inner_part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One model's layers, and what does not depend on ranks."""
+
+    layers: tuple[LayerTrace, ...]
+    fixed_params: int
+    """Parameters outside U and V: dense layers, biases, norms."""
+    fixed_activation_bytes: int
+    """Bytes per example that autograd keeps for the backward pass, without the hidden ``(P, r)`` of LoD layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a submodel costs a device."""
+
+    params: int
+    macs_per_example: int
+    train_macs_per_example: int
+    train_memory_bytes: int
+    """Peak of one training step: parameters, gradients, optimiser state, activations of a batch."""
+    download_bytes: int
+    upload_bytes: int
+
+
+def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
+    """Measure ``model`` (any device; its values do not matter) once with batches of one and two zero images."""
+    model = model.to_empty(device="cpu") if _on_meta(model) else model
+    layers = _layer_traces(model, image_shape)
+    kept = _saved_bytes(model, image_shape, 2) - _saved_bytes(model, image_shape, 1)
+    hidden = sum(layer.positions * (layer.max_rank or 0) for layer in layers)
+    pairs = sum((layer.max_rank or 0) * (layer.inner + layer.out) for layer in layers)
+    return Trace(
+        layers=tuple(layers),
+        fixed_params=num_elements(shapes_of(model)) - pairs,
+        fixed_activation_bytes=kept - BYTES_PER_SCALAR * hidden,
+    )
+
+
+def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: bool = False) -> Cost:
+    """Return the cost at ``ranks`` (one per LoD layer of the trace); every figure is monotone in every rank."""
+    rank = {layer.name: ranks.get(layer.name, 0) for layer in traced.layers}
+    lod = [layer for layer in traced.layers if layer.max_rank is not None]
+    params = traced.fixed_params + sum(rank[x.name] * (x.inner + x.out) for x in lod)
+    hidden = sum(rank[x.name] * x.positions for x in lod)
+    activation_bytes = traced.fixed_activation_bytes + BYTES_PER_SCALAR * hidden
+    copies = 3 if momentum else 2
+    return Cost(
+        params=params,
+        macs_per_example=sum(x.macs(rank[x.name]) for x in traced.layers),
+        train_macs_per_example=sum(x.train_macs(rank[x.name]) for x in traced.layers),
+        train_memory_bytes=copies * BYTES_PER_SCALAR * params + batch_size * activation_bytes,
+        download_bytes=BYTES_PER_SCALAR * params,
+        upload_bytes=BYTES_PER_SCALAR * params,
+    )
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerTrace]:
+    traces: list[LayerTrace] = []
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            is_lod = isinstance(module, LoDLayer)
+            out, inner = _fan(module)
+            traces.append(
+                LayerTrace(
+                    name=name,
+                    out=out,
+                    inner=inner,
+                    positions=output[0].numel() // out,
+                    max_rank=module.max_rank if is_lod else None,  # type: ignore[arg-type]
+                    input_needs_grad=inputs[0].requires_grad,
+                )
+            )
+
+        return hook
+
+    counted = {n: m for n, m in model.named_modules() if isinstance(m, LoDLayer | nn.Linear | nn.Conv2d)}
+    handles = [module.register_forward_hook(record(name)) for name, module in counted.items()]
+    try:
+        model(torch.zeros(1, *image_shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return traces
+
+
+def _fan(module: nn.Module) -> tuple[int, int]:
+    """Return ``O`` and ``I`` (times kernel) of a layer."""
+    if isinstance(module, LoDLayer):
+        return module.u.shape[0], module.v[0].numel()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight[0].numel()
+
+
+def _saved_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> int:
+    """Return the bytes of distinct storages that autograd keeps for one loss, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(torch.zeros(batch, *image_shape))
+        # Keep the graph alive while counting: a freed storage's address could be reused.
+        loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.long))
+    del loss
+    return sum(storages.values())

@@ -1,0 +1,28 @@
+"""Image datasets and their partitions over devices.
+
+`load_dataset` gives memory-mapped arrays (embedded digits, local parquet files or the hub) that are decoded
+once; `cached_partition` says which device holds which training example. Heavy libraries (datasets,
+flwr-datasets, scikit-learn, pyarrow) are imported only to build something that the cache does not have.
+"""
+
+from fedmaestro.data.load import DATASETS, DatasetRow, ImageDataset, load_dataset, normalize
+from fedmaestro.data.partition import (
+    PARTITIONS,
+    cached_partition,
+    class_counts,
+    partition,
+    partition_fingerprint,
+)
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "DatasetRow",
+    "ImageDataset",
+    "cached_partition",
+    "class_counts",
+    "load_dataset",
+    "normalize",
+    "partition",
+    "partition_fingerprint",
+]

@@ -1,0 +1,144 @@
+"""Folders that are built once and then shared by every process: a content cache with atomic publication.
+
+Law: whatever is visible under an entry's own name was written completely. A folder is filled under a
+temporary name beside its final place and takes its name in one rename, together with a manifest of its files'
+sizes. A crash leaves only a temporary folder, which a later build removes. Of two processes that build one
+entry, one wins and both succeed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from fedmaestro.errors import UserError
+
+T = TypeVar("T")
+
+CACHE_VARIABLE = "FEDMAESTRO_CACHE"
+_MANIFEST = "manifest.json"
+_STAGING_PREFIX = ".tmp-"
+_STALE_SECONDS = 24 * 3600
+_TRIES = 5
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Return the absolute cache folder: ``cache_dir``, else $FEDMAESTRO_CACHE, else the user's cache folder.
+
+    The user's cache folder is ``$XDG_CACHE_HOME/fedmaestro``, or ``~/.cache/fedmaestro``. Nothing is created.
+
+    Raises:
+        UserError: no folder is given and the user has no home folder.
+
+    """
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache").absolute() / "fedmaestro"
+    except RuntimeError as error:  # pathlib's word for "no home folder"
+        raise UserError(
+            f"no cache folder: {error}; set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
+
+
+def key(*parts: object) -> str:
+    """Return 32 hex digits that stand for JSON-serialisable ``parts``."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def fetch(entry: Path, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """Return ``read(entry)``, after building the entry if it is absent, incomplete or unreadable.
+
+    Args:
+        entry: the entry's folder, in any folder of the cache; its parents are created.
+        build: fills the empty folder that it is given.
+        read: reads a complete entry; an OSError, ValueError or KeyError means that the entry is damaged.
+
+    Raises:
+        UserError: the cache cannot be written. Errors of ``build`` other than OSError pass through unchanged.
+
+    """
+    for _ in range(_TRIES):
+        found = _read_complete(entry, read)
+        if found is not None:
+            return found
+        try:
+            with _staging(entry.parent) as folder:
+                build(folder)
+                _write_manifest(folder)
+                _publish(folder, entry, lambda: _read_complete(entry, read) is not None)
+        except OSError as error:
+            reason = error.strerror or error
+            advice = f"set {CACHE_VARIABLE} to a folder that can be written"
+            raise UserError(f"cannot write the cache folder {entry.parent}: {reason}; {advice}") from error
+    raise UserError(
+        f"cannot read back the cache entry {entry}: remove it, or set {CACHE_VARIABLE} to another folder"
+    )
+
+
+def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:
+    try:
+        sizes = json.loads((entry / _MANIFEST).read_bytes())
+        if all((entry / name).stat().st_size == size for name, size in sizes.items()):
+            return read(entry)
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # whatever is wrong with an entry, the answer is to build it again
+    return None
+
+
+def _write_manifest(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _staging(parent: Path) -> Iterator[Path]:
+    """Yield a new empty folder in ``parent`` that is gone afterwards, unless it was renamed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(parent)
+    folder = parent / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"  # not mkdtemp: a shared cache follows the umask
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(parent: Path) -> None:
+    for path in parent.glob(f"{_STAGING_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process may be removing it too
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path)
+
+
+def _publish(folder: Path, entry: Path, usable: Callable[[], bool]) -> None:
+    """Rename ``folder`` to ``entry``; give way to a usable entry that is already there, replace any other."""
+    for attempt in range(_TRIES):
+        try:
+            folder.rename(entry)
+            return
+        except OSError:
+            if usable():
+                return
+            if attempt == _TRIES - 1:
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            _move_away(entry)
+
+
+def _move_away(entry: Path) -> None:
+    # A rename first: a reader then never sees an entry that is being deleted file by file.
+    trash = entry.with_name(f"{_STAGING_PREFIX}{uuid.uuid4().hex}")
+    entry.rename(trash)
+    if trash.is_dir() and not trash.is_symlink():
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        trash.unlink()

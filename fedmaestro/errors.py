@@ -1,0 +1,22 @@
+"""Errors that a user can act on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input: one line that names the key, the value and what to do.
+
+    The command line prints it and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") -> UserError:
+    """Return the error for an unknown name, with the nearest valid one and the whole list.
+
+    ``where`` is put behind the name, for example " in my.toml".
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names)}")

@@ -1,0 +1,1 @@
+"""The Flower shell and the composition root: messages, server and client apps, the simulation on Ray."""

@@ -1,0 +1,58 @@
+"""Flower ClientApp: a host runs cohorts of simulated devices, and evaluates submodels.
+
+Handlers hold no state between messages; models and data stay resident per process (Ray actor or SuperNode).
+"""
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedmaestro.flower import wire
+from fedmaestro.flower.environment import Environment, environment_of
+from fedmaestro.flower.host import evaluate_part, train_cohort
+
+app = ClientApp()
+
+DESCRIBE = "describe"
+
+
+def _environment(message: Message, context: Context) -> tuple[Environment, ConfigRecord]:
+    # One thread per Ray actor: PyTorch would start one per core in each of them.
+    torch.set_num_threads(1)
+    job = message.content.config_records[wire.JOB]
+    data_dir = context.node_config.get("data-dir")
+    return environment_of(str(job["experiment"]), None if data_dir is None else str(data_dir)), job
+
+
+@app.query(DESCRIBE)
+def describe(message: Message, context: Context) -> Message:
+    """Say which of how many hosts this is and what data it sees."""
+    env, _ = _environment(message, context)
+    record = ConfigRecord(
+        {
+            "partition-id": int(context.node_config.get("partition-id", 0)),
+            "num-partitions": int(context.node_config.get("num-partitions", 1)),
+            "fingerprint": env.fingerprint,
+        }
+    )
+    return Message(RecordDict({wire.JOB: record}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the devices of a cohort and reply with their partial sum and one metrics row each."""
+    env, job = _environment(message, context)
+    start = wire.to_state(message.content.array_records[wire.SUBMODEL])
+    devices = [int(d) for d in job["devices"]]  # type: ignore[union-attr]
+    result = train_cohort(env, str(job["tier"]), devices, start, int(job["round"]))  # type: ignore[arg-type]
+    return Message(wire.cohort_reply(result), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate a tier's submodel on a part of the test set."""
+    env, job = _environment(message, context)
+    state = wire.to_state(message.content.array_records[wire.SUBMODEL])
+    part = evaluate_part(env, str(job["tier"]), state, int(job["first"]), int(job["last"]))  # type: ignore[arg-type]
+    metrics = {"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples}
+    return Message(RecordDict({wire.METRICS: MetricRecord(metrics)}), reply_to=message)

@@ -1,0 +1,125 @@
+"""Everything that an experiment's configuration stands for; server and hosts build the same one."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedmaestro.clients import OBJECTIVES, Objective
+from fedmaestro.config import ExperimentConfig, from_flat
+from fedmaestro.data import (
+    ImageDataset,
+    cached_partition,
+    load_dataset,
+    partition_fingerprint,
+)
+from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.fleet import assign_tiers, load_tiers
+from fedmaestro.models import MODELS
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.plan import Plan, TierPlan, make_plan
+from fedmaestro.strategies import STRATEGIES, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A validated experiment with its data, fleet and plan."""
+
+    config: ExperimentConfig
+    dataset: ImageDataset
+    parts: tuple[np.ndarray, ...]
+    """Sorted training indices of every device."""
+    tier_of: tuple[int, ...]
+    """Tier of every device, as an index into the fleet."""
+    plan: Plan
+    strategy: Strategy
+    objective: Objective
+
+    def tier(self, device: int) -> TierPlan:
+        """Return the plan of a device's tier."""
+        return self.plan.by_index(self.tier_of[device])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of data and partition: hosts that differ in it would train something else."""
+        parts = partition_fingerprint(self.parts)
+        return hashlib.sha256(f"{self.dataset.fingerprint} {parts}".encode()).hexdigest()
+
+
+def open_environment(
+    config: ExperimentConfig, progress: Callable[[int, int], None] | None = None
+) -> Environment:
+    """Build the environment; data and partitions come from the cache from the second time on.
+
+    Raises:
+        UserError: whatever is wrong with the configuration or the data, before anything of the run is written.
+    """
+    strategy, objective = choose(config)
+    tiers = load_tiers(config.fleet.preset, config.fleet.file)
+    if config.model.name not in MODELS:
+        raise unknown_name("model.name", config.model.name, MODELS)
+    if config.train.devices_per_round > config.data.devices:
+        raise UserError(
+            f"train.devices-per-round={config.train.devices_per_round} is more than "
+            f"data.devices={config.data.devices}: lower it, or simulate more devices"
+        )
+    tier_of = assign_tiers(tiers, config.data.devices, config.seed)
+    dataset = load_dataset(config.data.name, config.data.dir, progress=progress)
+    architecture = Architecture(
+        name=config.model.name,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        keep_dense=config.model.keep_dense,
+    )
+    plan = make_plan(
+        architecture,
+        tiers,
+        strategy.submodel,
+        batch_size=config.train.batch_size,
+        momentum=config.train.momentum > 0,
+    )
+    parts = cached_partition(
+        dataset,
+        scheme=config.data.partition,
+        num_devices=config.data.devices,
+        seed=config.seed,
+        alpha=config.data.alpha,
+        classes_per_device=config.data.classes_per_device,
+        min_examples=config.data.min_examples,
+    )
+    return Environment(
+        config=config,
+        dataset=dataset,
+        parts=parts,
+        tier_of=tier_of,
+        plan=plan,
+        strategy=strategy,
+        objective=objective,
+    )
+
+
+def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
+    """Look up the strategy and the local objective (the strategy's own for ``default``)."""
+    if config.train.strategy not in STRATEGIES:
+        raise unknown_name("train.strategy", config.train.strategy, STRATEGIES)
+    strategy = STRATEGIES[config.train.strategy]
+    name = strategy.objective if config.train.objective == "default" else config.train.objective
+    if name not in OBJECTIVES:
+        raise unknown_name("train.objective", name, [*OBJECTIVES, "default"])
+    return strategy, OBJECTIVES[name]
+
+
+@lru_cache(maxsize=2)
+def environment_of(experiment: str, data_dir: str | None = None) -> Environment:
+    """Return the environment of a message's experiment (JSON of dotted keys), cached per process.
+
+    ``data_dir`` overrides ``data.dir``: in a deployment each node has its own path.
+    """
+    flat = json.loads(experiment)
+    if data_dir is not None:
+        flat["data.dir"] = str(Path(data_dir))
+    return open_environment(from_flat(flat))

@@ -1,0 +1,203 @@
+"""The loop over rounds: own because Flower's has no resume, no checkpoint and no per-round history."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from typing import Any, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedmaestro import rng
+from fedmaestro.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
+from fedmaestro.data import class_counts
+from fedmaestro.flower import wire
+from fedmaestro.flower.environment import Environment
+from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts
+from fedmaestro.flower.strategy import TieredStrategy
+from fedmaestro.history import RoundRecord, RunFolder, summarize, write_atomically
+from fedmaestro.report import plot_partition, write_run_report
+
+
+class Observer(Protocol):
+    """What wants to know how a run goes; called from the server's thread."""
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:
+        """The hosts are there; ``first_round`` is 1, or the one after the checkpoint."""
+
+    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
+        """``done`` of ``total`` messages of this phase (train, evaluate) are back."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round is complete and written."""
+
+
+class Federation:
+    """One run on the hosts behind ``grid``.
+
+    Args:
+        grid: Flower's connection to the hosts.
+        env: the experiment.
+        folder: where everything goes; ``prepare_folder`` has checked it.
+        stop: set from outside to end the run after what is complete.
+        observer: is told about the progress.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        env: Environment,
+        folder: RunFolder,
+        stop: threading.Event,
+        observer: Observer | None = None,
+    ) -> None:
+        self.grid, self.env, self.folder, self.stop, self.observer = grid, env, folder, stop, observer
+        self.records: list[RoundRecord] = []
+
+    def run(self) -> dict[str, Any]:
+        """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary."""
+        checkpoint = load_checkpoint(self.folder.checkpoint)
+        find_hosts(self.grid, self.env, self.stop)
+        if checkpoint is None:
+            checkpoint = self._start()
+        else:
+            self.records = self.folder.keep_rounds(checkpoint.round)
+        if self.observer is not None:
+            self.observer.on_start(self.env, self.folder, checkpoint.round + 1)
+            for record in self.records:
+                self.observer.on_round(record)
+        interrupted = False
+        try:
+            checkpoint = self._rounds(checkpoint)
+        except InterruptedRunError:
+            interrupted = True
+            checkpoint = load_checkpoint(self.folder.checkpoint) or checkpoint
+        return self._finish(checkpoint, interrupted)
+
+    def _start(self) -> Checkpoint:
+        """Write the configuration and the partition's picture; return the initial model as round 0."""
+        env = self.env
+        self.folder.keep_rounds(-1)
+        write_atomically(self.folder.config, env.config.to_toml())
+        counts = class_counts(env.dataset.train_labels, env.parts, env.dataset.num_classes)
+        self.folder.plots.mkdir(parents=True, exist_ok=True)
+        plot_partition(
+            counts,
+            self.folder.plots / "partition",
+            tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
+            title=f"{env.dataset.name}: examples of each device by class",
+        )
+        seed = rng.derived_seed(env.config.seed, "init")
+        return Checkpoint(
+            round=-1, global_state=env.plan.architecture.initial_state(seed), server_memory={}
+        )
+
+    def _rounds(self, checkpoint: Checkpoint) -> Checkpoint:
+        train = self.env.config.train
+        strategy = TieredStrategy(self.env, checkpoint.server_memory)
+        arrays = wire.to_arrays(checkpoint.global_state)
+        for server_round in range(checkpoint.round + 1, train.rounds + 1):
+            started = time.monotonic()
+            arrays, record = self._round(strategy, server_round, arrays)
+            record = replace(record, wall_seconds=round(time.monotonic() - started, 4))
+            checkpoint = Checkpoint(
+                round=server_round,
+                global_state=wire.to_state(arrays),
+                server_memory=strategy.server_memory,
+            )
+            self.folder.append(record)
+            save_checkpoint(self.folder.checkpoint, checkpoint)
+            self.records.append(record)
+            if self.observer is not None:
+                self.observer.on_round(record)
+        return checkpoint
+
+    def _round(
+        self, strategy: TieredStrategy, server_round: int, arrays: ArrayRecord
+    ) -> tuple[ArrayRecord, RoundRecord]:
+        train, config = self.env.config.train, ConfigRecord()
+        metrics = MetricRecord()
+        if server_round > 0:
+            messages = list(strategy.configure_train(server_round, arrays, config, self.grid))
+            arrays, metrics = strategy.aggregate_train(
+                server_round, self._exchange(messages, server_round, "train")
+            )
+        tiers: dict[str, dict[str, float]] = {}
+        if server_round % train.evaluate_every == 0 or server_round == train.rounds:
+            messages = list(strategy.configure_evaluate(server_round, arrays, config, self.grid))
+            scores = strategy.aggregate_evaluate(
+                server_round, self._exchange(messages, server_round, "evaluate")
+            )
+            tiers = _by_tier(scores or MetricRecord())
+        return arrays, RoundRecord(round=server_round, tiers=tiers, **metrics)  # type: ignore[arg-type]
+
+    def _exchange(self, messages: list[Any], server_round: int, phase: str) -> list[Any]:
+        done = 0
+
+        def on_reply() -> None:
+            nonlocal done
+            done += 1
+            if self.observer is not None:
+                self.observer.on_progress(server_round, phase, done, len(messages))
+
+        return exchange(self.grid, messages, self.stop, on_reply)
+
+    def _finish(self, checkpoint: Checkpoint, interrupted: bool) -> dict[str, Any]:
+        env = self.env
+        facts = run_facts(env) | ({"interrupted": True} if interrupted else {})
+        tiers = tier_facts(env)
+        card = {
+            "model": env.config.model.name,
+            "form": env.plan.architecture.form,
+            "keep_dense": env.config.model.keep_dense,
+            "image_shape": list(env.dataset.image_shape),
+            "num_classes": env.dataset.num_classes,
+            "mean": list(env.dataset.mean),
+            "std": list(env.dataset.std),
+            "ranks": env.plan.architecture.full_size.describe(),
+            "tiers": {name: facts["ranks"] for name, facts in tiers.items()},
+            "round": checkpoint.round,
+        }
+        sha256 = write_model(self.folder.path, checkpoint.global_state, card)
+        summary = summarize(self.records, tiers, facts, sha256)
+        write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        if self.records:
+            write_run_report(self.folder.path)
+        return summary
+
+
+def _by_tier(scores: MetricRecord) -> dict[str, dict[str, float]]:
+    tiers: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        metric, _, tier = key.partition(".")
+        tiers.setdefault(tier, {})[metric] = float(value)  # type: ignore[arg-type]
+    return tiers
+
+
+def run_facts(env: Environment) -> dict[str, Any]:
+    """Return what identifies a run in its summary."""
+    return {
+        "strategy": env.strategy.name,
+        "objective": env.objective.name,
+        "seed": env.config.seed,
+        "dataset": env.dataset.name,
+        "model": env.config.model.name,
+    }
+
+
+def tier_facts(env: Environment) -> dict[str, dict[str, Any]]:
+    """Return the static figures of each tier's submodel, largest first."""
+    return {
+        tier.tier.name: {
+            "devices": env.tier_of.count(tier.index),
+            "ranks": tier.serves.size.describe(),
+            "params": tier.serves.cost.params,
+            "macs_per_example": tier.serves.cost.macs_per_example,
+            "train_macs_per_example": tier.serves.cost.train_macs_per_example,
+            "train_memory_bytes": tier.serves.cost.train_memory_bytes,
+            "download_bytes": tier.serves.cost.download_bytes,
+            "upload_bytes": tier.serves.cost.upload_bytes,
+        }
+        for tier in env.plan.tiers
+    }

@@ -1,0 +1,193 @@
+"""Run an experiment in this process: the function behind ``fedmaestro run`` and ``fedmaestro.run``."""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Iterator
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from torch import nn
+
+from fedmaestro.checkpoint import read_model
+from fedmaestro.config import ExperimentConfig, load_config
+from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.flower.client_app import app as default_client_app
+from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.federation import Federation, Observer
+from fedmaestro.flower.simulation import available_cpus, simulate
+from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.submodel import cut, load
+
+_FREE_ON_RESUME = {"out", "data.dir"}
+"""Settings that may differ between a run and its continuation: they name places, not the experiment."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or interrupted) run and its folder."""
+
+    path: Path
+
+    @property
+    def rounds(self) -> list[RoundRecord]:
+        """The history, round 0 first."""
+        return RunFolder(self.path).read_rounds()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``."""
+        summary: dict[str, Any] = json.loads(RunFolder(self.path).summary.read_text(encoding="utf-8"))
+        return summary
+
+    def model(self, tier: str | None = None) -> nn.Module:
+        """Return the trained model that serves ``tier`` (None: the whole one), in evaluation mode.
+
+        Raises:
+            UserError: an unknown tier, or a folder without a readable model.
+        """
+        state, card = read_model(self.path)
+        architecture = Architecture(
+            name=card["model"],
+            image_shape=tuple(card["image_shape"]),
+            num_classes=card["num_classes"],
+            form=card["form"],
+            keep_dense=card["keep_dense"],
+        )
+        if tier is not None and tier not in card["tiers"]:
+            raise unknown_name("tier", tier, card["tiers"])
+        size = _size(architecture, card["ranks"] if tier is None else card["tiers"][tier])
+        model = architecture.materialize(size)
+        load(model, cut(state, architecture.shapes(size)))
+        return model.eval()
+
+
+def _size(architecture: Architecture, described: dict[str, Any]) -> Size:
+    if architecture.form == "dense":
+        return Size(width=Fraction(described["width"]))
+    return Size(ranks=described)
+
+
+def run(
+    experiment: str | Path | ExperimentConfig | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+    out: str | Path | None = None,
+    actors: int | None = None,
+    resume: bool = False,
+    ray_address: str | None = None,
+    observer: Observer | None = None,
+    on_data: Callable[[int, int], None] | None = None,
+    client_app: ClientApp = default_client_app,
+) -> Run:
+    """Simulate a federation and return its run.
+
+    Args:
+        experiment: TOML file or configuration; None: the demo on embedded data.
+        overrides: dotted settings, for example ``{"train.rounds": 5}``.
+        data_dir: folder of local data (``data.dir``).
+        out: run folder (``out``); a new one under ``runs/`` by default.
+        actors: Ray actors that work in parallel; the CPUs by default. They change the speed, not the result.
+        resume: go on with the run in ``out`` from its checkpoint; without ``experiment`` its own configuration is used.
+        ray_address: a running Ray cluster; by default one is started on this machine.
+        observer: is told about the progress.
+        on_data: is told (done, total) while the data are decoded for the first time.
+        client_app: the hosts' app.
+
+    Raises:
+        UserError: anything wrong with the input; nothing was written then.
+    """
+    config = _resolve(experiment, overrides, data_dir, out, resume)
+    actors = available_cpus() if actors is None else actors
+    if actors < 1:
+        raise UserError(f"--actors {actors}: at least one is needed")
+    folder = RunFolder(Path(config.out or default_folder(experiment, config)).absolute())
+    prepare_folder(folder, config, resume)
+    env = open_environment(config, on_data)
+    stop = threading.Event()
+
+    def server(grid: Grid, _context: Context) -> None:
+        with log_to(folder):
+            Federation(grid, env, folder, stop, observer).run()
+
+    simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
+    return Run(folder.path)
+
+
+def _resolve(
+    experiment: str | Path | ExperimentConfig | None,
+    overrides: Mapping[str, Any] | None,
+    data_dir: str | Path | None,
+    out: str | Path | None,
+    resume: bool,
+) -> ExperimentConfig:
+    changes = dict(overrides or {})
+    if data_dir is not None:
+        changes["data.dir"] = str(Path(data_dir).absolute())
+    if out is not None:
+        changes["out"] = str(Path(out).absolute())
+    if resume and "out" not in changes:
+        raise UserError("--resume needs the folder of the run: add --out DIR")
+    if isinstance(experiment, ExperimentConfig):
+        return load_config(None, {**experiment.flat(), **changes})
+    if resume and experiment is None and RunFolder(Path(str(changes["out"]))).config.exists():
+        experiment = RunFolder(Path(str(changes["out"]))).config
+    return load_config(experiment, changes)
+
+
+def default_folder(experiment: str | Path | ExperimentConfig | None, config: ExperimentConfig) -> Path:
+    """Return ``runs/NAME-STRATEGY-seedN-TIME`` under the working directory."""
+    name = Path(experiment).stem if isinstance(experiment, str | Path) else config.data.name
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{config.train.strategy}-seed{config.seed}-{now}"
+
+
+def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) -> None:
+    """Check that the run may use ``folder``; nothing is written.
+
+    Raises:
+        UserError: it holds another run, cannot be written, or (resuming) holds none or one of another configuration.
+    """
+    folder.check_usable()
+    if not resume:
+        if folder.holds_run():
+            raise UserError(
+                f"{folder.path} already holds a run: continue it with --resume, or choose another --out"
+            )
+        return
+    if not folder.config.exists():
+        raise UserError(f"{folder.path} holds no run to resume: leave --resume out")
+    before, now = load_config(folder.config).flat(), config.flat()
+    changed = [key for key in now if key not in _FREE_ON_RESUME and before[key] != now[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{folder.path} was run with {key}={before[key]!r}, not {now[key]!r}: "
+            "resume with the same settings, or start a new run"
+        )
+
+
+@contextmanager
+def log_to(folder: RunFolder) -> Iterator[None]:
+    """Write FedMaestro's log (failed devices with their reasons) to ``run.log`` in the run folder."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fedmaestro")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

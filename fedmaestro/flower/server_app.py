@@ -1,0 +1,46 @@
+"""Flower ServerApp: the same job through ``flwr run``, configured by Flower's run config."""
+
+import logging
+import threading
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmaestro.config import from_flat
+from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.federation import Federation
+from fedmaestro.flower.run import default_folder, log_to, prepare_folder
+from fedmaestro.history import RoundRecord, RunFolder
+
+app = ServerApp()
+
+log = logging.getLogger("fedmaestro")
+
+
+class LogObserver:
+    """Writes one log line per evaluated round; there is no terminal behind a ServerApp."""
+
+    def on_start(self, env: object, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
+        log.info("results go to %s", folder.path)
+
+    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
+        pass
+
+    def on_round(self, record: RoundRecord) -> None:
+        if record.tiers:
+            scores = "  ".join(f"{name} {100 * tier['accuracy']:.2f} %" for name, tier in record.tiers.items())
+            log.info("round %d: %s", record.round, scores)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment of the run config (the schema of ``fedmaestro.config``)."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    config = from_flat(context.run_config, "Flower's run config")
+    folder = RunFolder(Path(config.out or default_folder(None, config)).absolute())
+    prepare_folder(folder, config, resume=False)
+    env = open_environment(config)
+    with log_to(folder):
+        summary = Federation(grid, env, folder, threading.Event(), LogObserver()).run()
+    log.info("model_sha256 %s, results in %s", summary["model_sha256"], folder.path)

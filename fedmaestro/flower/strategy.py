@@ -1,0 +1,185 @@
+"""A row of ``STRATEGIES`` as a Flower strategy: messages out, replies in, arithmetic in the pure core.
+
+It works in FedMaestro's own loop (``federation``) and in Flower's (``strategy.start(grid, arrays, num_rounds=…)``).
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import TypeVar, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedmaestro.evaluate import Score
+from fedmaestro.flower import wire
+from fedmaestro.flower.environment import Environment
+from fedmaestro.flower.host import CohortResult
+from fedmaestro.plan import TierPlan
+from fedmaestro.schedule import Cohort, Schedule, schedule_round
+from fedmaestro.submodel import Shapes, State, cut
+
+log = logging.getLogger("fedmaestro")
+
+T = TypeVar("T")
+
+TEST_PART = 2500
+"""Test examples per evaluation message: fixed, so that sums do not depend on the number of hosts."""
+
+
+class TieredStrategy(FlowerStrategy):
+    """Sample devices, send each cohort its tier's submodel, merge partial sums in cohort order.
+
+    Args:
+        env: the experiment.
+        server_memory: the server optimiser's state, ``{}`` or that of a checkpoint.
+    """
+
+    def __init__(self, env: Environment, server_memory: State | None = None) -> None:
+        self.env = env
+        self.server_memory: State = server_memory or {}
+        self._experiment = env.config.to_json()
+        self._global: State = {}
+        self._schedule: Schedule | None = None
+        self._messages: list[tuple[Message, Cohort]] = []
+        self._parts: list[tuple[Message, TierPlan]] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """Return one message per cohort, the one with the most work first (the shortest makespan)."""
+        env, train, fleet = self.env, self.env.config.train, self.env.config.fleet
+        self._global = wire.to_state(arrays)
+        self._schedule = schedule_round(
+            plan=env.plan,
+            tier_of=env.tier_of,
+            examples=[len(part) for part in env.parts],
+            seed=env.config.seed,
+            server_round=server_round,
+            devices_per_round=train.devices_per_round,
+            cohort_size=train.cohort_size,
+            local_epochs=train.local_epochs,
+            over_commit=fleet.over_commit,
+            deadline_seconds=fleet.deadline_seconds,
+        )
+        cohorts = sorted(self._schedule.cohorts, key=lambda cohort: -cohort.work)
+        self._messages = [
+            (self._train_message(cohort, server_round, node), cohort)
+            for cohort, node in zip(cohorts, cycle(sorted(grid.get_node_ids())), strict=False)
+        ]
+        return [message for message, _ in self._messages]
+
+    def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
+        job = {"round": server_round, "tier": cohort.tier.tier.name, "devices": list(cohort.devices)}
+        return self._message(cohort.submodel.shapes, job, MessageType.TRAIN, node)
+
+    def _message(self, shapes: Shapes, job: dict[str, int | str | list[int]], kind: str, node: int) -> Message:
+        content = RecordDict(
+            {
+                wire.SUBMODEL: wire.to_arrays(cut(self._global, shapes)),
+                wire.JOB: ConfigRecord({"experiment": self._experiment, **job}),  # type: ignore[dict-item]
+            }
+        )
+        return Message(content=content, dst_node_id=node, message_type=kind)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Merge what came back, in cohort order; devices of missing or erroneous replies count as failed."""
+        assert self._schedule is not None
+        results = _matched(self._messages, replies)
+        aggregation = self.env.strategy.aggregation
+        partial = aggregation.init(self._global)
+        failures: dict[int, str] = {}
+        losses: list[tuple[float, int]] = []
+        upload_bytes = 0
+        for cohort, reply in sorted(results, key=lambda pair: pair[0].index):
+            result = _read(cohort, reply)
+            failures |= result.failures
+            losses += [(report.loss, report.examples) for report in result.reports]
+            upload_bytes += cohort.submodel.cost.upload_bytes * len(result.reports)
+            if result.block is not None:
+                partial = aggregation.merge(partial, wire.as_partial(result.block))
+        for device, reason in sorted(failures.items()):
+            log.warning("round %d: device %d failed: %s", server_round, device, reason)
+        if losses:
+            aggregated = aggregation.finish(partial, self._global)
+            self._global, self.server_memory = self.env.strategy.server.step(
+                self._global, aggregated, self.server_memory
+            )
+        metrics = {
+            "devices": len(losses),
+            "failed": len(failures),
+            "dropped": len(self._schedule.dropped),
+            "download_bytes": self._schedule.download_bytes,
+            "upload_bytes": upload_bytes,
+            "virtual_seconds": self._schedule.virtual_seconds,
+        }
+        if losses:
+            examples = sum(n for _, n in losses)
+            metrics["train_loss"] = sum(loss * n for loss, n in losses) / examples
+        return wire.to_arrays(self._global), MetricRecord(metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """Return messages that evaluate every distinct submodel that serves a tier, in parts of the test set."""
+        self._global = wire.to_state(arrays)
+        nodes = cycle(sorted(grid.get_node_ids()))
+        examples = len(self.env.dataset.test_labels)
+        self._parts = []
+        for tier in self._distinct():
+            for first in range(0, examples, TEST_PART):
+                job = {
+                    "round": server_round,
+                    "tier": tier.tier.name,
+                    "first": first,
+                    "last": min(first + TEST_PART, examples),
+                }
+                message = self._message(tier.serves.shapes, job, MessageType.EVALUATE, next(nodes))  # type: ignore[arg-type]
+                self._parts.append((message, tier))
+        return [message for message, _ in self._parts]
+
+    def _distinct(self) -> Sequence[TierPlan]:
+        """Return one tier for each distinct serving submodel."""
+        return list({tier.serves.cost.params: tier for tier in reversed(self.env.plan.tiers)}.values())[::-1]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""
+        scores: dict[int, Score] = {}
+        broken: set[int] = set()
+        for tier, reply in _matched(self._parts, replies):
+            params = tier.serves.cost.params
+            if reply is None or reply.has_error():
+                reason = "no reply" if reply is None else reply.error.reason
+                log.warning("round %d: evaluation of tier %s failed: %s", server_round, tier.tier.name, reason)
+                broken.add(params)
+                continue
+            m = cast(dict[str, float], reply.content.metric_records[wire.METRICS])
+            part = Score(int(m["correct"]), float(m["loss-sum"]), int(m["examples"]))
+            scores[params] = scores.get(params, Score(0, 0.0, 0)) + part
+        metrics: dict[str, float] = {}
+        for tier in self.env.plan.tiers:
+            if (params := tier.serves.cost.params) in scores and params not in broken:
+                metrics[f"accuracy.{tier.tier.name}"] = scores[params].accuracy
+                metrics[f"loss.{tier.tier.name}"] = scores[params].loss
+        return MetricRecord(cast(dict[str, int | float | list[int] | list[float]], metrics))
+
+    def summary(self) -> None:
+        """Log what this strategy does (Flower calls it at the start of its own loop)."""
+        row = self.env.strategy
+        log.info("%s: %s; objective %s", row.name, row.summary, self.env.objective.name)
+
+
+def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[tuple[T, Message | None]]:
+    """Pair what was sent with its reply, in the order of sending; None where none came."""
+    by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
+    return [(subject, by_id.get(message.metadata.message_id)) for message, subject in sent]
+
+
+def _read(cohort: Cohort, reply: Message | None) -> CohortResult:
+    if reply is not None and not reply.has_error():
+        return wire.read_cohort_reply(reply.content)
+    reason = "no reply" if reply is None else f"host error: {reply.error.reason}"
+    return CohortResult(block=None, reports=(), failures=dict.fromkeys(cohort.devices, reason))

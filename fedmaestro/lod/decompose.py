@@ -1,0 +1,108 @@
+"""Between dense layers and their LoD form: factorise, cut, recompose.
+
+Shapes as in ``layers``: ``O`` out, ``I`` in, ``R = min(O, I·k·l)`` full rank, ``r`` prefix.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, layers
+
+def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
+    """Return a copy of ``dense`` with every Linear and Conv2d in LoD form; the function is unchanged at full rank.
+
+    Each weight ``W = P Σ Qᵀ`` becomes ``U = P √Σ``, ``V = √Σ Qᵀ`` (Maestro, section 3: balanced SVD). A copy on the
+    ``meta`` device gives the shapes without the work.
+
+    Args:
+        dense: any module; it is not changed.
+        skip: qualified names of Linear and Conv2d layers that stay dense.
+
+    Raises:
+        UserError: an unknown name in ``skip``, a grouped convolution or one with padding other than zeros.
+    """
+    candidates = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    for name in skip:
+        if name not in candidates:
+            raise unknown_name("layer to keep dense", name, candidates)
+    convert = {name: _factor_layer(name, m) for name, m in candidates.items() if name not in skip}
+    return _replace(dense, convert)
+
+
+def truncate(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """Return a copy of ``model`` cut for real: LoD layer ``name`` holds ``(O, r)`` and ``(r, I…)`` and no tail.
+
+    Layers that are not named keep all of their columns. Raises UserError for unknown layers and ranks outside
+    ``0 … R``.
+    """
+    known = layers(model)
+    cut = {name: _cut(known[name], rank) for name, rank in checked_ranks(known, ranks).items()}
+    return _replace(model, cut)
+
+
+def recompose(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` at its current ranks, dense wherever that has fewer or as many weights.
+
+    Break-even for a linear layer: ``r ≥ O·I / (O + I)``. The other LoD layers are cut to their current rank.
+    """
+    return _replace(
+        model,
+        {
+            name: layer.dense() if _dense_is_smaller(layer) else _cut(layer, layer.rank)
+            for name, layer in layers(model).items()
+        },
+    )
+
+
+def _dense_is_smaller(layer: LoDLayer) -> bool:
+    out, inner = layer.u.shape[0], layer.v[:1].numel()
+    return out * inner <= layer.rank * (out + inner)
+
+
+def _cut(layer: LoDLayer, rank: int) -> LoDLayer:
+    return layer.replaced(layer.u.detach()[:, :rank].clone(), layer.v.detach()[:rank].clone())
+
+
+def _factor_layer(name: str, layer: nn.Linear | nn.Conv2d) -> LoDLayer:
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    u, v = balanced_svd(layer.weight.detach().flatten(1))
+    if isinstance(layer, nn.Linear):
+        return LoDLinear(u, v, bias)
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UserError(
+            f"layer {name!r} cannot be factorised (groups={layer.groups}, padding={layer.padding!r}, "
+            f"padding_mode={layer.padding_mode!r}): add its name to skip"
+        )
+    kernel_v = v.reshape(-1, *layer.weight.shape[1:])
+    return LoDConv2d(
+        u,
+        kernel_v,
+        bias,
+        stride=_pair(layer.stride),
+        padding=_pair(layer.padding),
+        dilation=_pair(layer.dilation),
+    )
+
+
+def balanced_svd(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``U (O, R)``, ``V (R, I)`` with ``U V = weight`` and equal column and row norms ``√σ``."""
+    p, sigma, qt = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = sigma.sqrt()
+    return (p * root).to(weight.dtype), (root[:, None] * qt).to(weight.dtype)
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    return value[0], value[1]
+
+
+def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy of ``model`` with the named submodules exchanged; those are not copied, nor what they replace."""
+    if "" in modules:
+        return modules[""].train(model.training)
+    memo = {id(model.get_submodule(name)): new.train(model.training) for name, new in modules.items()}
+    return copy.deepcopy(model, memo)
+

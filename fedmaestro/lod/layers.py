@@ -1,0 +1,214 @@
+"""Low-rank ordered (LoD) layers: a weight matrix as ``U · V`` whose rank prefixes are usable models.
+
+Shapes: ``O`` out features or channels, ``I`` in features or channels, ``R`` full rank, ``r`` current rank prefix,
+``k×l`` kernel, ``B`` batch, ``H×W`` space.
+
+Source: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024, section 3.
+Departures: a prefix is a slice (the cost is that of the prefix; the release masks), ranks are integers (the release
+recovers them from fractions, off by one for some), and rank 0 means "bias only".
+"""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmaestro.errors import UserError, unknown_name
+
+
+class LoDLayer(nn.Module, ABC):
+    """A layer ``x ↦ U[:, :r] · V[:r] x + bias`` with a settable integer prefix ``r``.
+
+    Attributes:
+        u: ``(O, R)``.
+        v: ``(R, I)`` or ``(R, I, k, l)``.
+        bias: ``(O,)`` or None; it belongs to the U side and to every prefix.
+    """
+
+    u: nn.Parameter
+    v: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        if u.shape[1] != v.shape[0]:
+            raise UserError(f"factors disagree on the rank: u is {tuple(u.shape)}, v is {tuple(v.shape)}")
+        self.u = nn.Parameter(u)
+        self.v = nn.Parameter(v)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._rank = self.max_rank
+
+    @property
+    def max_rank(self) -> int:
+        """``R``, the number of columns of ``u`` that this layer holds."""
+        return self.v.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The prefix ``r`` in use, ``0 ≤ r ≤ R``."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, value: int) -> None:
+        self._rank = check_rank(value, self.max_rank)
+
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """Return ``(U[:, :r], V[:r])``; the parameters themselves at full rank, which spares autograd a copy."""
+        if self._rank == self.max_rank:
+            return self.u, self.v
+        return self.u[:, : self._rank], self.v[: self._rank]
+
+    def extra_repr(self) -> str:
+        return f"u={tuple(self.u.shape)}, v={tuple(self.v.shape)}, rank={self._rank}"
+
+    @abstractmethod
+    def replaced(self, u: Tensor, v: Tensor) -> "LoDLayer":
+        """Return a layer with these factors, a copy of the bias and this layer's other settings."""
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """Return the plain PyTorch layer that computes the current prefix."""
+
+
+class LoDLinear(LoDLayer):
+    """Linear layer in LoD form: ``u (O, R)``, ``v (R, I)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(…, I)`` to ``(…, O)`` with ``r · (I + O)`` multiply-accumulates per row."""
+        if self._rank == 0:
+            return _only_bias(x.new_zeros(*x.shape[:-1], self.u.shape[0]), self.bias)
+        u, v = self.prefix()
+        return F.linear(F.linear(x, v), u, self.bias)
+
+    def replaced(self, u: Tensor, v: Tensor) -> "LoDLinear":
+        return LoDLinear(u, v, _copy(self.bias))
+
+    def dense(self) -> nn.Linear:
+        u, v = self.prefix()
+        out_features, in_features = u.shape[0], v.shape[1]
+        layer = nn.utils.skip_init(
+            nn.Linear, in_features, out_features, bias=self.bias is not None, device=u.device, dtype=u.dtype
+        )
+        return cast(nn.Linear, _filled(layer, u @ v, self.bias))
+
+
+class LoDConv2d(LoDLayer):
+    """Convolution in LoD form: ``v (R, I, k, l)`` carries the geometry, ``u (O, R)`` is a 1×1 convolution."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__(u, v, bias)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, I, H, W)`` to ``(B, O, H', W')`` with ``r · (I·k·l + O)`` MACs per output position."""
+        if self._rank == 0:
+            return _only_bias(x.new_zeros(x.shape[0], self.u.shape[0], *self._out_space(x)), self.bias, dim=1)
+        u, v = self.prefix()
+        hidden = F.conv2d(x, v, None, self.stride, self.padding, self.dilation)
+        return F.conv2d(hidden, u[:, :, None, None], self.bias)
+
+    def _out_space(self, x: Tensor) -> list[int]:
+        kernel = self.v.shape[2:]
+        return [
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in range(2)
+        ]
+
+    def replaced(self, u: Tensor, v: Tensor) -> "LoDConv2d":
+        return LoDConv2d(
+            u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation
+        )
+
+    def dense(self) -> nn.Conv2d:
+        u, v = self.prefix()
+        layer = nn.utils.skip_init(
+            nn.Conv2d,
+            v.shape[1],
+            u.shape[0],
+            tuple(v.shape[2:]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            device=u.device,
+            dtype=u.dtype,
+        )
+        return cast(nn.Conv2d, _filled(layer, torch.einsum("or,rikl->oikl", u, v), self.bias))
+
+
+def layers(model: nn.Module) -> dict[str, LoDLayer]:
+    """Return the LoD layers of ``model`` by qualified name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoDLayer)}
+
+
+def max_ranks(model: nn.Module) -> dict[str, int]:
+    """Return ``R`` of every LoD layer."""
+    return {name: layer.max_rank for name, layer in layers(model).items()}
+
+
+def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Run ``model`` at rank prefixes; tensors stay untouched, layers that are not named keep their prefix.
+
+    Raises:
+        UserError: a name that is no LoD layer, a rank that is not an integer or outside ``0 … R``. Nothing is set then.
+    """
+    known = layers(model)
+    for name, rank in checked_ranks(known, ranks).items():
+        known[name].rank = rank
+
+
+def checked_ranks(known: Mapping[str, LoDLayer], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return ``ranks`` as plain integers after checking names, types and bounds."""
+    checked = {}
+    for name, rank in ranks.items():
+        if name not in known:
+            raise unknown_name("LoD layer", name, known)
+        checked[name] = check_rank(rank, known[name].max_rank, name)
+    return checked
+
+
+def check_rank(value: int, max_rank: int, name: str = "") -> int:
+    """Return ``value`` as an int in ``0 … max_rank``; UserError otherwise (fractions are refused, not rounded)."""
+    where = f" of layer {name!r}" if name else ""
+    if isinstance(value, bool):
+        raise UserError(f"rank{where} must be an integer, got {value!r}")
+    try:
+        rank = operator.index(value)
+    except TypeError:
+        raise UserError(f"rank{where} must be an integer, got {value!r}") from None
+    if not 0 <= rank <= max_rank:
+        raise UserError(f"rank{where} must be between 0 and {max_rank}, got {rank}")
+    return rank
+
+
+def _only_bias(zeros: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
+    if bias is None:
+        return zeros
+    shape = [1] * zeros.dim()
+    shape[dim] = -1
+    return zeros + bias.view(shape)
+
+
+def _copy(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().clone()
+
+
+@torch.no_grad()
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    cast(Tensor, layer.weight).copy_(weight)
+    if bias is not None:
+        cast(Tensor, layer.bias).copy_(bias)
+    return layer

@@ -1,0 +1,120 @@
+"""One model in one form (LoD or dense) and all of its nested sizes.
+
+A *size* is what a tier trains: one rank per LoD layer, or a width. Sizes of one architecture form a chain: each is the
+leading block of every larger one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedmaestro import lod
+from fedmaestro.errors import unknown_name
+from fedmaestro.models import MODELS, ImageShape
+from fedmaestro.models.width import Scale
+from fedmaestro.submodel import Shapes, State, shapes_of
+
+Form = Literal["lod", "dense"]
+FULL = Fraction(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Ranks per LoD layer (``width`` is 1), or the width of a dense model (``ranks`` is empty)."""
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    width: Fraction = FULL
+
+    def describe(self) -> dict[str, int | float]:
+        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``."""
+        return dict(self.ranks) if self.ranks else {"width": round(float(self.width), 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model of ``MODELS`` for images ``(C, H, W)``.
+
+    Attributes:
+        form: ``lod`` (factor pairs, sizes are ranks) or ``dense`` (plain layers, sizes are widths).
+        keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
+    """
+
+    name: str
+    image_shape: ImageShape
+    num_classes: int
+    form: Form = "lod"
+    keep_dense: str = "first-conv head"
+
+    @cached_property
+    def full(self) -> nn.Module:
+        """The whole model on the ``meta`` device (shapes without memory)."""
+        with torch.device("meta"):
+            return self._formed(self._dense(FULL))
+
+    @cached_property
+    def full_size(self) -> Size:
+        """All ranks, or width 1."""
+        return self.size_at(FULL)
+
+    def initial_state(self, seed: int) -> State:
+        """Return PyTorch's default initialisation under ``seed``, factorised in the LoD form (same function)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._formed(self._dense(FULL))
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def size_at(self, fraction: Fraction) -> Size:
+        """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
+        if self.form == "dense":
+            return Size(width=fraction)
+        full = lod.max_ranks(self.full)
+        return Size(ranks={name: max(1, math.floor(fraction * rank)) for name, rank in full.items()})
+
+    def fractions(self) -> list[Fraction]:
+        """Return, ascending, every fraction at which the size changes."""
+        if self.form == "dense":
+            counts = {MODELS[self.name].channels}
+        else:
+            counts = set(lod.max_ranks(self.full).values())
+        steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
+        return sorted(steps) or [FULL]
+
+    def build(self, size: Size) -> nn.Module:
+        """Return the model of this size on the ``meta`` device, with tensors of that size only."""
+        if self.form == "dense":
+            with torch.device("meta"):
+                return self._dense(size.width)
+        return lod.truncate(self.full, size.ranks)
+
+    def materialize(self, size: Size) -> nn.Module:
+        """Return the model of this size on the CPU with uninitialised tensors: load a state before use."""
+        return self.build(size).to_empty(device="cpu")
+
+    def shapes(self, size: Size) -> Shapes:
+        """Return the shape of every tensor of the submodel of this size."""
+        return shapes_of(self.build(size))
+
+    def _dense(self, width: Fraction) -> nn.Module:
+        return MODELS[self.name].build(self.image_shape, self.num_classes, Scale(width))
+
+    def _formed(self, dense: nn.Module) -> nn.Module:
+        return dense if self.form == "dense" else lod.factorize(dense, dense_layers(dense, self.keep_dense))
+
+
+def dense_layers(model: nn.Module, keep_dense: str) -> list[str]:
+    """Resolve ``keep_dense`` to layer names: ``first-conv``, ``head`` (last linear layer), ``none`` and plain names."""
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    groups = {"first-conv": convs[:1], "head": linears[-1:], "none": []}
+    names: dict[str, None] = {}
+    for word in keep_dense.replace(",", " ").split():
+        if word not in groups and word not in convs + linears:
+            raise unknown_name("layer in model.keep-dense", word, [*groups, *convs, *linears])
+        names.update(dict.fromkeys(groups.get(word, [word])))
+    return list(names)

@@ -1,0 +1,32 @@
+"""A small convolutional network for CIFAR-sized images that trains on a CPU."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from fedmaestro.errors import UserError
+from fedmaestro.models.width import Scale, group_norm
+
+
+def cnn(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
+    """Three 3×3 convolutions (32, 64, 64 channels) with GroupNorm, ReLU and pooling, then 128 units."""
+    channels, height, width = image_shape
+    if min(height, width) < 8:
+        raise UserError(f"model.name='cnn' needs images of at least 8×8 pixels, got {height}×{width}")
+    stages = (scale(32), scale(64), scale(64))
+    layers: dict[str, nn.Module] = {}
+    for i, (before, after) in enumerate(zip((channels, *stages), stages, strict=False), start=1):
+        layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1)
+        layers[f"norm{i}"] = group_norm(after)
+        layers[f"relu{i}"] = nn.ReLU()
+        layers[f"pool{i}"] = nn.MaxPool2d(2)
+    flat = stages[-1] * (height // 8) * (width // 8)
+    return nn.Sequential(
+        OrderedDict(
+            **layers,
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(flat, scale(128)),
+            relu4=nn.ReLU(),
+            fc2=nn.Linear(scale(128), num_classes),
+        )
+    )

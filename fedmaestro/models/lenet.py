@@ -1,0 +1,34 @@
+"""LeNet-5 with ReLU and max pooling, without padding: 44,426 parameters on MNIST."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from fedmaestro.errors import UserError
+from fedmaestro.models.width import Scale
+
+
+def lenet(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
+    """Two 5×5 convolutions (6 and 16 channels), then 120 and 84 units (LeCun et al. 1998, as in Maestro's MNIST runs)."""
+    channels, height, width = image_shape
+    if min(height, width) < 16:
+        raise UserError(
+            f"model.name='lenet' needs images of at least 16×16 pixels, got {height}×{width}: use model.name='mlp'"
+        )
+    flat = scale(16) * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, scale(6), 5),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(scale(6), scale(16), 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(flat, scale(120)),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(scale(120), scale(84)),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(scale(84), num_classes),
+        )
+    )

@@ -1,0 +1,162 @@
+"""Test accuracy per tier over communication rounds and over virtual time."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmaestro.report.curves import Curve, tier_curves, time_unit
+from fedmaestro.report.figure import (
+    MARKERS,
+    MUTED,
+    new_figure,
+    plot_style,
+    save_figure,
+    short_name,
+    svg_text,
+    tier_colors,
+)
+from fedmaestro.report.format import MISSING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SETTLED = 0.25  # the y axis is chosen from what comes after this part of the run
+_MIN_SPAN = 2.0  # percentage points: less would blow noise up to the full height
+_MAX_MARKERS = 15  # per curve
+
+_Rounds = Sequence[Mapping[str, Any]]
+
+
+def plot_tier_accuracy(
+    rounds: _Rounds, path_without_suffix: Path | str, title: str = ""
+) -> tuple[Path, Path]:
+    """Draw test accuracy (%) per tier over rounds and, where time was simulated, over virtual time.
+
+    Args:
+        rounds: Lines of ``rounds.jsonl``.
+        path_without_suffix: ``.png`` (150 dpi) and ``.svg`` are appended.
+        title: Shown above the panels.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    """
+    with plot_style():
+        return save_figure(_figure(rounds, title), path_without_suffix)
+
+
+def tier_accuracy_svg(rounds: _Rounds, title: str = "") -> str:
+    """Return the picture of `plot_tier_accuracy` as an SVG document."""
+    with plot_style():
+        return svg_text(_figure(rounds, title))
+
+
+def y_limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the limits of the accuracy axis in percent, from the curves after the first quarter of the run.
+
+    Every final value lies inside; the steep start may be cut off.
+    """
+    last = max((curve.rounds[-1] for curve in curves), default=0)
+    settled = [curve.final for curve in curves if curve.finite]
+    for curve in curves:
+        settled += [
+            a for n, a in zip(curve.rounds, curve.accuracy, strict=True) if n >= _SETTLED * last and a == a
+        ]
+    if not settled:
+        return 0.0, 100.0
+    low, high = 100 * min(settled), 100 * max(settled + [curve.best for curve in curves if curve.finite])
+    margin = max(0.06 * (high - low), (_MIN_SPAN - (high - low)) / 2, 0.15)
+    return max(low - margin, -1.5), min(high + margin, max(101.5, low + _MIN_SPAN))
+
+
+def _figure(rounds: _Rounds, title: str) -> "Figure":
+    curves = tier_curves(rounds)
+    seconds = max((curve.virtual_seconds[-1] for curve in curves), default=0.0)
+    panels = 2 if seconds > 0 else 1
+    figure = new_figure(3.0 + 4.3 * panels, 4.4)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    _draw(axes[0], curves, [curve.rounds for curve in curves], "Communication round")
+    if panels == 2:
+        unit, size = time_unit(seconds)
+        times = [[s / size for s in curve.virtual_seconds] for curve in curves]
+        _draw(axes[1], curves, times, f"Virtual time ({unit})")
+    _finish(figure, axes, curves, title)
+    return figure
+
+
+def _draw(axes: "Axes", curves: Sequence[Curve], positions: Sequence[Sequence[float]], x_label: str) -> None:
+    colors, markers = tier_colors(len(curves)), list(MARKERS)
+    for index, (curve, x) in enumerate(zip(curves, positions, strict=True)):
+        every = max(1, -(-len(curve.rounds) // _MAX_MARKERS))
+        marker = markers[index % len(markers)]
+        axes.plot(
+            x,
+            [100 * value for value in curve.accuracy],
+            color=colors[index],
+            marker=marker,
+            # Staggered where points are many; where they are few, each evaluation shows.
+            markevery=(index * every // len(curves), every),
+            markersize=MARKERS[marker],
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            linewidth=1.7,
+        )
+    right = max((x[-1] for x in positions), default=0.0)
+    room = 0.03 * right or 0.5  # for the markers of the first and the last point
+    axes.set_xlim(-room, right + room)
+    axes.set_xlabel(x_label)
+    axes.grid(visible=True)
+
+
+def _finish(figure: "Figure", axes: "Sequence[Axes]", curves: Sequence[Curve], title: str) -> None:
+    """Set limits and labels, and say in words what the limits hide."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = y_limits(curves)
+    axes[0].set_ylim(low, high)
+    axes[0].set_ylabel("Test accuracy (%)")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    if title:
+        figure.suptitle(title, fontsize=11.5, fontweight="bold")
+    if curves:
+        _legend(figure, axes[0], curves)
+    note = _note(curves, low, has_time=len(axes) == 2)
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=MUTED)
+
+
+def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve]) -> None:
+    """List the tiers in order, final accuracy first: digits line up, and no label overlaps another."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=line.get_color(), marker=marker, markersize=1.2 * size, markeredgecolor="white")
+        for line, (marker, size) in zip(axes.lines, cycle(MARKERS.items()), strict=False)
+    ]
+    figure.legend(
+        handles,
+        [f"{_final(curve)}  {short_name(curve.tier)}" for curve in curves],
+        loc="outside right upper",
+        title="Final accuracy (%)\nper tier, largest first",
+        title_fontsize=9.5,
+        alignment="left",
+        frameon=False,
+        labelspacing=0.7,
+    )
+
+
+def _final(curve: Curve) -> str:
+    """Return the final accuracy in percent, padded with figure spaces to the width of 100.0."""
+    text = f"{100 * curve.final:.1f}" if curve.finite else MISSING
+    return text.rjust(5, "\N{FIGURE SPACE}")
+
+
+def _note(curves: Sequence[Curve], low: float, *, has_time: bool) -> str:
+    if not any(curve.finite for curve in curves):
+        return "no round has been evaluated yet"
+    lowest = 100 * min(min(curve.finite) for curve in curves if curve.finite)
+    cut = f"the y axis starts at {low:.1f} %: the start of the run, from {lowest:.1f} %, is cut off"
+    notes = ([cut] if lowest < low else []) + ([] if has_time else ["no virtual time"])
+    return "; ".join(notes)

@@ -1,0 +1,81 @@
+"""Accuracy per tier over rounds and over virtual time, from the lines of ``rounds.jsonl``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The test accuracy of one tier at the rounds in which it was evaluated.
+
+    Attributes:
+        tier: Name of the tier.
+        rounds: Communication rounds; 0 is the initial model.
+        virtual_seconds: Simulated time since the start of the run at the end of each of these rounds.
+        accuracy: Fractions 0..1; nan where the evaluation gave none.
+
+    """
+
+    tier: str
+    rounds: tuple[int, ...]
+    virtual_seconds: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+    @property
+    def finite(self) -> tuple[float, ...]:
+        return tuple(value for value in self.accuracy if math.isfinite(value))
+
+    @property
+    def final(self) -> float:
+        """The last accuracy that is a number; nan if there is none."""
+        return self.finite[-1] if self.finite else math.nan
+
+    @property
+    def best(self) -> float:
+        return max(self.finite, default=math.nan)
+
+
+def tier_curves(rounds: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
+    """Return one curve per tier in the order in which the tiers are listed: largest first."""
+    clock = _virtual_clock(rounds)
+    names = dict.fromkeys(name for row in rounds for name in row.get("tiers") or {})
+    return tuple(_curve(name, rounds, clock) for name in names)
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit (name, seconds per unit) in which a duration is at least 2: ticks stay readable."""
+    return next(((name, size) for name, size in _UNITS if seconds >= 2 * size), ("s", 1.0))
+
+
+def as_number(value: object) -> float:
+    """Return a number of a JSON line as float; nan for null, absent or not a number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def total(rounds: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Return the sum of a per-round number; rounds without it count as zero."""
+    numbers = (as_number(row.get(key)) for row in rounds)
+    return sum(number for number in numbers if math.isfinite(number))
+
+
+def _virtual_clock(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the simulated time at the end of each round, counting the rounds that were not evaluated too."""
+    clock, now = [], 0.0
+    for row in rounds:
+        now += total([row], "virtual_seconds")
+        clock.append(now)
+    return clock
+
+
+def _curve(name: str, rounds: Sequence[Mapping[str, Any]], clock: Sequence[float]) -> Curve:
+    points = [
+        (int(row["round"]), now, as_number(row["tiers"][name].get("accuracy")))
+        for row, now in zip(rounds, clock, strict=True)
+        if name in (row.get("tiers") or {})
+    ]
+    numbers, times, accuracies = zip(*points, strict=True)
+    return Curve(tier=name, rounds=numbers, virtual_seconds=times, accuracy=accuracies)

@@ -1,0 +1,78 @@
+"""What a report says about a run: from its summary, else from its rounds and configuration."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fedmaestro.report.curves import as_number, tier_curves, total
+from fedmaestro.report.format import MISSING
+from fedmaestro.report.records import RunRecord
+
+# The keys of summary.json and, for a run that was interrupted, where the configuration says the same.
+HEADLINE = {
+    "dataset": "data.name",
+    "model": "model.name",
+    "strategy": "train.strategy",
+    "objective": "train.objective",
+    "seed": "seed",
+}
+
+
+def headline(run: RunRecord) -> dict[str, str]:
+    """Return dataset, model, strategy, objective and seed."""
+    summary, config = run.summary or {}, flat_config(run.config)
+    return {key: str(summary.get(key, config.get(dotted, MISSING))) for key, dotted in HEADLINE.items()}
+
+
+def run_title(run: RunRecord) -> str:
+    """Return the headline as one line: ``mnist · lenet · nested · own-prefix · seed 0``."""
+    facts = headline(run)
+    names = [value for key, value in facts.items() if key != "seed" and value != MISSING]
+    return " · ".join([*names, f"seed {facts['seed']}"] if facts["seed"] != MISSING else names)
+
+
+def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Return the facts of each tier, largest tier first; an interrupted run has only accuracies."""
+    facts = {
+        curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best}
+        for curve in tier_curves(run.rounds)
+    }
+    for name, known in _summary_tiers(run).items():
+        facts[name] = {**facts.get(name, {}), **known}
+    return facts
+
+
+def totals(run: RunRecord) -> dict[str, float]:
+    """Return rounds, bytes both ways, virtual and wall seconds, failed and dropped devices so far."""
+    keys = ("download_bytes", "upload_bytes", "virtual_seconds", "wall_seconds", "failed", "dropped")
+    sums = {key: total(run.rounds, key) for key in keys}
+    measured = {key: as_number((run.summary or {}).get(key)) for key in ("virtual_seconds", "wall_seconds")}
+    sums.update({key: value for key, value in measured.items() if value == value})
+    return {"rounds": max((row["round"] for row in run.rounds), default=0), **sums}
+
+
+def mean_and_worst(run: RunRecord) -> tuple[float, float]:
+    """Return the mean and the worst final accuracy over the tiers, as fractions; nan where there is none."""
+    summary = run.summary or {}
+    if "mean_tier_accuracy" in summary and "worst_tier_accuracy" in summary:
+        return as_number(summary["mean_tier_accuracy"]), as_number(summary["worst_tier_accuracy"])
+    finals = [as_number(facts.get("final_accuracy")) for facts in tier_facts(run).values()]
+    finals = [value for value in finals if value == value]
+    return (sum(finals) / len(finals), min(finals)) if finals else (float("nan"), float("nan"))
+
+
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested tables as dotted names, as ``--set`` takes them, with values as text."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flat_config(value, f"{prefix}{key}."))
+        else:
+            is_text = isinstance(value, str)
+            flat[f"{prefix}{key}"] = value if is_text else json.dumps(value, default=str, ensure_ascii=False)
+    return flat
+
+
+def _summary_tiers(run: RunRecord) -> Mapping[str, Mapping[str, Any]]:
+    tiers = (run.summary or {}).get("tiers")
+    return tiers if isinstance(tiers, Mapping) else {}

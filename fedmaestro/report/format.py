@@ -1,0 +1,71 @@
+"""Numbers as people read them; shared by the pages, the plots and the command line."""
+
+import math
+from collections.abc import Sequence
+
+MISSING = "–"  # what a table shows where a number is unknown or not a number
+
+_COUNT_UNITS = ("", " k", " M", " G", " T")
+_BYTE_UNITS = (" B", " kB", " MB", " GB", " TB", " PB")
+
+
+def format_count(n: float | None) -> str:
+    """Return ``n`` with three significant digits and a decimal prefix: ``61.7 k``; 0 to 999 stay whole."""
+    return _scaled(n, _COUNT_UNITS)
+
+
+def format_bytes(n: float | None) -> str:
+    """Return ``n`` bytes with a decimal unit (1 kB = 1000 B, as network rates count): ``12.3 kB``."""
+    return _scaled(n, _BYTE_UNITS)
+
+
+def format_percent(fraction: float | None) -> str:
+    """Return a fraction (0..1) as a percentage with one decimal: ``97.8 %``."""
+    if fraction is None or not math.isfinite(fraction):
+        return MISSING
+    return f"{100 * fraction:.1f} %"
+
+
+def format_seconds(s: float | None) -> str:
+    """Return seconds as their two largest units: ``12.5 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
+    if s is None or not math.isfinite(s):
+        return MISSING
+    if s < 0:
+        return f"-{format_seconds(-s)}"
+    if s < 59.95:  # above, one decimal would print 60.0 s
+        return _short_seconds(s)
+    if round(s) < 3600:
+        return _two_units(round(s), 60, "min", "s")
+    if round(s / 60) < 24 * 60:
+        return _two_units(round(s / 60), 60, "h", "min")
+    return _two_units(round(s / 3600), 24, "d", "h")
+
+
+def _short_seconds(s: float) -> str:
+    if s >= 9.995:
+        return f"{s:.1f} s"
+    return "0 s" if s == 0 else f"{s:.2f} s" if s >= 0.01 else "< 0.01 s"
+
+
+def _two_units(small: int, per_large: int, large_name: str, small_name: str) -> str:
+    large, rest = divmod(small, per_large)
+    return f"{large} {large_name} {rest} {small_name}" if rest else f"{large} {large_name}"
+
+
+def _scaled(n: float | None, units: Sequence[str]) -> str:
+    """Divide by 1000 until three significant digits print below 1000, and append the unit."""
+    if n is None or not math.isfinite(n):
+        return MISSING
+    size, sign, unit = abs(n), "-" if n < 0 else "", 0
+    if size < 999.5 and size == int(size):
+        return f"{sign}{int(size)}{units[0]}"
+    while size >= 999.5 and unit < len(units) - 1:
+        size /= 1000
+        unit += 1
+    return f"{sign}{_three_digits(size)}{units[unit]}"
+
+
+def _three_digits(size: float) -> str:
+    if size >= 99.95:
+        return f"{size:.0f}"
+    return f"{size:.1f}" if size >= 9.995 else f"{size:.2f}"

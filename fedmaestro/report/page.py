@@ -1,0 +1,72 @@
+"""One self-contained HTML page about one run or several."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedmaestro.report.accuracy_plot import plot_tier_accuracy
+from fedmaestro.report.comparison import comparison, run_names
+from fedmaestro.report.facts import run_title
+from fedmaestro.report.html import escape
+from fedmaestro.report.records import RunRecord, read_run
+from fedmaestro.report.run_section import run_section
+from fedmaestro.report.theme import CSS, SCRIPT
+
+
+def html_report(run_dirs: Sequence[Path | str]) -> str:
+    """Return the page about these runs: a comparison when there are several, then a section for each.
+
+    The page loads nothing: plots are inline, and it reads without its script, which only sorts a table.
+
+    Raises:
+        UserError: A folder is no run folder, or one of its files is corrupt.
+
+    """
+    return _page([read_run(run_dir) for run_dir in run_dirs])
+
+
+def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
+    """Write the page about these runs, making the folder; return its path."""
+    page, path = html_report(run_dirs), Path(out_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8", newline="\n")
+    return path
+
+
+def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
+    """Write ``plots/tier_accuracy.png``, ``.svg`` and ``report.html`` in a run folder; return these paths."""
+    run = read_run(run_dir)
+    png, svg = plot_tier_accuracy(run.rounds, run.path / "plots" / "tier_accuracy", run_title(run))
+    return png, svg, write_report([run.path], run.path / "report.html")
+
+
+def _page(runs: Sequence[RunRecord]) -> str:
+    assert runs, "a report needs at least one run"
+    names, anchors = run_names(runs), [f"run{number}" for number in range(1, len(runs) + 1)]
+    title = run_title(runs[0]) if len(runs) == 1 else f"Comparison of {len(runs)} runs"
+    sections = [
+        run_section(run, name, anchor) for run, name, anchor in zip(runs, names, anchors, strict=True)
+    ]
+    if len(runs) > 1:
+        sections.insert(0, comparison(runs, names, anchors))
+    body = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)} – FedMaestro</title>
+<style>
+{CSS}
+</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+{body}
+</main>
+<script>
+{SCRIPT}
+</script>
+</body>
+</html>
+"""

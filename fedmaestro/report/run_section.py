@@ -1,0 +1,125 @@
+"""The part of the page about one run."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from fedmaestro.report.accuracy_plot import tier_accuracy_svg
+from fedmaestro.report.curves import as_number
+from fedmaestro.report.facts import flat_config, headline, mean_and_worst, run_title, tier_facts, totals
+from fedmaestro.report.figure import inline_svg
+from fedmaestro.report.format import MISSING, format_bytes, format_count, format_percent, format_seconds
+from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
+from fedmaestro.report.records import RunRecord
+
+# Column, key in the summary's tier, formatter. Memory and download are those of one device.
+_COLUMNS = (
+    ("Devices", "devices", format_count),
+    ("Final accuracy", "final_accuracy", format_percent),
+    ("Best accuracy", "best_accuracy", format_percent),
+    ("Parameters", "params", format_count),
+    ("MACs per example", "macs_per_example", format_count),
+    ("Training memory", "train_memory_bytes", format_bytes),
+    ("Download per round", "download_bytes", format_bytes),
+)
+
+
+def run_section(run: RunRecord, name: str, anchor: str) -> str:
+    """Return the section of one run.
+
+    Args:
+        run: The run.
+        name: What the page calls it.
+        anchor: Id of the section, and prefix of the ids of its plots: unique in the page.
+
+    """
+    parts = [
+        f"<h2>{escape(name)}</h2>",
+        _headline(run),
+        _interrupted(run),
+        _totals(run),
+        "<h3>Tiers</h3>",
+        _tier_table(run),
+        "<h3>Test accuracy per tier</h3>",
+        _accuracy_plot(run, anchor),
+        _partition_plot(run),
+        _config(run),
+    ]
+    inner = "\n".join(part for part in parts if part)
+    return f'<section id="{anchor}">\n{inner}\n</section>'
+
+
+def _headline(run: RunRecord) -> str:
+    items = (f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in headline(run).items())
+    return f'<dl class="headline">{"".join(items)}</dl>'
+
+
+def _interrupted(run: RunRecord) -> str:
+    if run.summary is not None:
+        return ""
+    last = totals(run)["rounds"] if run.rounds else None
+    reached = "no round was recorded" if last is None else f"the last recorded round is {last:.0f}"
+    return f'<p class="warning">This run is not finished: it has no summary.json; {reached}.</p>'
+
+
+def _totals(run: RunRecord) -> str:
+    sums, (mean, worst) = totals(run), mean_and_worst(run)
+    lost = f"{sums['failed']:.0f} failed, {sums['dropped']:.0f} dropped"
+    facts = {
+        "mean tier accuracy": format_percent(mean),
+        "worst tier accuracy": format_percent(worst),
+        "rounds": f"{sums['rounds']:.0f}",
+        "download, all devices": format_bytes(sums["download_bytes"]),
+        "upload, all devices": format_bytes(sums["upload_bytes"]),
+        "virtual time": format_seconds(sums["virtual_seconds"]),
+        "wall time": format_seconds(sums["wall_seconds"]),
+        "device updates lost": lost if sums["failed"] + sums["dropped"] else "0",
+    }
+    items = (f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    return f'<dl class="totals">{"".join(items)}</dl>'
+
+
+def _tier_table(run: RunRecord) -> str:
+    tiers = tier_facts(run)
+    if not tiers:
+        return "<p>No round has been evaluated yet.</p>"
+    header = ["Tier", *(name for name, _, _ in _COLUMNS), "Ranks"]
+    note = "<p>Training memory and download per round are those of one device.</p>"
+    return note + table(header, (_tier_row(name, facts) for name, facts in tiers.items()))
+
+
+def _tier_row(name: str, facts: Mapping[str, Any]) -> list[Content]:
+    values = [(as_number(facts.get(key)), to_text) for _, key, to_text in _COLUMNS]
+    return [name, *(Cell(to_text(value), value) for value, to_text in values), _ranks(facts.get("ranks"))]
+
+
+def _ranks(ranks: object) -> Content:
+    """Show one rank (or width) as it is; fold more than one away."""
+    if not isinstance(ranks, Mapping) or not ranks:
+        return MISSING
+    pairs = [f"{layer}\N{NO-BREAK SPACE}{rank}" for layer, rank in ranks.items()]
+    if len(pairs) == 1:
+        return pairs[0]
+    return details(f"{len(pairs)} layers", Markup(escape(", ".join(pairs))))
+
+
+def _accuracy_plot(run: RunRecord, anchor: str) -> str:
+    label = escape(f"Test accuracy per tier over rounds and virtual time: {run_title(run)}")
+    return f'<div class="plot">{inline_svg(tier_accuracy_svg(run.rounds), f"{anchor}-accuracy", label)}</div>'
+
+
+def _partition_plot(run: RunRecord) -> str:
+    """Embed the file as an image, not as elements: unlike the plot above, its source is not this program."""
+    path = run.path / "plots" / "partition.svg"
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    image = f'<img src="data:image/svg+xml;base64,{data}" alt="Examples per device and class">'
+    return f'<h3>Data partition</h3>\n<div class="plot">{image}</div>'
+
+
+def _config(run: RunRecord) -> str:
+    if not run.config:
+        return "<p>No config.toml.</p>"
+    rows = table(["Setting", "Value"], flat_config(run.config).items())
+    return details("Resolved configuration", Markup(rows)).text

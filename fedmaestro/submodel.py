@@ -1,0 +1,51 @@
+"""Submodels: the leading block of every tensor of the global state.
+
+A submodel is ``{name: full[name][:n_0, :n_1, …]}``, so its shapes alone say what it covers. LoD prefixes
+(``U (O, r)``, ``V (r, I)``) and width-scaled dense models (leading channels) are both of this kind.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+def leading_block(full: Tensor, shape: Shape | torch.Size) -> Tensor:
+    """Return the view ``full[:shape[0], :shape[1], …]``.
+
+    Raises:
+        ValueError: another number of dimensions, or a block that is larger than ``full``.
+    """
+    if len(shape) != full.dim() or any(n > m for n, m in zip(shape, full.shape, strict=True)):
+        raise ValueError(f"a block of shape {tuple(shape)} does not lead a tensor of shape {tuple(full.shape)}")
+    return full[tuple(slice(n) for n in shape)]
+
+
+def cut(state: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> State:
+    """Return the submodel of ``state`` with these shapes, as views."""
+    return {name: leading_block(state[name], shape) for name, shape in shapes.items()}
+
+
+def shapes_of(source: nn.Module | Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of every tensor of a module's state or of a state."""
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def num_elements(shapes: Mapping[str, Shape]) -> int:
+    """Return the number of scalars that these shapes hold."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+@torch.no_grad()
+def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy ``state`` into the tensors of ``model`` in place (a resident model keeps its buffers and layout)."""
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        raise ValueError(f"state and model differ in {sorted(own.keys() ^ state.keys())}")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

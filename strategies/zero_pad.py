@@ -1,0 +1,37 @@
+r"""Mean of zero-padded submodels over *all* devices of the round.
+
+``new = Σ_k n_k pad(x_k) / Σ_k n_k``. Known pathology ("rank collapse", raFLoRA, arXiv 2602.13486): with weight share
+``p_j`` of the devices that hold column ``j``, each factor's column shrinks to ``p_j`` of itself and the product's
+singular value to ``p_j²``, in every round and even without training. It therefore fails the law that zero local steps
+change nothing, and soon all tiers are one model. It is here as the baseline that heterogeneous LoRA papers use.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
+from fedmaestro.submodel import State
+
+
+def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+    """Divide the sum of padded tensors by the weight of all devices; no devices, no change."""
+    weight = sum(block.weight for block in partial.values())
+    if weight == 0:
+        return {name: old.clone() for name, old in global_state.items()}
+    return {name: _padded_sum(name, partial, old).div_(weight).to(old.dtype) for name, old in global_state.items()}
+
+
+def _padded_sum(name: str, partial: Partial, old: Tensor) -> Tensor:
+    total = torch.zeros_like(old, dtype=torch.float64)
+    for block in partial.values():
+        add_to_leading_block(total, block.sums[name], tuple(block.sums[name].shape))
+    return total
+
+
+ZERO_PAD = Aggregation(
+    finish=finish,
+    summary="submodels padded with zeros, averaged over all devices (shrinks the tail: rank collapse)",
+    source="baseline of HetLoRA (2401.06432) and raFLoRA (2602.13486)",
+)

@@ -1,0 +1,371 @@
+import dataclasses
+import io
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from fedmaestro.data import DATASETS, ImageDataset, decode, load_dataset, normalize
+from fedmaestro.errors import UserError
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def table(images: list[Any], labels: list[Any], image: str = "image", label: str = "label") -> pa.Table:
+    structs = [None if data is None else {"bytes": data, "path": None} for data in images]
+    return pa.table({image: structs, label: labels})
+
+
+@pytest.fixture
+def pixels() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(7)
+    return {split: rng.integers(0, 256, (n, 5, 4), np.uint8) for split, n in (("train", 12), ("test", 6))}
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Callable[..., Path]:
+    """Write one split of a made-up ``mnist`` folder and return the file."""
+
+    def write(split: str, data: pa.Table, shard: str = "00000-of-00001") -> Path:
+        folder = tmp_path / "data" / "mnist"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{split}-{shard}.parquet"
+        pq.write_table(data, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fake_mnist(pixels: dict[str, np.ndarray], write_parquet: Callable[..., Path]) -> Path:
+    """Return a data folder whose ``mnist`` holds 12 + 6 grey images of 5×4 pixels."""
+    for split, images in pixels.items():
+        path = write_parquet(
+            split, table([png(image) for image in images], [i % 3 for i in range(len(images))])
+        )
+    return path.parents[1]
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("datasets/*"))
+
+
+def test_digits_end_to_end(digits: ImageDataset, session_cache: Path) -> None:
+    assert digits.train_images.shape == (1437, 1, 8, 8)
+    assert digits.test_images.shape == (360, 1, 8, 8)
+    assert digits.image_shape == (1, 8, 8)
+    assert digits.train_images.dtype == np.uint8
+    assert digits.train_labels.dtype == np.int64
+    assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
+    assert digits.num_classes == 10
+    shares = np.bincount(digits.test_labels) / (
+        np.bincount(digits.test_labels) + np.bincount(digits.train_labels)
+    )
+    np.testing.assert_allclose(shares, 0.2, atol=0.01)  # stratified
+    again = load_dataset("digits", data_dir="/nowhere", cache_dir=session_cache)
+    assert again.fingerprint == digits.fingerprint
+    assert len(digits.fingerprint) == 64
+
+
+def test_digits_pixels_are_scaled_from_sixteenths(digits: ImageDataset) -> None:
+    expected = {round(value * 255 / 16) for value in range(17)}
+    assert set(np.unique(digits.train_images).tolist()) == expected
+
+
+def test_images_are_read_only_maps(digits: ImageDataset) -> None:
+    assert isinstance(digits.train_images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        digits.train_images[0] = 0
+
+
+def test_a_dataset_is_frozen(digits: ImageDataset) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        digits.name = "other"  # type: ignore[misc]
+
+
+def test_moments_are_those_of_the_training_images(digits: ImageDataset) -> None:
+    values = digits.train_images / 255
+    np.testing.assert_allclose(digits.mean, values.mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(digits.std, values.std(axis=(0, 2, 3)))
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(UserError, match=r"unknown dataset 'cifar': did you mean 'cifar10'\?"):
+        load_dataset("cifar")
+
+
+def test_table_names_the_hub_and_the_columns() -> None:
+    assert DATASETS["mnist"].hub == "ylecun/mnist"
+    assert DATASETS["cifar10"].image_column == "img"
+    assert DATASETS["cifar100"].label_column == "fine_label"
+    assert all(row.summary for row in DATASETS.values())
+
+
+def test_local_parquet_is_decoded_exactly(
+    fake_mnist: Path, pixels: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    calls: list[tuple[int, int]] = []
+    data = load_dataset("mnist", fake_mnist, tmp_path / "cache", progress=lambda *call: calls.append(call))
+    np.testing.assert_array_equal(data.train_images[:, 0], pixels["train"])
+    np.testing.assert_array_equal(data.test_images[:, 0], pixels["test"])
+    np.testing.assert_array_equal(data.train_labels, np.arange(12) % 3)
+    assert data.image_shape == (1, 5, 4)
+    assert calls == [(12, 18), (18, 18)]
+    load_dataset("mnist", fake_mnist, tmp_path / "cache", progress=lambda *call: pytest.fail("decoded again"))
+
+
+def test_shards_are_read_in_order(
+    pixels: dict[str, np.ndarray], fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    (fake_mnist / "mnist" / "train-00000-of-00001.parquet").unlink()
+    for shard, rows in enumerate((slice(0, 0), slice(0, 7), slice(7, 12))):
+        data = table([png(image) for image in pixels["train"][rows]], (np.arange(12) % 3).tolist()[rows])
+        if shard == 0:
+            data = table([png(pixels["train"][0])], [0]).slice(0, 0)  # a shard may be empty
+        write_parquet("train", data, f"0000{shard}-of-00003")
+    assert load_dataset("mnist", fake_mnist, tmp_path / "cache").fingerprint == whole.fingerprint
+    (fake_mnist / "mnist" / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(UserError, match=r"mnist has 2 of 3 train files: found train-00000.*, train-00002"):
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+
+
+def test_plain_binary_and_colour_images_are_accepted(
+    write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    colour = np.zeros((5, 4, 3), np.uint8)
+    for split in ("train", "test"):
+        path = write_parquet(split, pa.table({"image": [png(colour)], "label": [0]}))
+    assert load_dataset("mnist", path.parents[1], tmp_path / "cache").image_shape == (1, 5, 4)
+
+
+def test_changed_files_are_decoded_again(
+    fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    write_parquet("test", table([png(np.ones((5, 4), np.uint8))] * 3, [0, 1, 2]))
+    after = load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    assert len(after.test_labels) == 3
+    assert after.fingerprint != before.fingerprint
+
+
+def test_missing_folder_names_what_was_expected_and_found(fake_mnist: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cifar10/train-\*\.parquet, found in .*/data: mnist$"):
+        load_dataset("cifar10", fake_mnist, tmp_path / "cache")
+    (fake_mnist / "mnist" / "test-00000-of-00001.parquet").unlink()
+    pattern = r"mnist/test-\*\.parquet, found in .*/mnist: train-00000-of-00001\.parquet$"
+    with pytest.raises(UserError, match=pattern):
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    with pytest.raises(UserError, match="/nowhere/at/all is not a folder"):
+        load_dataset("mnist", "/nowhere/at/all", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+GOOD = png(np.zeros((5, 4), np.uint8))
+BAD_TABLES = {
+    "no image column": (table([GOOD], [0], image="picture"), r"no column 'image': found picture, label"),
+    "no label column": (table([GOOD], [0], label="target"), r"no column 'label': found image, target"),
+    "label out of range": (table([GOOD, GOOD], [0, 10]), r"labels run from 0 to 10, expected 0 to 9"),
+    "negative label": (table([GOOD], [-1]), r"labels run from -1 to -1"),
+    "label missing": (table([GOOD, GOOD], [0, None]), r"'label' must hold an integer in every row"),
+    "label of text": (table([GOOD], ["zero"]), r"'label' must hold an integer in every row, not string"),
+    "image missing": (table([GOOD, None], [0, 1]), r"'image' has rows without image bytes"),
+    "not an image": (table([GOOD, b"hello"], [0, 1]), r"row 1: cannot decode the image"),
+    "truncated image": (table([GOOD, GOOD[:-20]], [0, 1]), r"row 1: cannot decode the image"),
+    "other size": (
+        table([png(np.zeros((5, 5), np.uint8))], [0]),
+        r"row 0: image of shape \(1, 5, 5\), others",
+    ),
+    "no rows": (table([GOOD], [0]).slice(0, 0), r"holds no examples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_bad_content_names_the_file_and_publishes_nothing(
+    case: str, fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, message = BAD_TABLES[case]
+    path = write_parquet("test", data)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_image_column_of_another_type(
+    fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_parquet("train", pa.table({"image": [1.5], "label": [0]}))
+    with pytest.raises(UserError, match="'image' holds double, expected image files as bytes"):
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("keep", [0, 30, -300])
+def test_corrupt_parquet_names_the_file(keep: int, fake_mnist: Path, tmp_path: Path) -> None:
+    path = fake_mnist / "mnist" / "train-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    damaged = content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :]
+    path.write_bytes(damaged)  # the footer is whole, the pages are not
+    with pytest.raises(UserError, match=str(path)):
+        load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_crash_while_decoding_leaves_nothing(
+    fake_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*arguments: object) -> np.ndarray:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_decode", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+    assert len(load_dataset("mnist", fake_mnist, tmp_path / "cache").train_labels) == 12
+
+
+@pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy", "meta.json", "manifest.json"])
+@pytest.mark.parametrize("content", [None, b"", b"short", "zeros"])
+def test_a_corrupt_cache_is_rebuilt(name: str, content: object, fake_mnist: Path, tmp_path: Path) -> None:
+    good = load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache" / "datasets").iterdir()
+    size = (entry / name).stat().st_size
+    (entry / name).unlink()  # the maps of `good` stay whole
+    if content is not None:
+        (entry / name).write_bytes(bytes(size) if content == "zeros" else content)  # type: ignore[arg-type]
+    rebuilt = load_dataset("mnist", fake_mnist, tmp_path / "cache")
+    np.testing.assert_array_equal(rebuilt.train_images, good.train_images)
+    assert rebuilt.fingerprint == good.fingerprint
+    assert entries(tmp_path / "cache") == [entry.name]
+
+
+def test_two_processes_at_once_both_succeed(fake_mnist: Path, tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        loads = [pool.submit(load_dataset, "mnist", fake_mnist, tmp_path / "cache") for _ in range(2)]
+        fingerprints = {load.result(timeout=60).fingerprint for load in loads}
+    assert len(fingerprints) == 1
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_a_cache_in_a_file_is_an_error(fake_mnist: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="FEDMAESTRO_CACHE"):
+        load_dataset("mnist", fake_mnist, tmp_path / "file")
+
+
+def test_the_hub_goes_through_the_same_code(
+    fake_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    original = datasets.load_dataset
+
+    def hub(path: str, split: str) -> datasets.Dataset:
+        assert path == "ylecun/mnist"
+        files = [str(file) for file in fake_mnist.glob(f"mnist/{split}-*.parquet")]
+        rows = original("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
+        return rows.cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    from_hub = load_dataset("mnist", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub again"))
+    assert load_dataset("mnist", cache_dir=tmp_path / "cache").fingerprint == from_hub.fingerprint
+    assert load_dataset("mnist", fake_mnist, tmp_path / "cache").fingerprint == from_hub.fingerprint
+
+
+def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match=r"pass --data-dir DATA_DIR with DATA_DIR/cifar10/train-\*\.parquet"
+    ) as caught:
+        load_dataset("cifar10", cache_dir=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_real_mnist(shared_data: Path, session_cache: Path) -> None:
+    data = load_dataset("mnist", shared_data, session_cache)
+    assert data.train_images.shape == (60000, 1, 28, 28)
+    assert data.test_images.shape == (10000, 1, 28, 28)
+    assert data.mean == pytest.approx((0.1307,), abs=1e-4)  # the well-known values
+    assert data.std == pytest.approx((0.3081,), abs=1e-4)
+    assert np.bincount(data.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    start = time.perf_counter()
+    load_dataset("mnist", shared_data, session_cache)
+    assert time.perf_counter() - start < 0.05
+
+
+def test_real_cifar10(shared_data: Path, session_cache: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    data = load_dataset("cifar10", shared_data, session_cache, progress=lambda *call: calls.append(call))
+    assert data.train_images.shape == (50000, 3, 32, 32)
+    assert data.test_images.shape == (10000, 3, 32, 32)
+    assert np.bincount(data.train_labels).tolist() == [5000] * 10
+    assert data.mean == pytest.approx(
+        (0.4914, 0.4822, 0.4465), abs=1e-3
+    )  # re-encoded, so not to the last digit
+    assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=3e-3)
+    assert calls[-1] == (60000, 60000)
+    assert calls == sorted(calls)
+
+
+SECOND_CALL = """
+import sys
+from fedmaestro.data import cached_partition, load_dataset
+data = load_dataset("digits", cache_dir=sys.argv[1])
+cached_partition(data, scheme="iid", num_devices=4, seed=0, cache_dir=sys.argv[1])
+heavy = {"datasets", "flwr_datasets", "pandas", "pyarrow", "sklearn", "flwr", "ray"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_the_second_call_imports_nothing_heavy(digits: ImageDataset, session_cache: Path) -> None:
+    from fedmaestro.data import cached_partition
+
+    cached_partition(digits, scheme="iid", num_devices=4, seed=0, cache_dir=session_cache)
+    command = [sys.executable, "-c", SECOND_CALL, str(session_cache)]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_normalize_whitens_the_training_images(digits: ImageDataset) -> None:
+    images = normalize(digits.train_images, digits.mean, digits.std)
+    assert images.dtype == torch.float32
+    assert images.shape == (1437, 1, 8, 8)
+    torch.testing.assert_close(images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std(correction=0), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_normalize_is_per_channel_and_guards_a_constant_one() -> None:
+    images = np.array([[[[0]], [[255]], [[51]]]], np.uint8)
+    result = normalize(images, (0.0, 0.5, 0.2), (0.5, 0.25, 0.0))
+    torch.testing.assert_close(result.flatten(), torch.tensor([0.0, 2.0, 0.0]))
+    assert normalize(images[:0], (0.0, 0.5, 0.2), (0.5, 0.25, 0.0)).shape == (0, 3, 1, 1)
