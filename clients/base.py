@@ -100,7 +100,7 @@ def train_device(
     total = torch.zeros(())
     for _ in range(settings.epochs):
         order = torch.from_numpy(generator.permutation(len(labels)))
-        for batch in order.split(settings.batch_size):
+        for batch in torch.split(order, settings.batch_size):
             optimizer.zero_grad(set_to_none=True)
             loss = objective.loss(prefixes, images[batch], labels[batch], generator)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -6,9 +6,8 @@ FjORD (NeurIPS 2021, section 3.2) draws ``p ≤ p_max`` uniformly from the tiers
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor
-
 from fedmaestro.clients.base import Objective, Prefixes
+from torch import Tensor
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:

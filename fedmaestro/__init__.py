@@ -5,9 +5,15 @@ Ray; ``fedmaestro.flower`` is the shell that runs it there. ``strategies/`` and 
 the repository that are imported as ``fedmaestro.strategies`` and ``fedmaestro.clients``.
 """
 
+from __future__ import annotations
+
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmaestro.flower.run import Run
 
 _ROOT = Path(__file__).parent.parent
 _PYPROJECT = _ROOT / "pyproject.toml"
@@ -18,3 +24,10 @@ if _PYPROJECT.is_file():
     __version__: str = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
 else:
     __version__ = metadata.version("fedmaestro")
+
+
+def run(experiment: str | Path | None = None, **options: Any) -> Run:
+    """Run an experiment; ``fedmaestro.flower.run.run`` lists the options (``overrides``, ``data_dir``, ``out``, …)."""
+    from fedmaestro.flower.run import run as run_experiment
+
+    return run_experiment(experiment, **options)

@@ -58,6 +58,7 @@ def close_round(seconds: Sequence[float], wanted: int, deadline: float = 0.0) ->
     Args:
         seconds: virtual seconds of every device that was started; ties go to the lower position.
         wanted: updates that the server waits for; with over-commit fewer than the devices started.
+        deadline: virtual seconds after which the server closes the round.
     """
     limit = deadline or math.inf
     order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))

@@ -186,5 +186,3 @@ def describe_settings() -> list[tuple[str, Value, str]]:
 
     walk(ExperimentConfig, "")
     return rows
-
-

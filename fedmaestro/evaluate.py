@@ -22,9 +22,7 @@ class Score:
     examples: int
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(
-            self.correct + other.correct, self.loss_sum + other.loss_sum, self.examples + other.examples
-        )
+        return Score(self.correct + other.correct, self.loss_sum + other.loss_sum, self.examples + other.examples)
 
     @property
     def accuracy(self) -> float:

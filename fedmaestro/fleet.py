@@ -196,14 +196,10 @@ def budgets(tier: Tier, full: Cost) -> list[Budget]:
         ("ram-bytes", _times(TRAINING_SHARE_OF_RAM, tier.ram_bytes), "bytes (a quarter of the RAM)", _memory),
         ("round-bytes", tier.round_bytes, "bytes", _traffic),
     ]
-    return [
-        Budget(name=name, limit=limit, unit=unit, of=of) for name, limit, unit, of in bounds if limit is not None
-    ]
+    return [Budget(name=name, limit=limit, unit=unit, of=of) for name, limit, unit, of in bounds if limit is not None]
 
 
-def fit(
-    tier: Tier, fractions: Sequence[Fraction], cost_at: Callable[[Fraction], Cost], full: Cost
-) -> Fraction:
+def fit(tier: Tier, fractions: Sequence[Fraction], cost_at: Callable[[Fraction], Cost], full: Cost) -> Fraction:
     """Return the largest of ``fractions`` (ascending) whose cost fits every budget of ``tier``.
 
     Costs grow with the fraction, so this is a binary search; being one chain, the sizes of all tiers are nested.

@@ -120,33 +120,25 @@ def _trained(
     return submodel(fraction)
 
 
-def _fit_all(
-    architecture: Architecture, tiers: tuple[Tier, ...], batch_size: int, momentum: bool
-) -> list[Fraction]:
+def _fit_all(architecture: Architecture, tiers: tuple[Tier, ...], batch_size: int, momentum: bool) -> list[Fraction]:
     cost_at = _cost_function(architecture, batch_size, momentum)
     return [fit(tier, architecture.fractions(), cost_at, cost_at(FULL)) for tier in tiers]
 
 
-def _cost_function(
-    architecture: Architecture, batch_size: int, momentum: bool
-) -> Callable[[Fraction], Cost]:
+def _cost_function(architecture: Architecture, batch_size: int, momentum: bool) -> Callable[[Fraction], Cost]:
     full = trace(architecture.full, architecture.image_shape)
 
     @cache
     def cost_at(fraction: Fraction) -> Cost:
         size = architecture.size_at(fraction)
         # The closed form covers ranks; a width changes every layer, so it is traced.
-        traced = (
-            full if architecture.form == "lod" else trace(architecture.build(size), architecture.image_shape)
-        )
+        traced = full if architecture.form == "lod" else trace(architecture.build(size), architecture.image_shape)
         return cost(traced, size.ranks, batch_size=batch_size, momentum=momentum)
 
     return cost_at
 
 
-def _submodel_function(
-    architecture: Architecture, batch_size: int, momentum: bool
-) -> Callable[[Fraction], Submodel]:
+def _submodel_function(architecture: Architecture, batch_size: int, momentum: bool) -> Callable[[Fraction], Submodel]:
     cost_at = _cost_function(architecture, batch_size, momentum)
 
     @cache

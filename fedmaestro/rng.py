@@ -10,9 +10,7 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
     The same arguments give the same stream on every host, in every process and after a resume.
     """
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *indices]))
-    )
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *indices])))
 
 
 def derived_seed(seed: int, purpose: str, *indices: int) -> int:

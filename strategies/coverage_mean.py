@@ -1,9 +1,9 @@
 r"""Mean of every entry over the devices whose submodel covers it.
 
 For entry ``e``, contributors ``C_e`` and examples ``n_k``: ``new_e = Σ_{k∈C_e} n_k x_{k,e} / Σ_{k∈C_e} n_k``; entries
-that nobody covered keep their value, bit for bit. On LoD factors, column ``j`` of U and row ``j`` of V are averaged over
-the devices of rank ≥ j (per-column mean, as RBLA and PreLort, arXiv 2606.15963, do for LoRA); on dense models, leading
-channels (HeteroFL, ICLR 2021, eq. 4-6; FjORD, NeurIPS 2021, section 3.4).
+that nobody covered keep their value, bit for bit. On LoD factors, column ``j`` of U and row ``j`` of V are averaged
+over the devices of rank ≥ j (per-column mean, as RBLA and PreLort, arXiv 2606.15963, do for LoRA); on dense models,
+leading channels (HeteroFL, arXiv 2010.01264; FjORD, arXiv 2102.13451).
 
 Departure from HeteroFL: weights are example counts where HeteroFL has none, as in FjORD.
 """
@@ -11,9 +11,9 @@ Departure from HeteroFL: weights are example counts where HeteroFL has none, as 
 from collections.abc import Mapping
 
 import torch
+from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from torch import Tensor
 
-from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from fedmaestro.submodel import State
 
 

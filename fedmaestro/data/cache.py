@@ -44,9 +44,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache").absolute() / "fedmaestro"
     except RuntimeError as error:  # pathlib's word for "no home folder"
-        raise UserError(
-            f"no cache folder: {error}; set {CACHE_VARIABLE} to a folder that can be written"
-        ) from error
+        raise UserError(f"no cache folder: {error}; set {CACHE_VARIABLE} to a folder that can be written") from error
 
 
 def key(*parts: object) -> str:
@@ -79,9 +77,7 @@ def fetch(entry: Path, build: Callable[[Path], None], read: Callable[[Path], T])
             reason = error.strerror or error
             advice = f"set {CACHE_VARIABLE} to a folder that can be written"
             raise UserError(f"cannot write the cache folder {entry.parent}: {reason}; {advice}") from error
-    raise UserError(
-        f"cannot read back the cache entry {entry}: remove it, or set {CACHE_VARIABLE} to another folder"
-    )
+    raise UserError(f"cannot read back the cache entry {entry}: remove it, or set {CACHE_VARIABLE} to another folder")
 
 
 def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:

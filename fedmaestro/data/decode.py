@@ -14,9 +14,7 @@ Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images (N, C, H,
 Shape = tuple[int, ...]
 
 
-def decode_split(
-    split: EncodedSplit, mode: str, advance: Callable[[int], None], shape: Shape | None = None
-) -> Arrays:
+def decode_split(split: EncodedSplit, mode: str, advance: Callable[[int], None], shape: Shape | None = None) -> Arrays:
     """Return the images (N, C, H, W) uint8 and labels (N,) of a split.
 
     One thread on purpose: on images this small, two threads that share the interpreter's lock are slower than

@@ -15,7 +15,5 @@ def digits() -> tuple[Arrays, Arrays]:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, np.newaxis]  # 0..16 to 0..255
     labels = bunch.target.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=_SPLIT_SEED
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=_SPLIT_SEED)
     return (images[train], labels[train]), (images[test], labels[test])

@@ -44,9 +44,7 @@ class ImageDataset:
     num_classes: int
     mean: tuple[float, ...]  # per channel of the training images, in units of 255
     std: tuple[float, ...]
-    fingerprint: (
-        str  # sha256 hex of images and labels: the same content has the same one wherever it came from
-    )
+    fingerprint: str  # sha256 hex of images and labels: the same content has the same one wherever it came from
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -78,11 +76,7 @@ def load_dataset(
         raise unknown_name("dataset", name, DATASETS)
     row = DATASETS[name]
     files = local_files(row, Path(data_dir).expanduser().absolute()) if row.hub and str(data_dir) else {}
-    entry = (
-        cache.cache_root(cache_dir)
-        / "datasets"
-        / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
-    )
+    entry = cache.cache_root(cache_dir) / "datasets" / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
 
     def build(folder: Path) -> None:
         train, test = _decoded(row, files, progress)
@@ -97,9 +91,7 @@ def _stamps(files: dict[str, list[Path]]) -> list[tuple[str, int, int]]:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-def _decoded(
-    row: DatasetRow, files: dict[str, list[Path]], progress: Progress | None
-) -> tuple["Arrays", "Arrays"]:
+def _decoded(row: DatasetRow, files: dict[str, list[Path]], progress: Progress | None) -> tuple["Arrays", "Arrays"]:
     if not row.hub:
         from fedmaestro.data.digits import digits
 

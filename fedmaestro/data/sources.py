@@ -93,11 +93,9 @@ def local_files(row: DatasetRow, data_dir: Path) -> dict[str, list[Path]]:
     folder = data_dir / row.folder
     files = {split: [p for p in sorted(folder.glob(f"{split}-*.parquet")) if p.is_file()] for split in SPLITS}
     for split, paths in files.items():
-        expected = f"expected {folder}/{split}-*.parquet"
         if not paths:
-            raise UserError(
-                f"no {split} files for {row.folder!r} in --data-dir {data_dir}: {expected}, {_found(data_dir, folder)}"
-            )
+            wanted = f"expected {folder}/{split}-*.parquet, {_found(data_dir, folder)}"
+            raise UserError(f"no {split} files for {row.folder!r} in --data-dir {data_dir}: {wanted}")
         shards = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
         if shards and len(paths) != int(shards[1]):
             names = ", ".join(path.name for path in paths)
@@ -216,9 +214,7 @@ def _labels(column: "pa.ChunkedArray", row: DatasetRow, origin: str) -> npt.NDAr
     import pyarrow as pa
 
     if not pa.types.is_integer(column.type) or column.null_count:
-        raise UserError(
-            f"{origin}: column {row.label_column!r} must hold an integer in every row, not {column.type}"
-        )
+        raise UserError(f"{origin}: column {row.label_column!r} must hold an integer in every row, not {column.type}")
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     if labels.size and not 0 <= labels.min() <= labels.max() < row.num_classes:
         span = f"{labels.min()} to {labels.max()}"

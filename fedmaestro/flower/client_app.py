@@ -3,6 +3,8 @@
 Handlers hold no state between messages; models and data stay resident per process (Ray actor or SuperNode).
 """
 
+from typing import Any
+
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,12 +18,12 @@ app = ClientApp()
 DESCRIBE = "describe"
 
 
-def _environment(message: Message, context: Context) -> tuple[Environment, ConfigRecord]:
+def _environment(message: Message, context: Context) -> tuple[Environment, dict[str, Any]]:
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
-    job = message.content.config_records[wire.JOB]
+    job: dict[str, Any] = dict(message.content.config_records[wire.JOB])
     data_dir = context.node_config.get("data-dir")
-    return environment_of(str(job["experiment"]), None if data_dir is None else str(data_dir)), job
+    return environment_of(job["experiment"], None if data_dir is None else str(data_dir)), job
 
 
 @app.query(DESCRIBE)
@@ -43,8 +45,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the devices of a cohort and reply with their partial sum and one metrics row each."""
     env, job = _environment(message, context)
     start = wire.to_state(message.content.array_records[wire.SUBMODEL])
-    devices = [int(d) for d in job["devices"]]  # type: ignore[union-attr]
-    result = train_cohort(env, str(job["tier"]), devices, start, int(job["round"]))  # type: ignore[arg-type]
+    result = train_cohort(env, job["tier"], job["devices"], start, job["round"])
     return Message(wire.cohort_reply(result), reply_to=message)
 
 
@@ -53,6 +54,6 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a tier's submodel on a part of the test set."""
     env, job = _environment(message, context)
     state = wire.to_state(message.content.array_records[wire.SUBMODEL])
-    part = evaluate_part(env, str(job["tier"]), state, int(job["first"]), int(job["last"]))  # type: ignore[arg-type]
-    metrics = {"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples}
-    return Message(RecordDict({wire.METRICS: MetricRecord(metrics)}), reply_to=message)
+    part = evaluate_part(env, job["tier"], state, job["first"], job["last"])
+    metrics = MetricRecord({"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples})
+    return Message(RecordDict({wire.METRICS: metrics}), reply_to=message)

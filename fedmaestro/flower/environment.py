@@ -50,9 +50,7 @@ class Environment:
         return hashlib.sha256(f"{self.dataset.fingerprint} {parts}".encode()).hexdigest()
 
 
-def open_environment(
-    config: ExperimentConfig, progress: Callable[[int, int], None] | None = None
-) -> Environment:
+def open_environment(config: ExperimentConfig, progress: Callable[[int, int], None] | None = None) -> Environment:
     """Build the environment; data and partitions come from the cache from the second time on.
 
     Raises:

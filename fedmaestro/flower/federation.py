@@ -89,9 +89,7 @@ class Federation:
             title=f"{env.dataset.name}: examples of each device by class",
         )
         seed = rng.derived_seed(env.config.seed, "init")
-        return Checkpoint(
-            round=-1, global_state=env.plan.architecture.initial_state(seed), server_memory={}
-        )
+        return Checkpoint(round=-1, global_state=env.plan.architecture.initial_state(seed), server_memory={})
 
     def _rounds(self, checkpoint: Checkpoint) -> Checkpoint:
         train = self.env.config.train
@@ -120,15 +118,11 @@ class Federation:
         metrics = MetricRecord()
         if server_round > 0:
             messages = list(strategy.configure_train(server_round, arrays, config, self.grid))
-            arrays, metrics = strategy.aggregate_train(
-                server_round, self._exchange(messages, server_round, "train")
-            )
+            arrays, metrics = strategy.aggregate_train(server_round, self._exchange(messages, server_round, "train"))
         tiers: dict[str, dict[str, float]] = {}
         if server_round % train.evaluate_every == 0 or server_round == train.rounds:
             messages = list(strategy.configure_evaluate(server_round, arrays, config, self.grid))
-            scores = strategy.aggregate_evaluate(
-                server_round, self._exchange(messages, server_round, "evaluate")
-            )
+            scores = strategy.aggregate_evaluate(server_round, self._exchange(messages, server_round, "evaluate"))
             tiers = _by_tier(scores or MetricRecord())
         return arrays, RoundRecord(round=server_round, tiers=tiers, **metrics)  # type: ignore[arg-type]
 

@@ -93,17 +93,13 @@ def evaluate_part(env: Environment, tier_name: str, state: State, first: int, la
     """Evaluate a tier's submodel on test examples ``first … last - 1``."""
     model = _resident_model(env.plan.architecture, _key(env.plan.by_name(tier_name).serves.size))
     load(model, state)
-    return score(
-        model.eval(), env.dataset, env.dataset.test_images[first:last], env.dataset.test_labels[first:last]
-    )
+    return score(model.eval(), env.dataset, env.dataset.test_images[first:last], env.dataset.test_labels[first:last])
 
 
 def resident_prefixes(env: Environment, submodel: Submodel) -> Prefixes:
     """Return the reused model of this size, with the serving sizes of all smaller tiers as its levels."""
     elements = submodel.cost.params
-    smaller = {
-        _key(tier.serves.size): tier.serves for tier in env.plan.tiers if tier.serves.cost.params < elements
-    }
+    smaller = {_key(tier.serves.size): tier.serves for tier in env.plan.tiers if tier.serves.cost.params < elements}
     model = _resident_model(env.plan.architecture, _key(submodel.size))
     templates = [(_template(env.plan.architecture, key), other.shapes) for key, other in smaller.items()]
     return Prefixes(model, templates)
@@ -122,7 +118,8 @@ def _size(key: _Key) -> Size:
 
 @lru_cache(maxsize=32)
 def _resident_model(architecture: Architecture, key: _Key) -> nn.Module:
-    return architecture.materialize(_size(key)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = architecture.materialize(_size(key))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 @lru_cache(maxsize=32)

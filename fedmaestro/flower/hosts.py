@@ -75,9 +75,7 @@ def _wait_for_nodes(grid: Grid, count: int, stop: threading.Event) -> list[int]:
     return nodes
 
 
-def _describe(
-    grid: Grid, nodes: Iterable[int], env: Environment, stop: threading.Event
-) -> dict[int, tuple[int, str]]:
+def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threading.Event) -> dict[int, tuple[int, str]]:
     """Return (number of hosts, data fingerprint) by node."""
     experiment = env.config.to_json()
     messages = [

@@ -4,13 +4,13 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -162,9 +162,7 @@ def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) ->
     folder.check_usable()
     if not resume:
         if folder.holds_run():
-            raise UserError(
-                f"{folder.path} already holds a run: continue it with --resume, or choose another --out"
-            )
+            raise UserError(f"{folder.path} already holds a run: continue it with --resume, or choose another --out")
         return
     if not folder.config.exists():
         raise UserError(f"{folder.path} holds no run to resume: leave --resume out")

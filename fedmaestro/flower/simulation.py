@@ -73,17 +73,16 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
     """Start Ray here (or connect) before Flower does, which would take all CPUs and report failures late."""
     paths = os.pathsep.join(path for path in sys.path if path)
     address = address or os.environ.get("RAY_ADDRESS") or None
-    local = {} if address else {"num_cpus": actors}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(
                 address=address or "local",
+                num_cpus=None if address else actors,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-                **local,
             )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -101,16 +100,16 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _actors_end_without_retry() -> Iterator[None]:
-    """End actors by ``ray.kill``: with task retries, Ray would retry (and report) the ``terminate`` call that ends one."""
+    """End actors by ``ray.kill``: with task retries, Ray would retry and report Flower's ``terminate`` call."""
     from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
     original = BasicActorPool.terminate_all_actors
 
     def kill_all(pool: BasicActorPool) -> None:
         for actor in pool.pool:
-            ray.kill(actor)
+            ray.kill(actor)  # type: ignore[arg-type]
 
-    BasicActorPool.terminate_all_actors = kill_all  # type: ignore[method-assign]
+    BasicActorPool.terminate_all_actors = kill_all  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ It works in FedMaestro's own loop (``federation``) and in Flower's (``strategy.s
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -16,13 +16,14 @@ from fedmaestro.evaluate import Score
 from fedmaestro.flower import wire
 from fedmaestro.flower.environment import Environment
 from fedmaestro.flower.host import CohortResult
-from fedmaestro.plan import TierPlan
+from fedmaestro.plan import Submodel, TierPlan
 from fedmaestro.schedule import Cohort, Schedule, schedule_round
-from fedmaestro.submodel import Shapes, State, cut
+from fedmaestro.submodel import State, cut
 
 log = logging.getLogger("fedmaestro")
 
 T = TypeVar("T")
+Job = dict[str, bool | bytes | float | int | str | list[int] | list[float] | list[bool] | list[bytes] | list[str]]
 
 TEST_PART = 2500
 """Test examples per evaluation message: fixed, so that sums do not depend on the number of hosts."""
@@ -41,16 +42,21 @@ class TieredStrategy(FlowerStrategy):
         self.server_memory: State = server_memory or {}
         self._experiment = env.config.to_json()
         self._global: State = {}
+        self._records: dict[int, ArrayRecord] = {}
         self._schedule: Schedule | None = None
         self._messages: list[tuple[Message, Cohort]] = []
         self._parts: list[tuple[Message, TierPlan]] = []
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,  # noqa: ARG002
+        grid: Grid,
     ) -> Iterable[Message]:
         """Return one message per cohort, the one with the most work first (the shortest makespan)."""
         env, train, fleet = self.env, self.env.config.train, self.env.config.fleet
-        self._global = wire.to_state(arrays)
+        self._load(arrays)
         self._schedule = schedule_round(
             plan=env.plan,
             tier_of=env.tier_of,
@@ -71,21 +77,26 @@ class TieredStrategy(FlowerStrategy):
         return [message for message, _ in self._messages]
 
     def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
-        job = {"round": server_round, "tier": cohort.tier.tier.name, "devices": list(cohort.devices)}
-        return self._message(cohort.submodel.shapes, job, MessageType.TRAIN, node)
+        job: Job = {"round": server_round, "tier": cohort.tier.tier.name, "devices": list(cohort.devices)}
+        return self._message(cohort.submodel, job, MessageType.TRAIN, node)
 
-    def _message(self, shapes: Shapes, job: dict[str, int | str | list[int]], kind: str, node: int) -> Message:
+    def _message(self, submodel: Submodel, job: Job, kind: str, node: int) -> Message:
+        # Messages of one tier share one record, which is serialised once.
+        if submodel.cost.params not in self._records:
+            self._records[submodel.cost.params] = wire.to_arrays(cut(self._global, submodel.shapes))
         content = RecordDict(
             {
-                wire.SUBMODEL: wire.to_arrays(cut(self._global, shapes)),
-                wire.JOB: ConfigRecord({"experiment": self._experiment, **job}),  # type: ignore[dict-item]
+                wire.SUBMODEL: self._records[submodel.cost.params],
+                wire.JOB: ConfigRecord({"experiment": self._experiment, **job}),
             }
         )
         return Message(content=content, dst_node_id=node, message_type=kind)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord, MetricRecord]:
+    def _load(self, arrays: ArrayRecord) -> None:
+        self._global = wire.to_state(arrays)
+        self._records = {}
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """Merge what came back, in cohort order; devices of missing or erroneous replies count as failed."""
         assert self._schedule is not None
         results = _matched(self._messages, replies)
@@ -108,7 +119,7 @@ class TieredStrategy(FlowerStrategy):
             self._global, self.server_memory = self.env.strategy.server.step(
                 self._global, aggregated, self.server_memory
             )
-        metrics = {
+        metrics: dict[str, Any] = {
             "devices": len(losses),
             "failed": len(failures),
             "dropped": len(self._schedule.dropped),
@@ -122,22 +133,26 @@ class TieredStrategy(FlowerStrategy):
         return wire.to_arrays(self._global), MetricRecord(metrics)
 
     def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,  # noqa: ARG002
+        grid: Grid,
     ) -> Iterable[Message]:
         """Return messages that evaluate every distinct submodel that serves a tier, in parts of the test set."""
-        self._global = wire.to_state(arrays)
+        self._load(arrays)
         nodes = cycle(sorted(grid.get_node_ids()))
         examples = len(self.env.dataset.test_labels)
         self._parts = []
         for tier in self._distinct():
             for first in range(0, examples, TEST_PART):
-                job = {
+                job: Job = {
                     "round": server_round,
                     "tier": tier.tier.name,
                     "first": first,
                     "last": min(first + TEST_PART, examples),
                 }
-                message = self._message(tier.serves.shapes, job, MessageType.EVALUATE, next(nodes))  # type: ignore[arg-type]
+                message = self._message(tier.serves, job, MessageType.EVALUATE, next(nodes))
                 self._parts.append((message, tier))
         return [message for message, _ in self._parts]
 
@@ -156,15 +171,15 @@ class TieredStrategy(FlowerStrategy):
                 log.warning("round %d: evaluation of tier %s failed: %s", server_round, tier.tier.name, reason)
                 broken.add(params)
                 continue
-            m = cast(dict[str, float], reply.content.metric_records[wire.METRICS])
-            part = Score(int(m["correct"]), float(m["loss-sum"]), int(m["examples"]))
+            m: dict[str, Any] = dict(reply.content.metric_records[wire.METRICS])
+            part = Score(m["correct"], m["loss-sum"], m["examples"])
             scores[params] = scores.get(params, Score(0, 0.0, 0)) + part
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         for tier in self.env.plan.tiers:
             if (params := tier.serves.cost.params) in scores and params not in broken:
                 metrics[f"accuracy.{tier.tier.name}"] = scores[params].accuracy
                 metrics[f"loss.{tier.tier.name}"] = scores[params].loss
-        return MetricRecord(cast(dict[str, int | float | list[int] | list[float]], metrics))
+        return MetricRecord(metrics)
 
     def summary(self) -> None:
         """Log what this strategy does (Flower calls it at the start of its own loop)."""

@@ -5,6 +5,7 @@ form of ``cost`` predicts; each Array adds the about 128 bytes of NumPy's header
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,26 +57,23 @@ def cohort_reply(result: CohortResult) -> RecordDict:
                     "loss": [report.loss for report in result.reports],
                 }
             ),
-            FAILURES: ConfigRecord(
-                {"device": list(result.failures), "reason": list(result.failures.values())}
-            ),
+            FAILURES: ConfigRecord({"device": list(result.failures), "reason": list(result.failures.values())}),
         }
     )
 
 
 def read_cohort_reply(content: RecordDict) -> CohortResult:
     """Unpack what ``cohort_reply`` packed."""
-    metrics, failures = content.metric_records[METRICS], content.config_records[FAILURES]
-    weight = float(metrics["weight"])  # type: ignore[arg-type]
+    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
+    failures: dict[str, Any] = dict(content.config_records[FAILURES])
+    weight: float = metrics["weight"]
     mean = to_state(content.array_records[PARTIAL])
-    block = Block({n: m.double() * weight for n, m in mean.items()}, weight) if mean else None
-    columns = (metrics["device"], metrics["examples"], metrics["loss"])
-    reports = [
-        DeviceReport(device=int(d), examples=int(n), loss=float(x))
-        for d, n, x in zip(*columns, strict=True)  # type: ignore[arg-type]
-    ]
-    reasons = dict(zip(failures["device"], failures["reason"], strict=True))  # type: ignore[arg-type]
-    return CohortResult(block=block, reports=tuple(reports), failures=reasons)
+    rows = zip(metrics["device"], metrics["examples"], metrics["loss"], strict=True)
+    return CohortResult(
+        block=Block({n: m.double() * weight for n, m in mean.items()}, weight) if mean else None,
+        reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
+        failures=dict(zip(failures["device"], failures["reason"], strict=True)),
+    )
 
 
 def as_partial(block: Block) -> Partial:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedmaestro.errors import UserError, unknown_name
 from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, layers
 
+
 def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     """Return a copy of ``dense`` with every Linear and Conv2d in LoD form; the function is unchanged at full rank.
 
@@ -105,4 +106,3 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         return modules[""].train(model.training)
     memo = {id(model.get_submodule(name)): new.train(model.training) for name, new in modules.items()}
     return copy.deepcopy(model, memo)
-

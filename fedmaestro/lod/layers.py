@@ -11,7 +11,7 @@ recovers them from fractions, off by one for some), and rank 0 means "bias only"
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class LoDLinear(LoDLayer):
     def dense(self) -> nn.Linear:
         u, v = self.prefix()
         out_features, in_features = u.shape[0], v.shape[1]
-        layer = nn.utils.skip_init(
+        layer = _uninitialised(
             nn.Linear, in_features, out_features, bias=self.bias is not None, device=u.device, dtype=u.dtype
         )
         return cast(nn.Linear, _filled(layer, u @ v, self.bias))
@@ -128,13 +128,11 @@ class LoDConv2d(LoDLayer):
         ]
 
     def replaced(self, u: Tensor, v: Tensor) -> "LoDConv2d":
-        return LoDConv2d(
-            u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation
-        )
+        return LoDConv2d(u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation)
 
     def dense(self) -> nn.Conv2d:
         u, v = self.prefix()
-        layer = nn.utils.skip_init(
+        layer = _uninitialised(
             nn.Conv2d,
             v.shape[1],
             u.shape[0],
@@ -192,6 +190,10 @@ def check_rank(value: int, max_rank: int, name: str = "") -> int:
     if not 0 <= rank <= max_rank:
         raise UserError(f"rank{where} must be between 0 and {max_rank}, got {rank}")
     return rank
+
+
+def _uninitialised(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    return nn.utils.skip_init(kind, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _only_bias(zeros: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:

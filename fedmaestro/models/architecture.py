@@ -78,10 +78,8 @@ class Architecture:
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
-        if self.form == "dense":
-            counts = {MODELS[self.name].channels}
-        else:
-            counts = set(lod.max_ranks(self.full).values())
+        dense = self.form == "dense"
+        counts = {MODELS[self.name].channels} if dense else set(lod.max_ranks(self.full).values())
         steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
         return sorted(steps) or [FULL]
 

@@ -9,7 +9,7 @@ from fedmaestro.models.width import Scale
 
 
 def lenet(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
-    """Two 5×5 convolutions (6 and 16 channels), then 120 and 84 units (LeCun et al. 1998, as in Maestro's MNIST runs)."""
+    """Two 5×5 convolutions (6 and 16 channels), then 120 and 84 units (LeCun et al. 1998, as Maestro has it)."""
     channels, height, width = image_shape
     if min(height, width) < 16:
         raise UserError(

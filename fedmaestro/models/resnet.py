@@ -19,9 +19,7 @@ class BasicBlock(nn.Module):
         self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, after, 1, stride=stride, bias=False), group_norm(after)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), group_norm(after))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, before, H, W)`` to ``(B, after, H/stride, W/stride)``."""

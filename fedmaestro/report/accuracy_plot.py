@@ -29,9 +29,7 @@ _MAX_MARKERS = 15  # per curve
 _Rounds = Sequence[Mapping[str, Any]]
 
 
-def plot_tier_accuracy(
-    rounds: _Rounds, path_without_suffix: Path | str, title: str = ""
-) -> tuple[Path, Path]:
+def plot_tier_accuracy(rounds: _Rounds, path_without_suffix: Path | str, title: str = "") -> tuple[Path, Path]:
     """Draw test accuracy (%) per tier over rounds and, where time was simulated, over virtual time.
 
     Args:
@@ -61,9 +59,7 @@ def y_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     last = max((curve.rounds[-1] for curve in curves), default=0)
     settled = [curve.final for curve in curves if curve.finite]
     for curve in curves:
-        settled += [
-            a for n, a in zip(curve.rounds, curve.accuracy, strict=True) if n >= _SETTLED * last and a == a
-        ]
+        settled += [a for n, a in zip(curve.rounds, curve.accuracy, strict=True) if n >= _SETTLED * last and a == a]
     if not settled:
         return 0.0, 100.0
     low, high = 100 * min(settled), 100 * max(settled + [curve.best for curve in curves if curve.finite])

@@ -34,8 +34,7 @@ def run_title(run: RunRecord) -> str:
 def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     """Return the facts of each tier, largest tier first; an interrupted run has only accuracies."""
     facts = {
-        curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best}
-        for curve in tier_curves(run.rounds)
+        curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best} for curve in tier_curves(run.rounds)
     }
     for name, known in _summary_tiers(run).items():
         facts[name] = {**facts.get(name, {}), **known}

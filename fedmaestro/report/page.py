@@ -43,9 +43,7 @@ def _page(runs: Sequence[RunRecord]) -> str:
     assert runs, "a report needs at least one run"
     names, anchors = run_names(runs), [f"run{number}" for number in range(1, len(runs) + 1)]
     title = run_title(runs[0]) if len(runs) == 1 else f"Comparison of {len(runs)} runs"
-    sections = [
-        run_section(run, name, anchor) for run, name, anchor in zip(runs, names, anchors, strict=True)
-    ]
+    sections = [run_section(run, name, anchor) for run, name, anchor in zip(runs, names, anchors, strict=True)]
     if len(runs) > 1:
         sections.insert(0, comparison(runs, names, anchors))
     body = "\n".join(sections)

@@ -111,9 +111,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
         cache.fetch(tmp_path / "entry", full, read)
 
 
-def test_the_root_follows_argument_then_variable_then_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_root_follows_argument_then_variable_then_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMAESTRO_CACHE", str(tmp_path / "variable"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -55,9 +55,7 @@ def write_parquet(tmp_path: Path) -> Callable[..., Path]:
 def fake_mnist(pixels: dict[str, np.ndarray], write_parquet: Callable[..., Path]) -> Path:
     """Return a data folder whose ``mnist`` holds 12 + 6 grey images of 5×4 pixels."""
     for split, images in pixels.items():
-        path = write_parquet(
-            split, table([png(image) for image in images], [i % 3 for i in range(len(images))])
-        )
+        path = write_parquet(split, table([png(image) for image in images], [i % 3 for i in range(len(images))]))
     return path.parents[1]
 
 
@@ -73,9 +71,7 @@ def test_digits_end_to_end(digits: ImageDataset, session_cache: Path) -> None:
     assert digits.train_labels.dtype == np.int64
     assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
     assert digits.num_classes == 10
-    shares = np.bincount(digits.test_labels) / (
-        np.bincount(digits.test_labels) + np.bincount(digits.train_labels)
-    )
+    shares = np.bincount(digits.test_labels) / (np.bincount(digits.test_labels) + np.bincount(digits.train_labels))
     np.testing.assert_allclose(shares, 0.2, atol=0.01)  # stratified
     again = load_dataset("digits", data_dir="/nowhere", cache_dir=session_cache)
     assert again.fingerprint == digits.fingerprint
@@ -116,9 +112,7 @@ def test_table_names_the_hub_and_the_columns() -> None:
     assert all(row.summary for row in DATASETS.values())
 
 
-def test_local_parquet_is_decoded_exactly(
-    fake_mnist: Path, pixels: dict[str, np.ndarray], tmp_path: Path
-) -> None:
+def test_local_parquet_is_decoded_exactly(fake_mnist: Path, pixels: dict[str, np.ndarray], tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     data = load_dataset("mnist", fake_mnist, tmp_path / "cache", progress=lambda *call: calls.append(call))
     np.testing.assert_array_equal(data.train_images[:, 0], pixels["train"])
@@ -145,18 +139,14 @@ def test_shards_are_read_in_order(
         load_dataset("mnist", fake_mnist, tmp_path / "cache")
 
 
-def test_plain_binary_and_colour_images_are_accepted(
-    write_parquet: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_plain_binary_and_colour_images_are_accepted(write_parquet: Callable[..., Path], tmp_path: Path) -> None:
     colour = np.zeros((5, 4, 3), np.uint8)
     for split in ("train", "test"):
         path = write_parquet(split, pa.table({"image": [png(colour)], "label": [0]}))
     assert load_dataset("mnist", path.parents[1], tmp_path / "cache").image_shape == (1, 5, 4)
 
 
-def test_changed_files_are_decoded_again(
-    fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_changed_files_are_decoded_again(fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path) -> None:
     before = load_dataset("mnist", fake_mnist, tmp_path / "cache")
     write_parquet("test", table([png(np.ones((5, 4), np.uint8))] * 3, [0, 1, 2]))
     after = load_dataset("mnist", fake_mnist, tmp_path / "cache")
@@ -208,9 +198,7 @@ def test_bad_content_names_the_file_and_publishes_nothing(
     assert entries(tmp_path / "cache") == []
 
 
-def test_image_column_of_another_type(
-    fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_image_column_of_another_type(fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path) -> None:
     write_parquet("train", pa.table({"image": [1.5], "label": [0]}))
     with pytest.raises(UserError, match="'image' holds double, expected image files as bytes"):
         load_dataset("mnist", fake_mnist, tmp_path / "cache")
@@ -274,9 +262,7 @@ def test_a_cache_in_a_file_is_an_error(fake_mnist: Path, tmp_path: Path) -> None
         load_dataset("mnist", fake_mnist, tmp_path / "file")
 
 
-def test_the_hub_goes_through_the_same_code(
-    fake_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_goes_through_the_same_code(fake_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     original = datasets.load_dataset
@@ -301,9 +287,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        UserError, match=r"pass --data-dir DATA_DIR with DATA_DIR/cifar10/train-\*\.parquet"
-    ) as caught:
+    with pytest.raises(UserError, match=r"pass --data-dir DATA_DIR with DATA_DIR/cifar10/train-\*\.parquet") as caught:
         load_dataset("cifar10", cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert entries(tmp_path / "cache") == []
@@ -327,9 +311,7 @@ def test_real_cifar10(shared_data: Path, session_cache: Path) -> None:
     assert data.train_images.shape == (50000, 3, 32, 32)
     assert data.test_images.shape == (10000, 3, 32, 32)
     assert np.bincount(data.train_labels).tolist() == [5000] * 10
-    assert data.mean == pytest.approx(
-        (0.4914, 0.4822, 0.4465), abs=1e-3
-    )  # re-encoded, so not to the last digit
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)  # re-encoded, so not to the last digit
     assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=3e-3)
     assert calls[-1] == (60000, 60000)
     assert calls == sorted(calls)
@@ -350,9 +332,7 @@ def test_the_second_call_imports_nothing_heavy(digits: ImageDataset, session_cac
 
     cached_partition(digits, scheme="iid", num_devices=4, seed=0, cache_dir=session_cache)
     command = [sys.executable, "-c", SECOND_CALL, str(session_cache)]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

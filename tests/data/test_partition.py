@@ -22,9 +22,7 @@ LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
 
 @pytest.mark.parametrize("scheme", PARTITIONS)
 @settings(max_examples=8, deadline=None)
-@given(
-    num_devices=st.integers(1, 12), num_classes=st.integers(1, 5), seed=st.integers(0, 2**32), data=st.data()
-)
+@given(num_devices=st.integers(1, 12), num_classes=st.integers(1, 5), seed=st.integers(0, 2**32), data=st.data())
 def test_every_example_belongs_to_exactly_one_device(
     scheme: str, num_devices: int, num_classes: int, seed: int, data: st.DataObject
 ) -> None:
@@ -75,9 +73,7 @@ def test_dirichlet_keeps_the_minimum() -> None:
 
 @pytest.mark.parametrize("classes_per_device", [1, 2, 10])
 def test_pathological_uses_every_class(classes_per_device: int) -> None:
-    parts = partition(
-        LABELS, scheme="pathological", num_devices=20, seed=3, classes_per_device=classes_per_device
-    )
+    parts = partition(LABELS, scheme="pathological", num_devices=20, seed=3, classes_per_device=classes_per_device)
     counts = class_counts(LABELS, parts, 10)
     assert ((counts > 0).sum(axis=1) == classes_per_device).all()
     assert (counts.sum(axis=0) == 60).all()
@@ -90,11 +86,7 @@ def test_pathological_with_fewer_devices_than_classes() -> None:
 
 def test_a_devices_number_tells_nothing_about_its_classes() -> None:
     firsts = {
-        int(
-            LABELS[
-                partition(LABELS, scheme="pathological", num_devices=10, seed=s, classes_per_device=1)[0][0]
-            ]
-        )
+        int(LABELS[partition(LABELS, scheme="pathological", num_devices=10, seed=s, classes_per_device=1)[0][0]])
         for s in range(6)
     }
     assert len(firsts) > 1

@@ -93,9 +93,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         rows = make_rounds() if rounds is None else rounds
-        (folder / "rounds.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = {
             "seed": seed,
             "train": {"strategy": strategy, "objective": "own-prefix", "lr": 0.05},

@@ -78,9 +78,7 @@ def test_nan_accuracies_leave_gaps(make_rounds: MakeRounds, tmp_path: Path) -> N
     assert legend["low"] == "–"
 
 
-@pytest.mark.parametrize(
-    "rounds", [[], [{"round": 0}], [{"round": 0, "tiers": {"a": {"accuracy": math.nan}}}]]
-)
+@pytest.mark.parametrize("rounds", [[], [{"round": 0}], [{"round": 0, "tiers": {"a": {"accuracy": math.nan}}}]])
 def test_nothing_evaluated_says_so(rounds: list[dict[str, Any]], tmp_path: Path) -> None:
     _, svg = plot_tier_accuracy(rounds, tmp_path / "plot")
     assert "no round has been evaluated yet" in _texts(svg)
@@ -89,9 +87,7 @@ def test_nothing_evaluated_says_so(rounds: list[dict[str, Any]], tmp_path: Path)
 def test_a_name_in_another_script_or_with_markup(make_rounds: MakeRounds, tmp_path: Path) -> None:
     names = ["旗舰", '<b>&"', "a name that is far too long to fit beside a plot"]
     _, svg = plot_tier_accuracy(make_rounds(names, [0.9, 0.8, 0.7]), tmp_path / "plot")
-    shown = [
-        text.split(maxsplit=1)[1] for text in _texts(svg) if text[:2] in ("90", "80", "70") and " " in text
-    ]
+    shown = [text.split(maxsplit=1)[1] for text in _texts(svg) if text[:2] in ("90", "80", "70") and " " in text]
     assert shown == [names[0], names[1], names[2][:27] + "…"]
 
 
@@ -126,9 +122,7 @@ def test_limits_never_hide_what_follows_the_start(values: list[list[float]]) -> 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_colours_are_ordered_and_stand_out_from_white(count: int) -> None:
     def luminance(color: str) -> float:
-        red, green, blue = (
-            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)
-        )
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     levels = [luminance(color) for color in tier_colors(count)]

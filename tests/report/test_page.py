@@ -94,11 +94,7 @@ def test_nothing_is_loaded_and_ids_are_unique(make_run: MakeRun) -> None:
     plot_partition(np.ones((10, 10), dtype=np.int64), runs[0] / "plots" / "partition")
     text = html_report(runs)
     page = _Page(text)
-    assert all(
-        link.startswith(("#", "data:"))
-        for name in ("src", "href", "xlink:href")
-        for link in page.values(name)
-    )
+    assert all(link.startswith(("#", "data:")) for name in ("src", "href", "xlink:href") for link in page.values(name))
     assert re.findall(r"url\((?!#)|@import", text) == []
     ids = page.values("id")
     assert len(ids) == len(set(ids)) > 20

@@ -68,9 +68,7 @@ def test_a_corrupt_line_is_named(make_run: MakeRun, line: str, why: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("config.toml", "a = = 1")]
-)
+@pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("config.toml", "a = = 1")])
 def test_a_corrupt_file_is_named(make_run: MakeRun, name: str, text: str) -> None:
     folder = make_run()
     (folder / name).write_text(text, encoding="utf-8")

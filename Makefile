@@ -1,0 +1,41 @@
+# All targets set up what they need; PYTHON names the interpreter (>= 3.11) for the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check lint types slow clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# PyTorch first and by itself: the pinned build is then what every other package's requirement finds.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/fedmaestro run
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# What CI runs.
+check: lint types test
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The installed wheel is what gets checked: in a checkout, strategies/ and clients/ are not below fedmaestro/.
+types: $(STAMP)
+	rm -rf build .typecheck
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .typecheck .
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedmaestro
+	rm -rf build
+
+# Tests of more than a minute; run them before a release.
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,174 @@
+"""The command line. Heavy imports (PyTorch, Flower, Ray) happen inside the commands: ``--help`` is instant."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedmaestro.errors import UserError, unknown_name
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Simulate federations of unequal devices that share one low-rank ordered network.",
+)
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment TOML; without it the demo on embedded digits.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated."),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
+    actors: Annotated[
+        int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
+    ] = None,
+) -> None:
+    """Run one experiment and report the accuracy of every tier."""
+    from fedmaestro.config import parse_assignment
+    from fedmaestro.display import LiveDisplay, print_closing
+    from fedmaestro.flower.run import run as run_experiment
+
+    console = Console()
+    overrides = dict(parse_assignment(text) for text in set_ or [])
+    with LiveDisplay(console) as display:
+        finished = run_experiment(
+            experiment,
+            overrides=overrides,
+            data_dir=data_dir,
+            out=out,
+            actors=actors,
+            resume=resume,
+            ray_address=ray_address,
+            observer=display,
+            on_data=display.on_data,
+        )
+    summary = finished.summary
+    print_closing(console, str(finished.path), summary)
+    if summary.get("interrupted"):
+        console.print(
+            f"interrupted after round {summary['rounds']}: continue with "
+            f"`fedmaestro run --resume --out {finished.path}`",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file for several runs; report.html in the folder for one.")
+    ] = None,
+) -> None:
+    """Write plots and an HTML report of one run, or one page that compares several."""
+    from fedmaestro.report import write_report, write_run_report
+
+    if len(run_dirs) == 1 and out is None:
+        written = write_run_report(run_dirs[0])[-1]
+    else:
+        written = write_report(run_dirs, out or Path("report.html"))
+    Console().print(f"report: {written}", soft_wrap=True)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="strategies, objectives, models, datasets, fleets or settings")],
+) -> None:
+    """List what can be named in an experiment."""
+    tables: dict[str, Callable[[], Table]] = {
+        "strategies": _strategies,
+        "objectives": _objectives,
+        "models": _models,
+        "datasets": _datasets,
+        "fleets": _fleets,
+        "settings": _settings,
+    }
+    if kind not in tables:
+        raise unknown_name("list", kind, tables)
+    Console().print(tables[kind]())
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=i == 0, overflow="fold")
+    return table
+
+
+def _filled(table: Table, rows: list[tuple[Any, ...]]) -> Table:
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def _strategies() -> Table:
+    from fedmaestro.strategies import STRATEGIES
+
+    rows = [(s.name, s.summary, s.objective, s.source) for s in STRATEGIES.values()]
+    return _filled(_table("strategy", "rule", "objective", "source"), rows)
+
+
+def _objectives() -> Table:
+    from fedmaestro.clients import OBJECTIVES
+
+    rows = [(o.name, o.summary, o.source) for o in OBJECTIVES.values()]
+    return _filled(_table("objective", "loss of a local step", "source"), rows)
+
+
+def _models() -> Table:
+    from fedmaestro.models import MODELS
+
+    return _filled(_table("model", "what it is"), [(n, m.summary) for n, m in MODELS.items()])
+
+
+def _datasets() -> Table:
+    from fedmaestro.data import DATASETS
+
+    return _filled(_table("dataset", "what it is"), [(n, d.summary) for n, d in DATASETS.items()])
+
+
+def _fleets() -> Table:
+    from fedmaestro.fleet import FLEETS
+
+    return _filled(_table("fleet", "tiers"), [(n, f.summary) for n, f in FLEETS.items()])
+
+
+def _settings() -> Table:
+    from fedmaestro.config import describe_settings
+
+    return _filled(_table("setting", "default", "meaning"), [(k, repr(d), text) for k, d, text in describe_settings()])
+
+
+def main() -> None:
+    """Entry point: user errors are one line on standard error and exit code 2."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger("fedmaestro").addHandler(handler)
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"fedmaestro: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("fedmaestro: interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

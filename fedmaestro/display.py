@@ -1,0 +1,148 @@
+"""What the user sees in the terminal: a live display while a run goes on, and the closing table per tier."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedmaestro.flower.environment import Environment
+from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.report import format_bytes, format_count, format_seconds
+
+
+class LiveDisplay:
+    """Observer that shows rounds, accuracy per tier, bytes, virtual and wall time and failures.
+
+    On a terminal the display refreshes in place; elsewhere (a log file, CI) it prints a line per evaluated round.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._started = time.monotonic()
+        self._rounds: list[RoundRecord] = []
+        self._names: list[str] = []
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self._bar = self._bars.add_task("starting Ray and the hosts", total=None)
+        self._phase = ""
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveDisplay":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def on_data(self, done: int, total: int) -> None:
+        """Show the progress of decoding a dataset for the first time."""
+        self._bars.update(self._bar, description="decoding the images (once)", completed=done, total=total)
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:
+        """Show what runs and where its results go."""
+        config = env.config
+        self._names = [tier.tier.name for tier in env.plan.tiers]
+        self._bars.update(self._bar, description="round", completed=max(0, first_round - 1), total=config.train.rounds)
+        self.console.print(
+            f"{env.dataset.name}, {config.data.devices} devices, {config.train.devices_per_round} a round · "
+            f"{config.model.name} · {env.strategy.name} with {env.objective.name} · seed {config.seed}"
+        )
+        self.console.print(f"results go to {folder.path}", soft_wrap=True)
+
+    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
+        """Show how far the round is."""
+        self._phase = f"round {server_round}: {phase} {done}/{total} messages"
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Show a complete round."""
+        self._rounds.append(record)
+        self._bars.update(self._bar, completed=record.round)
+        if record.tiers and not self.console.is_terminal:
+            scores = "  ".join(f"{n} {100 * t['accuracy']:.1f}" for n, t in record.tiers.items())
+            self.console.print(f"round {record.round:4d}  accuracy %  {scores}  {self._totals()}", soft_wrap=True)
+
+    def _render(self) -> Group:
+        latest = next((record for record in reversed(self._rounds) if record.tiers), None)
+        parts: list[Any] = [self._bars]
+        if latest is not None:
+            table = Table(box=None, padding=(0, 2))
+            table.add_column(f"accuracy %, round {latest.round}")
+            row = ["now"]
+            for name in self._names:
+                table.add_column(name, justify="right")
+                score = latest.tiers.get(name)
+                row.append("–" if score is None else f"{100 * score['accuracy']:.1f}")
+            table.add_row(*row)
+            parts.append(table)
+        parts.append(Text(f"{self._totals()}   {self._phase}", style="dim"))
+        return Group(*parts)
+
+    def _totals(self) -> str:
+        down = sum(record.download_bytes for record in self._rounds)
+        up = sum(record.upload_bytes for record in self._rounds)
+        virtual = sum(record.virtual_seconds for record in self._rounds)
+        failed = sum(record.failed for record in self._rounds)
+        return (
+            f"down {format_bytes(down)}  up {format_bytes(up)}  virtual {format_seconds(virtual)}  "
+            f"wall {format_seconds(time.monotonic() - self._started)}  failed {failed}"
+        )
+
+
+def tier_table(summary: dict[str, Any]) -> Table:
+    """Return the closing table: one row per tier, largest first."""
+    table = Table(title=f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}")
+    table.add_column("tier")
+    for heading in ("devices", "ranks", "parameters", "MACs/example", "down/round", "accuracy %", "best %"):
+        table.add_column(heading, justify="right")
+    for name, tier in summary["tiers"].items():
+        table.add_row(
+            name,
+            str(tier["devices"]),
+            _ranks(tier["ranks"]),
+            format_count(tier["params"]),
+            format_count(tier["macs_per_example"]),
+            format_bytes(tier["download_bytes"]),
+            _percent(tier["final_accuracy"]),
+            _percent(tier["best_accuracy"]),
+        )
+    return table
+
+
+def _ranks(ranks: dict[str, float]) -> str:
+    values = [str(value) for value in ranks.values()]
+    if "width" in ranks:
+        return f"width {values[0]}"
+    return "/".join(values) if len(values) <= 4 else f"{values[0]} … {values[-1]} ({len(values)} layers)"
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
+    """Print the closing table and where everything lies."""
+    console.print(tier_table(summary))
+    console.print(
+        f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "
+        f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}, "
+        f"{summary['failed']} devices failed"
+    )
+    console.print(f"model_sha256 {summary['model_sha256']}", soft_wrap=True)
+    console.print(f"results: {path} (report.html, plots/tier_accuracy.png)", soft_wrap=True)
+
+
+def error_console() -> Console:
+    """Return the console for error messages (standard error)."""
+    return Console(file=sys.stderr, soft_wrap=True, highlight=False)
