@@ -6,8 +6,9 @@ FjORD (NeurIPS 2021, section 3.2) draws ``p ≤ p_max`` uniformly from the tiers
 
 import numpy as np
 import torch.nn.functional as F
-from fedmaestro.clients.base import Objective, Prefixes
 from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch.nn.functional as F
-from fedmaestro.clients.base import Objective, Prefixes
 from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001

@@ -6,8 +6,9 @@ universally slimmable networks (Yu and Huang, ICCV 2019) train the largest width
 
 import numpy as np
 import torch.nn.functional as F
-from fedmaestro.clients.base import Objective, Prefixes
 from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:

@@ -5,8 +5,9 @@ FjORD (NeurIPS 2021, section 3.3) and Maestro's optional second pass (section 3.
 
 import numpy as np
 import torch.nn.functional as F
-from fedmaestro.clients.base import Objective, Prefixes
 from torch import Tensor
+
+from fedmaestro.clients.base import Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:

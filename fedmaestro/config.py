@@ -34,7 +34,7 @@ class DataConfig(_Table):
     """Which examples, and how they are spread over the devices."""
 
     name: str = Field("digits", description="dataset (`fedmaestro list datasets`)")
-    dir: str = Field("", description="folder of local parquet files; empty: the dataset's hub name")
+    dir: str = Field("", description="folder of local parquet files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
     devices: Positive = Field(20, description="number of simulated devices")
     partition: str = Field("dirichlet", description="iid, dirichlet or pathological")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: smaller is more skewed")

@@ -7,11 +7,10 @@ rule in a new file here, add one row to ``STRATEGIES`` (and one to the test matr
 if __name__ != "fedmaestro.strategies":
     raise ImportError("import fedmaestro.strategies, not strategies")
 
+from fedmaestro.plan import SubmodelRule
 from fedmaestro.strategies.base import Aggregation, Partial, ServerOptimizer, Strategy
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.zero_pad import ZERO_PAD
-
-from fedmaestro.plan import SubmodelRule
 
 _ROWS = (
     Strategy(

@@ -11,9 +11,9 @@ Departure from HeteroFL: weights are example counts where HeteroFL has none, as 
 from collections.abc import Mapping
 
 import torch
-from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from torch import Tensor
 
+from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from fedmaestro.submodel import State
 
 

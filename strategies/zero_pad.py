@@ -9,9 +9,9 @@ change nothing, and soon all tiers are one model. It is here as the baseline tha
 from collections.abc import Mapping
 
 import torch
-from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from torch import Tensor
 
+from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from fedmaestro.submodel import State
 
 

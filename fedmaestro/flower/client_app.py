@@ -18,18 +18,17 @@ app = ClientApp()
 DESCRIBE = "describe"
 
 
-def _environment(message: Message, context: Context) -> tuple[Environment, dict[str, Any]]:
+def _environment(message: Message) -> tuple[Environment, dict[str, Any]]:
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
     job: dict[str, Any] = dict(message.content.config_records[wire.JOB])
-    data_dir = context.node_config.get("data-dir")
-    return environment_of(job["experiment"], None if data_dir is None else str(data_dir)), job
+    return environment_of(job["experiment"]), job
 
 
 @app.query(DESCRIBE)
 def describe(message: Message, context: Context) -> Message:
     """Say which of how many hosts this is and what data it sees."""
-    env, _ = _environment(message, context)
+    env, _ = _environment(message)
     record = ConfigRecord(
         {
             "partition-id": int(context.node_config.get("partition-id", 0)),
@@ -41,18 +40,18 @@ def describe(message: Message, context: Context) -> Message:
 
 
 @app.train()
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, _context: Context) -> Message:
     """Train the devices of a cohort and reply with their partial sum and one metrics row each."""
-    env, job = _environment(message, context)
+    env, job = _environment(message)
     start = wire.to_state(message.content.array_records[wire.SUBMODEL])
     result = train_cohort(env, job["tier"], job["devices"], start, job["round"])
     return Message(wire.cohort_reply(result), reply_to=message)
 
 
 @app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
+def evaluate(message: Message, _context: Context) -> Message:
     """Evaluate a tier's submodel on a part of the test set."""
-    env, job = _environment(message, context)
+    env, job = _environment(message)
     state = wire.to_state(message.content.array_records[wire.SUBMODEL])
     part = evaluate_part(env, job["tier"], state, job["first"], job["last"])
     metrics = MetricRecord({"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples})

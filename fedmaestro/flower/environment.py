@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
             f"data.devices={config.data.devices}: lower it, or simulate more devices"
         )
     tier_of = assign_tiers(tiers, config.data.devices, config.seed)
-    dataset = load_dataset(config.data.name, config.data.dir, progress=progress)
+    dataset = load_dataset(config.data.name, data_dir(config), progress=progress)
     architecture = Architecture(
         name=config.model.name,
         image_shape=dataset.image_shape,
@@ -111,13 +111,16 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     return strategy, OBJECTIVES[name]
 
 
-@lru_cache(maxsize=2)
-def environment_of(experiment: str, data_dir: str | None = None) -> Environment:
-    """Return the environment of a message's experiment (JSON of dotted keys), cached per process.
+def data_dir(config: ExperimentConfig) -> str:
+    """Return ``data.dir``, or the environment variable ``FEDMAESTRO_DATA_DIR`` where that is empty.
 
-    ``data_dir`` overrides ``data.dir``: in a deployment each node has its own path.
+    The variable serves ``flwr run`` (whose run config is either a file or single settings, never both) and
+    deployments, where each node has its own path.
     """
-    flat = json.loads(experiment)
-    if data_dir is not None:
-        flat["data.dir"] = str(Path(data_dir))
-    return open_environment(from_flat(flat))
+    return config.data.dir or os.environ.get("FEDMAESTRO_DATA_DIR", "")
+
+
+@lru_cache(maxsize=2)
+def environment_of(experiment: str) -> Environment:
+    """Return the environment of a message's experiment (JSON of dotted keys), cached per process."""
+    return open_environment(from_flat(json.loads(experiment)))

@@ -86,6 +86,7 @@ class Federation:
             counts,
             self.folder.plots / "partition",
             tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
+            tier_order=[tier.tier.name for tier in env.plan.tiers],
             title=f"{env.dataset.name}: examples of each device by class",
         )
         seed = rng.derived_seed(env.config.seed, "init")

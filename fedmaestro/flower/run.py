@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmaestro.checkpoint import read_model
-from fedmaestro.config import ExperimentConfig, load_config
+from fedmaestro.config import ExperimentConfig, from_flat, load_config
 from fedmaestro.errors import UserError, unknown_name
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.environment import open_environment
@@ -139,10 +139,19 @@ def _resolve(
     if resume and "out" not in changes:
         raise UserError("--resume needs the folder of the run: add --out DIR")
     if isinstance(experiment, ExperimentConfig):
-        return load_config(None, {**experiment.flat(), **changes})
+        return _absolute(load_config(None, {**experiment.flat(), **changes}))
     if resume and experiment is None and RunFolder(Path(str(changes["out"]))).config.exists():
         experiment = RunFolder(Path(str(changes["out"]))).config
-    return load_config(experiment, changes)
+    return _absolute(load_config(experiment, changes))
+
+
+def _absolute(config: ExperimentConfig) -> ExperimentConfig:
+    """Make paths absolute: hosts may run in another working directory."""
+    flat = config.flat()
+    for key in ("data.dir", "fleet.file"):
+        if flat[key]:
+            flat[key] = str(Path(str(flat[key])).absolute())
+    return from_flat(flat)
 
 
 def default_folder(experiment: str | Path | ExperimentConfig | None, config: ExperimentConfig) -> Path:

@@ -1,6 +1,7 @@
 """Flower ServerApp: the same job through ``flwr run``, configured by Flower's run config."""
 
 import logging
+import sys
 import threading
 from pathlib import Path
 
@@ -36,7 +37,12 @@ class LogObserver:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment of the run config (the schema of ``fedmaestro.config``)."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    # Only our own lines: at INFO, the HTTP library under Flower logs every heartbeat.
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
     config = from_flat(context.run_config, "Flower's run config")
     folder = RunFolder(Path(config.out or default_folder(None, config)).absolute())
     prepare_folder(folder, config, resume=False)

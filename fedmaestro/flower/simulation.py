@@ -7,6 +7,7 @@ here.
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -74,6 +75,7 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
     paths = os.pathsep.join(path for path in sys.path if path)
     address = address or os.environ.get("RAY_ADDRESS") or None
     try:
+        _check_reachable(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(
@@ -84,11 +86,11 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
             )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot reach the Ray cluster at {address}: {reason}: start it with `ray start --head`, or unset "
-            "RAY_ADDRESS (and --ray-address) to simulate on this machine"
+            f"cannot reach the Ray cluster at {address!r} ({reason}): start it with `ray start --head`, or unset "
+            "RAY_ADDRESS and --ray-address to simulate on this machine"
             if address
             else f"cannot start Ray on this machine: {reason}"
         ) from None
@@ -96,6 +98,13 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise OSError at once when nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""Fixtures shared by all tests."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+LOST = "lost"
+
+Spoil = Callable[[Message], Message | str | None]
+
+
+class LocalGrid:
+    """Flower's grid without a network: hosts are called in this process, replies come back in reverse order.
+
+    Attributes:
+        sent: every message that was pushed.
+        replies: every reply, in the order of `sent`.
+        spoil: called with each message before a host; a reply it returns is taken instead, `LOST` means none comes.
+    """
+
+    def __init__(self, nodes: int, spoil: Spoil | None = None) -> None:
+        self.nodes = list(range(101, 101 + nodes))
+        self.spoil = spoil
+        self.sent: list[Message] = []
+        self.replies: list[Message] = []
+        self._waiting: dict[str, Message] = {}
+        # Flower's runtime sets these before an app starts; messages cannot be made without.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.nodes
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self.sent.append(message)
+            if (reply := self._answer(message)) is not None:
+                self.replies.append(reply)
+                self._waiting[message.metadata.message_id] = reply
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def _answer(self, message: Message) -> Message | None:
+        from fedmaestro.flower.client_app import app
+
+        if self.spoil is not None and (spoilt := self.spoil(message)) is not None:
+            return spoilt if isinstance(spoilt, Message) else None
+        node = message.metadata.dst_node_id
+        config = {"partition-id": node - 101, "num-partitions": len(self.nodes)}
+        context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
+        return app(message, context)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._waiting.pop(i) for i in reversed(list(message_ids)) if i in self._waiting]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache out of the tests; one cache serves all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMAESTRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+        patch.delenv("FEDMAESTRO_DATA_DIR", raising=False)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "mnist").is_dir():
+        pytest.skip(f"no local MNIST in {folder}")
+    return folder
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Callable[..., Any]:
+    """Run a small federation on `LocalGrid`: `federate(overrides, nodes=2, spoil=…, folder=…, observer=…)`.
+
+    Returns (summary, run folder, grid).
+    """
+    from fedmaestro.config import load_config
+    from fedmaestro.flower.environment import open_environment
+    from fedmaestro.flower.federation import Federation
+    from fedmaestro.flower.run import log_to
+    from fedmaestro.history import RunFolder
+
+    count = iter(range(1000))
+
+    def run(
+        overrides: dict[str, Any] | None = None,
+        *,
+        nodes: int = 2,
+        spoil: Spoil | None = None,
+        folder: Path | None = None,
+        stop: threading.Event | None = None,
+        observer: Any = None,
+    ) -> tuple[dict[str, Any], RunFolder, LocalGrid]:
+        small = {"train.rounds": 2, "train.evaluate-every": 2}
+        env = open_environment(load_config(None, small | (overrides or {})))
+        run_folder = RunFolder(folder or tmp_path / f"run{next(count)}")
+        grid = LocalGrid(nodes, spoil)
+        with log_to(run_folder):
+            summary = Federation(grid, env, run_folder, stop or threading.Event(), observer).run()  # type: ignore[arg-type]
+        return summary, run_folder, grid
+
+    return run

@@ -1,0 +1,93 @@
+"""The real runtime: Flower and Ray, small runs on the embedded digits (about 15 s each, most of it start-up)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedmaestro
+from fedmaestro.errors import UserError
+
+SMALL = {"train.rounds": 3, "train.evaluate-every": 3}
+
+# Imported by Ray actors, which find it through sys.path: kills its process the first time that it sees round 2.
+KILLER = '''
+import os
+from fedmaestro.flower.client_app import app
+
+class Killer:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __call__(self, message, context):
+        if message.metadata.message_type == "train" and message.content.config_records["job"]["round"] == 2:
+            try:
+                os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os._exit(1)
+        return app(message, context)
+'''
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = fedmaestro.run(overrides=SMALL, out=tmp_path_factory.mktemp("reference") / "run", actors=1)
+    return run.summary
+
+
+def test_two_actors_one_of_which_is_killed_give_the_same_model(
+    reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import killer  # type: ignore[import-not-found]
+
+    marker = tmp_path / "killed"
+    run = fedmaestro.run(overrides=SMALL, out=tmp_path / "run", actors=2, client_app=killer.Killer(str(marker)))
+    assert marker.exists(), "no actor was killed: the test shows nothing"
+    assert run.summary["model_sha256"] == reference["model_sha256"]
+    assert [record.failed for record in run.rounds] == [0, 0, 0, 0]
+
+
+def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = [sys.executable, "-m", "fedmaestro.cli", "run", "--set", "train.rounds=200", "--out", str(out)]
+    process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rounds = out / "rounds.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rounds.exists() and len(rounds.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not start"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert 3 <= summary["rounds"] < 200
+    assert "fedmaestro run --resume --out" in output
+    assert "Traceback" not in output
+    # A shorter run of the same experiment is not the same (the learning rate depends on train.rounds).
+    with pytest.raises(UserError, match=r"train\.rounds=200, not 100"):
+        fedmaestro.run(overrides={"train.rounds": 100}, out=out, resume=True)
+
+
+def test_unreachable_ray_cluster_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    command = [sys.executable, "-m", "fedmaestro.cli", "run", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fedmaestro:")]
+    assert len(lines) == 1
+    assert "127.0.0.1:1" in lines[0]
+    assert "ray start --head" in lines[0]
+    assert not out.exists()

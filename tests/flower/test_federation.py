@@ -1,0 +1,261 @@
+"""The whole round on hosts in this process: traffic, determinism, failures, resume."""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from fedmaestro import rng
+from fedmaestro.checkpoint import read_model
+from fedmaestro.config import load_config
+from fedmaestro.errors import UserError
+from fedmaestro.evaluate import score
+from fedmaestro.flower import federation, host, wire
+from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.run import Run
+from fedmaestro.flower.strategy import TieredStrategy
+from fedmaestro.history import RoundRecord
+from fedmaestro.strategies import STRATEGIES
+from fedmaestro.submodel import shapes_of
+
+Federate = Callable[..., Any]
+
+
+def of_type(messages: list[Message], kind: str) -> list[Message]:
+    return [message for message in messages if message.metadata.message_type == kind]
+
+
+def test_a_device_receives_and_sends_exactly_its_prefix(federate: Federate) -> None:
+    """Cohorts of one: tensor bytes on the wire are the closed form's, and the whole message is barely more."""
+    _, folder, grid = federate({"train.cohort-size": 1, "train.devices-per-round": 20})
+    env = open_environment(load_config(None))
+    tiers_seen = set()
+    for message, reply in zip(grid.sent, grid.replies, strict=True):
+        if message.metadata.message_type != "train":
+            continue
+        down = message.content.array_records[wire.SUBMODEL]
+        up = reply.content.array_records[wire.PARTIAL]
+        job = message.content.config_records[wire.JOB]
+        (device,) = job["devices"]
+        tier = env.tier(device)
+        tiers_seen.add(tier.tier.name)
+        assert tier.trains is not None
+        assert wire.payload_bytes(down) == tier.trains.cost.download_bytes
+        assert wire.payload_bytes(up) == tier.trains.cost.upload_bytes
+        assert shapes_of(wire.to_state(down)) == shapes_of(wire.to_state(up)) == tier.trains.shapes
+        header_bytes = 128 * len(down)
+        assert sum(len(array.data) for array in down.values()) == tier.trains.cost.download_bytes + header_bytes
+    assert tiers_seen == {"flagship", "high", "mid", "low", "minimal"}
+    trained = folder.read_rounds()[1:]
+    sent = of_type(grid.sent, "train")
+    assert sum(record.download_bytes for record in trained) == sum(
+        wire.payload_bytes(message.content.array_records[wire.SUBMODEL]) for message in sent
+    )
+    assert sum(record.upload_bytes for record in trained) == sum(
+        wire.payload_bytes(reply.content.array_records[wire.PARTIAL]) for reply in of_type(grid.replies, "train")
+    )
+
+
+def test_number_of_hosts_and_order_of_replies_change_nothing(federate: Federate) -> None:
+    first, _, _ = federate(nodes=1)
+    second, _, _ = federate(nodes=7)
+    assert first["model_sha256"] == second["model_sha256"]
+
+
+def test_seed_changes_the_result(federate: Federate) -> None:
+    assert federate()[0]["model_sha256"] != federate({"seed": 1})[0]["model_sha256"]
+
+
+def test_cohort_size_changes_messages_but_results_only_by_rounding(federate: Federate) -> None:
+    overrides = {"train.devices-per-round": 20}
+    _, folder_one, grid_one = federate({**overrides, "train.cohort-size": 1})
+    _, folder_four, grid_four = federate({**overrides, "train.cohort-size": 4})
+    assert len(of_type(grid_one.sent, "train")) == 40
+    assert len(of_type(grid_four.sent, "train")) == 10
+    left, right = read_model(folder_one.path)[0], read_model(folder_four.path)[0]
+    for name in left:
+        assert left[name].allclose(right[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_runs_and_reports_every_tier(federate: Federate, strategy: str) -> None:
+    summary, folder, _ = federate({"train.strategy": strategy})
+    assert summary["strategy"] == strategy
+    assert list(summary["tiers"]) == ["flagship", "high", "mid", "low", "minimal"]
+    for tier in summary["tiers"].values():
+        assert 0 <= tier["final_accuracy"] <= tier["best_accuracy"] <= 1
+    model = Run(folder.path).model("minimal")
+    assert sum(p.numel() for p in model.parameters()) == summary["tiers"]["minimal"]["params"]
+
+
+def test_files_of_a_run(federate: Federate) -> None:
+    summary, folder, _ = federate()
+    names = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.toml",
+        "rounds.jsonl",
+        "summary.json",
+        "model.safetensors",
+        "model.json",
+        "report.html",
+        "plots/tier_accuracy.png",
+        "plots/tier_accuracy.svg",
+        "plots/partition.png",
+        "checkpoint/progress.json",
+    }
+    lines = [json.loads(line) for line in folder.rounds.read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert set(lines[0]["tiers"]) == set(summary["tiers"])
+    assert lines[1]["tiers"] == {}
+    assert lines[2]["devices"] == 10
+    assert json.loads(folder.summary.read_text()) == summary
+
+
+def test_model_of_a_tier_scores_what_the_summary_says(federate: Federate) -> None:
+    summary, folder, _ = federate({"train.rounds": 4, "train.lr": 0.2})
+    env = open_environment(load_config(None))
+    for name, tier in summary["tiers"].items():
+        result = score(Run(folder.path).model(name), env.dataset, env.dataset.test_images, env.dataset.test_labels)
+        assert result.accuracy == pytest.approx(tier["final_accuracy"])
+
+
+def without_time(records: list[RoundRecord]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in vars(record).items() if key != "wall_seconds"} for record in records]
+
+
+@pytest.mark.parametrize("lost_round", [1, 2, 4])
+def test_interrupted_in_the_middle_of_any_round_and_resumed_gives_the_same_model(
+    federate: Federate, lost_round: int
+) -> None:
+    overrides = {"train.rounds": 4, "train.momentum": 0.5, "train.evaluate-every": 1}
+    whole, whole_folder, _ = federate(overrides)
+    stop = threading.Event()
+
+    def interrupt(message: Message) -> str | None:
+        job = message.content.config_records[wire.JOB]
+        if message.metadata.message_type == "train" and job["round"] == lost_round:
+            stop.set()
+            return "lost"
+        return None
+
+    summary, folder, _ = federate(overrides, stop=stop, spoil=interrupt)
+    assert summary["interrupted"]
+    assert summary["rounds"] == lost_round - 1
+    assert (folder.path / "report.html").exists()
+    assert folder.summary.exists()
+
+    again, _, grid = federate(overrides, folder=folder.path)
+    assert min(m.content.config_records[wire.JOB]["round"] for m in of_type(grid.sent, "train")) == lost_round
+    assert again["model_sha256"] == whole["model_sha256"]
+    assert without_time(folder.read_rounds()) == without_time(whole_folder.read_rounds())
+
+
+def test_crash_between_history_and_checkpoint_is_repaired(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, _ = federate({"train.rounds": 3})
+    original = federation.save_checkpoint
+
+    def crash(folder: Path, checkpoint: Any) -> None:
+        if checkpoint.round == 2:
+            raise OSError("disk full")
+        original(folder, checkpoint)
+
+    monkeypatch.setattr(federation, "save_checkpoint", crash)
+    with pytest.raises(OSError, match="disk full"):
+        federate({"train.rounds": 3}, folder=tmp_path / "r")
+    monkeypatch.undo()
+    again, folder, _ = federate({"train.rounds": 3}, folder=tmp_path / "r")
+    assert [record.round for record in folder.read_rounds()] == [0, 1, 2, 3]
+    assert again["model_sha256"] == whole["model_sha256"]
+
+
+def test_devices_that_raise_are_left_out_and_named(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = host.train_device
+    calls = iter(range(10_000))
+
+    def every_third_raises(*args: Any) -> float:
+        if next(calls) % 3 == 0:
+            raise MemoryError("out of memory on the device")
+        return original(*args)
+
+    monkeypatch.setattr(host, "train_device", every_third_raises)
+    with caplog.at_level(logging.WARNING, "fedmaestro"):
+        _, folder, _ = federate({"train.rounds": 1})
+    record = folder.read_rounds()[1]
+    assert (record.devices, record.failed) == (6, 4)
+    assert record.train_loss is not None
+    assert math.isfinite(record.train_loss)
+    assert "MemoryError: out of memory on the device" in folder.log.read_text()
+    assert folder.log.read_text().count("failed:") == 4
+
+
+def test_nan_is_a_failure_and_leaves_the_model_alone(federate: Federate) -> None:
+    start, _, _ = federate({"train.rounds": 1, "train.lr": 1e-30})
+    broken, folder, _ = federate({"train.rounds": 1, "train.lr": 1e30})
+    record = folder.read_rounds()[1]
+    assert (record.devices, record.failed, record.train_loss) == (0, 10, None)
+    assert "TrainingFailedError" in folder.log.read_text()
+    state, _ = read_model(folder.path)
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert start["tiers"]["flagship"]["final_accuracy"] == broken["tiers"]["flagship"]["final_accuracy"]
+
+
+def test_a_lost_host_costs_its_cohort_only(federate: Federate) -> None:
+    lost: list[int] = []
+
+    def lose_first(message: Message) -> Message | None:
+        if message.metadata.message_type == "train" and not lost:
+            lost.extend(message.content.config_records[wire.JOB]["devices"])
+            return Message(Error(code=0, reason="the host died"), reply_to=message)
+        return None
+
+    _, folder, _ = federate({"train.rounds": 1}, spoil=lose_first)
+    record = folder.read_rounds()[1]
+    assert record.failed == len(lost) > 0
+    assert record.devices == 10 - len(lost)
+    for device in lost:
+        assert f"device {device} failed: host error: the host died" in folder.log.read_text()
+
+
+def test_hosts_with_other_data_are_refused(federate: Federate) -> None:
+    def lie(message: Message) -> Message | None:
+        if message.metadata.message_type.startswith("query"):
+            record = ConfigRecord({"partition-id": 0, "num-partitions": 2, "fingerprint": "other"})
+            return Message(RecordDict({wire.JOB: record}), reply_to=message)
+        return None
+
+    with pytest.raises(UserError, match="other data"):
+        federate(spoil=lie)
+
+
+def test_over_commit_and_deadline_drop_devices(federate: Federate) -> None:
+    _, folder, _ = federate({"train.rounds": 1, "fleet.over-commit": 1.5})
+    record = folder.read_rounds()[1]
+    assert (record.devices, record.dropped) == (10, 5)
+    _, folder, _ = federate({"train.rounds": 1, "fleet.deadline-seconds": 1e-6})
+    record = folder.read_rounds()[1]
+    assert (record.devices, record.dropped, record.virtual_seconds) == (0, 10, 1e-6)
+
+
+def test_flowers_own_loop_runs_the_strategy(federate: Federate) -> None:
+    """`TieredStrategy` is a Flower strategy: its pieces work without FedMaestro's loop, with the same result."""
+    _, folder, grid = federate({"train.rounds": 1})
+    env = open_environment(load_config(None, {"train.rounds": 1, "train.evaluate-every": 2}))
+    strategy = TieredStrategy(env)
+    arrays = wire.to_arrays(env.plan.architecture.initial_state(rng.derived_seed(0, "init")))
+    messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
+    ids = grid.push_messages(messages)
+    arrays, metrics = strategy.aggregate_train(1, grid.pull_messages(ids))
+    assert metrics["devices"] == 10
+    state, _ = read_model(folder.path)
+    for name, tensor in wire.to_state(arrays).items():
+        assert tensor.equal(state[name])
