@@ -60,6 +60,8 @@ class LocalTraining:
     lr: float
     momentum: float
     weight_decay: float
+    clip_norm: float = 0.0
+    """Largest L2 norm of a step's gradient; 0: no clipping."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -94,8 +96,9 @@ def train_device(
     """
     model = prefixes.model.train()
     load(model, start)
+    parameters = list(model.parameters())
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     total = torch.zeros(())
     for _ in range(settings.epochs):
@@ -104,6 +107,8 @@ def train_device(
             optimizer.zero_grad(set_to_none=True)
             loss = objective.loss(prefixes, images[batch], labels[batch], generator)
             loss.backward()  # type: ignore[no-untyped-call]
+            if settings.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             total += loss.detach() * len(batch)
     mean = float(total) / (settings.epochs * len(labels))

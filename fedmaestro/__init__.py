@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedmaestro.config import ExperimentConfig
     from fedmaestro.flower.run import Run
 
 _ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ else:
     __version__ = metadata.version("fedmaestro")
 
 
-def run(experiment: str | Path | None = None, **options: Any) -> Run:
+def run(experiment: str | Path | ExperimentConfig | None = None, **options: Any) -> Run:
     """Run an experiment; ``fedmaestro.flower.run.run`` lists the options (``overrides``, ``data_dir``, ``out``, …)."""
     from fedmaestro.flower.run import run as run_experiment
 

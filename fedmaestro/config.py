@@ -37,7 +37,7 @@ class DataConfig(_Table):
     dir: str = Field("", description="folder of local parquet files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
     devices: Positive = Field(20, description="number of simulated devices")
     partition: str = Field("dirichlet", description="iid, dirichlet or pathological")
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration: smaller is more skewed")
+    alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: smaller is more skewed")
     classes_per_device: Positive = Field(2, description="for partition = pathological")
     min_examples: Positive = Field(1, description="fewest examples of a device, for partition = dirichlet")
 
@@ -66,21 +66,22 @@ class FleetConfig(_Table):
 class TrainConfig(_Table):
     """Rounds, strategy and local training."""
 
-    rounds: Positive = Field(20, description="communication rounds")
+    rounds: Positive = Field(60, description="communication rounds")
     strategy: str = Field("nested", description="strategy (`fedmaestro list strategies`)")
     objective: str = Field(
         "default", description="local objective (`fedmaestro list objectives`); default: the strategy's own"
     )
     devices_per_round: Positive = Field(10, description="devices whose work a round waits for")
     cohort_size: Positive = Field(5, description="devices of one tier per message; 1 is classic Flower")
-    local_epochs: Positive = Field(1, description="passes of a device over its examples in a round")
-    batch_size: Positive = Field(32, description="examples per local SGD step")
-    lr: float = Field(0.05, gt=0, description="learning rate of the first round")
+    local_epochs: Positive = Field(2, description="passes of a device over its examples in a round")
+    batch_size: Positive = Field(16, description="examples per local SGD step")
+    lr: float = Field(0.2, gt=0, description="learning rate of the first round")
     lr_final_factor: float = Field(
-        0.1, gt=0, le=1, description="cosine decay over the rounds to this share of lr; 1: constant"
+        0.05, gt=0, le=1, description="cosine decay over the rounds to this share of lr; 1: constant"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="local SGD momentum")
     weight_decay: float = Field(0.0, ge=0, description="local SGD weight decay")
+    clip_norm: float = Field(5.0, ge=0, description="largest norm of a local step's gradient; 0: no clipping")
     evaluate_every: Positive = Field(5, description="rounds between evaluations of every tier (the last one is)")
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -101,11 +102,12 @@ class LiveDisplay:
 
 
 def tier_table(summary: dict[str, Any]) -> Table:
-    """Return the closing table: one row per tier, largest first."""
-    table = Table(title=f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}")
-    table.add_column("tier")
-    for heading in ("devices", "ranks", "parameters", "MACs/example", "down/round", "accuracy %", "best %"):
-        table.add_column(heading, justify="right")
+    """Return the closing table, largest tier first: MACs per example (forward), download per device and round."""
+    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table.add_column("tier", no_wrap=True)
+    for heading in ("devices", "ranks", "params", "MACs", "download", "final %", "best %"):
+        table.add_column(heading, justify="right", no_wrap=heading != "ranks")
     for name, tier in summary["tiers"].items():
         table.add_row(
             name,

@@ -16,7 +16,7 @@ _ROWS = (
     Strategy(
         name="nested",
         submodel=SubmodelRule(),
-        objective="ordered-prefixes",
+        objective="self-distillation",
         aggregation=COVERAGE_MEAN,
         summary="each tier trains its rank prefix; every column is averaged over the devices that hold it",
         source="per-column mean of RBLA and PreLort (2606.15963), here for LoD layers trained from scratch",

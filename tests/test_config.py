@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -138,7 +138,7 @@ def test_missing_experiment(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_experiment(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the experiment .*directory"):
+    with pytest.raises(UserError, match=r"cannot read the experiment .*directory"):
         load_config(tmp_path)
 
 
@@ -161,9 +161,9 @@ def test_error_in_a_file_names_the_file(experiment: Callable[[str], Path]) -> No
 
 
 def test_error_in_the_overrides_says_so(experiment: Callable[[str], Path]) -> None:
-    with pytest.raises(UserError, match="'train.round' in the overrides"):
+    with pytest.raises(UserError, match=r"'train\.round' in the overrides"):
         load_config(experiment("seed = 1"), {"train.round": 5})
-    with pytest.raises(UserError, match="'seed'? = -1 in the overrides|setting seed = -1 in the overrides"):
+    with pytest.raises(UserError, match="setting seed = -1 in the overrides"):
         load_config(None, {"seed": -1})
 
 
@@ -198,6 +198,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(CONFIGS)
 def test_flat_form_round_trip(flat: dict[str, Value]) -> None:
     config = from_flat(flat)
@@ -206,6 +207,7 @@ def test_flat_form_round_trip(flat: dict[str, Value]) -> None:
     assert from_flat(json.loads(config.to_json())) == config
 
 
+@settings(deadline=None)
 @given(flat=CONFIGS)
 def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, flat: dict[str, Value]) -> None:
     config = from_flat(flat)

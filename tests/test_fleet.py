@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedmaestro.cost import Cost
@@ -139,7 +139,7 @@ def test_tier_values_are_not_converted(fleet_file: Callable[[str], str], share: 
 
 @pytest.mark.xfail(strict=True, reason="everything outside [tiers] is ignored, a mistyped [tier.b] too")
 def test_unknown_table(fleet_file: Callable[[str], str]) -> None:
-    with pytest.raises(UserError, match="tier'?.*tiers"):
+    with pytest.raises(UserError, match=r"tier'?.*tiers"):
         load_tiers("five-tiers", fleet_file("[tiers.a]\nshare = 1\n[tier.b]\nshare = 1"))
 
 
@@ -158,6 +158,7 @@ def largest_remainder(parts: list[int], num_devices: int) -> list[int]:
     return counts
 
 
+@settings(deadline=None)
 @given(SHARES, st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_counts_by_largest_remainder(parts: list[int], num_devices: int, seed: int) -> None:
     assume(parts[-1] > 0)
@@ -255,13 +256,13 @@ def check_largest(chain: dict[Fraction, Cost], tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
+@settings(deadline=None)
 @given(data=st.data(), chain=chains())
-def test_fit_is_the_largest_that_fits_one_budget(
-    budget: str, data: st.DataObject, chain: dict[Fraction, Cost]
-) -> None:
+def test_fit_is_the_largest_that_fits_one_budget(budget: str, data: st.DataObject, chain: dict[Fraction, Cost]) -> None:
     check_largest(chain, Tier(name="a", share=1, **{budget: data.draw(BUDGETS[budget])}))
 
 
+@settings(deadline=None)
 @given(chain=chains(), budgets=st.fixed_dictionaries({key: st.none() | value for key, value in BUDGETS.items()}))
 def test_fit_is_the_largest_that_fits_all_budgets(chain: dict[Fraction, Cost], budgets: dict[str, float]) -> None:
     check_largest(chain, Tier(name="a", share=1, **budgets))  # type: ignore[arg-type]
@@ -295,7 +296,9 @@ def test_error_says_which_budgets_and_by_how_much() -> None:
     assert "ram-bytes" not in message
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="Budget.excess divides by a limit that is rounded to 0")
+@pytest.mark.xfail(
+    strict=True, raises=ZeroDivisionError, reason="Budget.excess divides by a limit that is rounded to 0"
+)
 @pytest.mark.parametrize("budget", [{"macs_fraction": 1e-6}, {"ram_bytes": 3}])
 def test_a_budget_below_one_unit_is_an_error_too(budget: dict[str, float]) -> None:
     chain = {Fraction(1): make_cost(macs=3000, memory=500)}

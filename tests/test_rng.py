@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmaestro import rng
@@ -22,12 +22,14 @@ def first_draws(seed: int, purpose: str, *indices: int) -> list[int]:
     return [int(x) for x in rng.generator(seed, purpose, *indices).integers(2**63, size=2)]
 
 
+@settings(deadline=None)
 @given(KEYS)
 def test_same_arguments_give_the_same_stream(key: tuple[int, str, int, int]) -> None:
     assert first_draws(*key) == first_draws(*key)
     assert rng.derived_seed(*key) == rng.derived_seed(*key)
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_another_seed_purpose_or_index_gives_another_stream(
     a: tuple[int, str, int, int], b: tuple[int, str, int, int]
@@ -42,7 +44,7 @@ def test_each_argument_matters(other: tuple[int, str, int, int]) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="SeedSequence pads short entropy with zeros: generator(s, p) is generator(s, p, 0) and generator(s, p, 0, 0)",
+    reason="SeedSequence pads short entropy with zeros: generator(s, p) and generator(s, p, 0) are the same",
 )
 def test_a_further_index_gives_another_stream() -> None:
     assert first_draws(0, "a") != first_draws(0, "a", 0)
@@ -78,6 +80,7 @@ def test_no_global_generator_is_read_or_moved() -> None:
     assert before == after
 
 
+@settings(deadline=None)
 @given(KEYS)
 def test_derived_seeds_have_32_bits(key: tuple[int, str, int, int]) -> None:
     assert 0 <= rng.derived_seed(*key) < 2**32

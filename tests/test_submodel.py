@@ -82,7 +82,7 @@ def test_load_refuses_other_names(names: tuple[str, ...]) -> None:
     model = nn.Linear(2, 3)
     state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "scale": torch.zeros(1)}
     before = model.weight.detach().clone()
-    with pytest.raises(ValueError, match="differ in .*(bias|scale)"):
+    with pytest.raises(ValueError, match=r"differ in .*(bias|scale)"):
         load(model, {name: state[name] for name in names})
     assert torch.equal(model.weight, before)
 

@@ -54,6 +54,7 @@ def local_training(env: Environment, server_round: int) -> LocalTraining:
         lr=train.lr * factor,
         momentum=train.momentum,
         weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
     )
 
 

@@ -112,8 +112,9 @@ class TieredStrategy(FlowerStrategy):
             upload_bytes += cohort.submodel.cost.upload_bytes * len(result.reports)
             if result.block is not None:
                 partial = aggregation.merge(partial, wire.as_partial(result.block))
-        for device, reason in sorted(failures.items()):
-            log.warning("round %d: device %d failed: %s", server_round, device, reason)
+        for reason in dict.fromkeys(failures.values()):
+            devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == reason)
+            log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
         if losses:
             aggregated = aggregation.finish(partial, self._global)
             self._global, self.server_memory = self.env.strategy.server.step(

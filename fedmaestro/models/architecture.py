@@ -17,6 +17,7 @@ from torch import nn
 from fedmaestro import lod
 from fedmaestro.errors import unknown_name
 from fedmaestro.models import MODELS, ImageShape
+from fedmaestro.models.init import initialize
 from fedmaestro.models.width import Scale
 from fedmaestro.submodel import Shapes, State, shapes_of
 
@@ -63,11 +64,20 @@ class Architecture:
         return self.size_at(FULL)
 
     def initial_state(self, seed: int) -> State:
-        """Return PyTorch's default initialisation under ``seed``, factorised in the LoD form (same function)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self._formed(self._dense(FULL))
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        """Return a random initial state (``init.initialize``), the same function in both forms.
+
+        Computed with one thread: the factorisation's rounding, and with it a run's hash, may not depend on the cores.
+        """
+        with torch.device("meta"):
+            model = self._dense(FULL)
+        model = model.to_empty(device="cpu")
+        initialize(model, torch.Generator().manual_seed(seed))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return {name: tensor.detach() for name, tensor in self._formed(model).state_dict().items()}
+        finally:
+            torch.set_num_threads(threads)
 
     def size_at(self, fraction: Fraction) -> Size:
         """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""

@@ -17,7 +17,7 @@ from fedmaestro.errors import UserError
 SMALL = {"train.rounds": 3, "train.evaluate-every": 3}
 
 # Imported by Ray actors, which find it through sys.path: kills its process the first time that it sees round 2.
-KILLER = '''
+KILLER = """
 import os
 from fedmaestro.flower.client_app import app
 
@@ -34,7 +34,7 @@ class Killer:
             else:
                 os._exit(1)
         return app(message, context)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Dense → LoD → cut → dense. Shapes: ``O`` out, ``I`` in, ``R`` full rank, ``r`` prefix, ``k×l`` kernel."""
+# ruff: noqa: E741, N803 (O, I, R, k, l are the shape letters)
 
 import copy
 

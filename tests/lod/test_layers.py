@@ -1,4 +1,5 @@
 """LoD layers at rank prefixes. Shapes: ``O`` out, ``I`` in, ``R`` full rank, ``r`` prefix, ``k×l`` kernel."""
+# ruff: noqa: E741, N803 (O, I, R, k, l are the shape letters)
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_set_ranks_sets_nothing_on_an_error(wrong: dict[str, int]) -> None:
 
 def test_an_unknown_layer_is_named_with_its_nearest_neighbour() -> None:
     model = lod.factorize(nn.ModuleDict({"encoder": nn.Linear(3, 2), "head": nn.Linear(2, 5)}))
-    with pytest.raises(UserError, match="unknown LoD layer 'encodr': did you mean 'encoder'.*valid: encoder, head"):
+    with pytest.raises(UserError, match=r"unknown LoD layer 'encodr': did you mean 'encoder'.*valid: encoder, head"):
         lod.set_ranks(model, {"encodr": 1})
 
 

@@ -1,0 +1,162 @@
+"""What a host does for one device."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedmaestro import lod
+from fedmaestro.clients import OBJECTIVES
+from fedmaestro.clients.base import LocalTraining, Objective, Prefixes, TrainingFailedError, train_device
+from fedmaestro.submodel import State, shapes_of
+
+SETTINGS = LocalTraining(epochs=2, batch_size=8, lr=0.2, momentum=0.9, weight_decay=0.0)
+OWN = OBJECTIVES["own-prefix"]
+
+
+@pytest.fixture
+def prefixes() -> Prefixes:
+    torch.manual_seed(0)
+    model = lod.factorize(nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 2)))
+    small = lod.truncate(model, {"0": 1, "2": 1}).to("meta")
+    return Prefixes(model, [(small, shapes_of(small))])
+
+
+@pytest.fixture
+def start(prefixes: Prefixes) -> State:
+    return {name: tensor.clone() for name, tensor in prefixes.model.state_dict().items()}
+
+
+def separable(seed: int, n: int = 37) -> tuple[Tensor, Tensor]:
+    """Labels are the sign of the first feature, which is at least 1 away from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, generator=generator)
+    images[:, 0] += images[:, 0].sign()
+    return images, (images[:, 0] > 0).long()
+
+
+def trained(
+    prefixes: Prefixes,
+    start: State,
+    *,
+    data: int = 1,
+    seed: int = 0,
+    objective: Objective = OWN,
+    settings: LocalTraining = SETTINGS,
+) -> tuple[float, State]:
+    loss = train_device(prefixes, start, objective, *separable(data), settings, np.random.default_rng(seed))
+    return loss, {name: tensor.clone() for name, tensor in prefixes.model.state_dict().items()}
+
+
+def equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_training_depends_on_the_generator_only(prefixes: Prefixes, start: State, name: str) -> None:
+    torch.manual_seed(11)
+    first = trained(prefixes, start, objective=OBJECTIVES[name])
+    torch.manual_seed(12)
+    second = trained(prefixes, start, objective=OBJECTIVES[name])
+    other = trained(prefixes, start, objective=OBJECTIVES[name], seed=1)
+    assert first[0] == second[0]
+    assert equal(first[1], second[1])
+    assert not equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_falls_on_a_separable_problem(prefixes: Prefixes, start: State, name: str) -> None:
+    objective = OBJECTIVES[name]
+    first, _ = trained(prefixes, start, objective=objective, settings=replace(SETTINGS, epochs=1, lr=1e-6))
+    _, state = trained(prefixes, start, objective=objective, settings=replace(SETTINGS, epochs=12))
+    last, _ = trained(prefixes, state, objective=objective, settings=replace(SETTINGS, epochs=1, lr=1e-6))
+    assert last < 0.4 * first
+    images, labels = separable(1)
+    assert bool((prefixes(images).argmax(dim=1) == labels).all())
+
+
+def test_the_start_state_is_not_modified(prefixes: Prefixes, start: State) -> None:
+    before = copy.deepcopy(start)
+    _, state = trained(prefixes, start)
+    assert equal(start, before)
+    assert not any(torch.equal(tensor, start[name]) for name, tensor in state.items())
+
+
+def test_a_device_leaves_nothing_behind_for_the_next_one(prefixes: Prefixes, start: State) -> None:
+    alone = trained(prefixes, start, data=2)
+    trained(prefixes, start, data=1, seed=5)
+    after_another = trained(prefixes, start, data=2)
+    assert alone[0] == after_another[0]
+    assert equal(alone[1], after_another[1])
+
+
+def test_momentum_is_used_within_a_device(prefixes: Prefixes, start: State) -> None:
+    assert not equal(trained(prefixes, start)[1], trained(prefixes, start, settings=replace(SETTINGS, momentum=0.0))[1])
+
+
+def test_one_step_is_plain_sgd_with_weight_decay(prefixes: Prefixes, start: State) -> None:
+    images, labels = separable(1)
+    prefixes.model.load_state_dict(start)
+    loss = nn.functional.cross_entropy(prefixes.model(images), labels)
+    gradients = torch.autograd.grad(loss, list(prefixes.model.parameters()))
+    settings = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.9, weight_decay=0.01)
+    mean, state = trained(prefixes, start, settings=settings)
+    assert mean == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, old), gradient in zip(start.items(), gradients, strict=True):
+        torch.testing.assert_close(state[name], old - 0.1 * (gradient + 0.01 * old), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [1e30, float("nan")])
+def test_training_that_diverges_is_reported(prefixes: Prefixes, start: State, lr: float) -> None:
+    with pytest.raises(TrainingFailedError):
+        trained(prefixes, start, settings=replace(SETTINGS, lr=lr))
+
+
+def test_a_last_step_that_breaks_a_parameter_is_reported(prefixes: Prefixes, start: State) -> None:
+    """All losses are finite: the only step comes after the only loss."""
+    with pytest.raises(TrainingFailedError, match=r"parameter .* is not finite"):
+        trained(prefixes, start, settings=replace(SETTINGS, epochs=1, batch_size=100, lr=float("inf")))
+
+
+def test_a_device_that_failed_does_not_spoil_the_next_one(prefixes: Prefixes, start: State) -> None:
+    alone = trained(prefixes, start)
+    with pytest.raises(TrainingFailedError):
+        trained(prefixes, start, settings=replace(SETTINGS, lr=1e30))
+    again = trained(prefixes, start)
+    assert equal(alone[1], again[1])
+
+
+def test_every_epoch_sees_every_example_and_the_last_batch_is_smaller(prefixes: Prefixes, start: State) -> None:
+    batches: list[Tensor] = []
+
+    def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        assert torch.equal(labels, (images[:, 0] > 0).long())
+        batches.append(images)
+        return OWN.loss(prefixes, images, labels, generator)
+
+    trained(prefixes, start, objective=replace(OWN, loss=loss))
+    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 5] * 2
+    everything = separable(1)[0].sort(dim=0).values
+    epochs = torch.cat(batches[:5]), torch.cat(batches[5:])
+    assert all(torch.equal(epoch.sort(dim=0).values, everything) for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_the_mean_loss_is_weighted_by_examples(prefixes: Prefixes, start: State) -> None:
+    """A constant gradient of 0 and losses 1, 2, 3, 4, 5 for batches of 8, 8, 8, 8 and 5."""
+    losses = iter((1.0, 2.0, 3.0, 4.0, 5.0))
+
+    def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        return 0.0 * prefixes(images).sum() + next(losses)
+
+    mean, _ = trained(prefixes, start, objective=replace(OWN, loss=loss), settings=replace(SETTINGS, epochs=1))
+    assert mean == pytest.approx((8 * 10 + 5 * 5) / 37)
+
+
+def test_the_model_is_in_training_mode(prefixes: Prefixes, start: State) -> None:
+    prefixes.model.eval()
+    trained(prefixes, start)
+    assert all(module.training for module in prefixes.model.modules())

@@ -1,0 +1,75 @@
+"""The same job through Flower's own command: `flwr run` gives the model that `fedmaestro run` gives."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedmaestro
+
+ROOT = Path(__file__).parents[2]
+
+EXPERIMENT = """
+seed = 3
+out = "{out}"
+
+[data]
+devices = 10
+partition = "iid"
+
+[fleet]
+preset = "phones"
+
+[train]
+rounds = 2
+devices-per-round = 6
+cohort-size = 2
+evaluate-every = 1
+"""
+
+
+@pytest.fixture
+def flower_home(tmp_path: Path) -> Iterator[Path]:
+    """A Flower home of its own; the SuperLink that `flwr run` starts there and leaves running is stopped."""
+    home = tmp_path / "flwr"
+    yield home
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if str(home) in command:
+            os.kill(int(entry.name), signal.SIGTERM)
+
+
+def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path) -> None:
+    out = tmp_path / "through-flower"
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(EXPERIMENT.format(out=out))
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(flower_home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    federation = "num-supernodes=2 client-resources-num-cpus=1"
+    command = ["flwr", "run", str(ROOT), "--run-config", str(experiment), "--federation-config", federation, "--stream"]
+    log = tmp_path / "flwr.log"
+    # A file, not a pipe: the SuperLink that stays behind inherits it and would keep a pipe open.
+    with log.open("w") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=300, check=False)
+    assert done.returncode == 0, log.read_text()
+    assert (out / "summary.json").exists(), log.read_text()
+    through_flower = json.loads((out / "summary.json").read_text())
+    here = fedmaestro.run(experiment, out=tmp_path / "here", actors=1).summary
+    assert through_flower["model_sha256"] == here["model_sha256"]
+    assert {n: t["final_accuracy"] for n, t in through_flower["tiers"].items()} == {
+        n: t["final_accuracy"] for n, t in here["tiers"].items()
+    }
+    assert re.search(r"round 2: flagship \d", log.read_text())
