@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parent.parent
 _PYPROJECT = _ROOT / "pyproject.toml"
 
 # In a checkout and in a Flower App Bundle, strategies/ and clients/ lie beside this package; in a wheel, inside.
-if _PYPROJECT.is_file():
+if _PYPROJECT.is_file() and (_ROOT / "strategies" / "__init__.py").is_file():
     __path__.append(str(_ROOT))
     __version__: str = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
 else:

@@ -30,9 +30,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     A crash between any two steps leaves a checkpoint that loads.
     """
-    name = f"round-{checkpoint.round:06d}.safetensors"
+    name = _file_name(checkpoint.round)
     tensors = {_GLOBAL + k: v.contiguous() for k, v in checkpoint.global_state.items()}
-    tensors |= {_SERVER + k: v.contiguous() for k, v in checkpoint.server_memory.items()}
+    tensors |= {_SERVER + k: v.contiguous().clone() for k, v in checkpoint.server_memory.items()}
     content = save(tensors)
     progress = {
         "round": checkpoint.round,
@@ -59,9 +59,11 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         progress = json.loads(pointer.read_text(encoding="utf-8"))
         content = (folder / progress["file"]).read_bytes()
         tensors = load(content)
-        intact = hashlib.sha256(content).hexdigest() == progress["sha256"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"the checkpoint in {folder} cannot be read ({error}): start a new run") from None
+        digest = hashlib.sha256(content).hexdigest()
+        intact = progress["sha256"] == digest and progress["file"] == _file_name(progress["round"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"the checkpoint in {folder} cannot be read ({reason}): start a new run") from None
     if not intact:
         raise UserError(f"the checkpoint {folder / progress['file']} is corrupt: start a new run")
     return Checkpoint(
@@ -69,6 +71,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         global_state={k.removeprefix(_GLOBAL): v for k, v in tensors.items() if k.startswith(_GLOBAL)},
         server_memory={k.removeprefix(_SERVER): v for k, v in tensors.items() if k.startswith(_SERVER)},
     )
+
+
+def _file_name(server_round: int) -> str:
+    return f"round-{server_round:06d}.safetensors"
 
 
 def write_model(folder: Path, state: State, card: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ twice as many), bytes of float32 tensors. ``O`` out, ``I`` in times kernel, ``R`
 positions of a layer (1 for a linear layer on vectors).
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmaestro.lod import LoDLayer
+from fedmaestro.lod import LoDLayer, max_ranks, set_ranks
 from fedmaestro.submodel import num_elements, shapes_of
+from fedmaestro.threads import one_thread
 
 BYTES_PER_SCALAR = 4
 
@@ -70,10 +72,12 @@ class Cost:
 
 
 def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
-    """Measure ``model`` (any device; its values do not matter) once with batches of one and two zero images."""
-    model = model.to_empty(device="cpu") if _on_meta(model) else model
-    layers = _layer_traces(model, image_shape)
-    kept = _saved_bytes(model, image_shape, 2) - _saved_bytes(model, image_shape, 1)
+    """Measure a copy of ``model`` at full rank, once with batches of one and two zero images; values do not matter."""
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    set_ranks(model, max_ranks(model))
+    with one_thread():
+        layers = _layer_traces(model, image_shape)
+        kept = _saved_bytes(model, image_shape, 2) - _saved_bytes(model, image_shape, 1)
     hidden = sum(layer.positions * (layer.max_rank or 0) for layer in layers)
     pairs = sum((layer.max_rank or 0) * (layer.inner + layer.out) for layer in layers)
     return Trace(
@@ -99,10 +103,6 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: 
         download_bytes=BYTES_PER_SCALAR * params,
         upload_bytes=BYTES_PER_SCALAR * params,
     )
-
-
-def _on_meta(model: nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
 
 
 def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerTrace]:

@@ -4,6 +4,7 @@ Units: bytes, kilobits per second, MACs per example (forward). Speed is relative
 ``clock.REFERENCE_MACS_PER_SECOND``.
 """
 
+import itertools
 import math
 import tomllib
 from collections.abc import Callable, Sequence
@@ -129,19 +130,27 @@ def load_tiers(preset: str, file: str = "") -> tuple[Tier, ...]:
 
 def _read_tables(file: str) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("tiers")
+        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"fleet.file: cannot read {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"fleet.file: {file} is not valid TOML: {error}") from None
+    for key in content:
+        if key != "tiers":
+            raise unknown_name("table", key, ["tiers"], f" in {file}")
+    tables = content.get("tiers")
     if not isinstance(tables, dict) or not tables:
         raise UserError(f"fleet.file: {file} has no tier: write a table [tiers.NAME] for each")
     return tables
 
 
 def _parse_tier(file: str, name: str, table: Any) -> Tier:
+    if not isinstance(table, dict):
+        raise UserError(f"{file}: tiers.{name} = {table!r}: write a table [tiers.{name}]")
+    if "name" in table:
+        raise UserError(f"{file}: tiers.{name}.name: the table's own name is the tier's, remove this key")
     try:
-        return Tier.model_validate({"name": name, **table})
+        return Tier.model_validate({"name": name, **table}, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -154,20 +163,26 @@ def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> tuple[in
     Raises:
         UserError: a tier that would get no device.
     """
-    exact = [tier.share * num_devices for tier in tiers]
-    counts = [math.floor(x + 1e-9) for x in exact]
-    by_remainder = sorted(range(len(tiers)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: num_devices - sum(counts)]:
-        counts[i] += 1
-    for tier, count in zip(tiers, counts, strict=True):
-        if count == 0:
-            needed = math.ceil(1 / tier.share)
-            raise UserError(
-                f"data.devices={num_devices} leaves no device for tier {tier.name!r} "
-                f"(share {tier.share:g}): use at least {needed} devices or another fleet"
-            )
+    counts = _counts(tiers, num_devices)
+    if 0 in counts:
+        empty = tiers[counts.index(0)]
+        needed = next(n for n in itertools.count(num_devices + 1) if 0 not in _counts(tiers, n))
+        raise UserError(
+            f"data.devices={num_devices} leaves no device for tier {empty.name!r} "
+            f"(share {empty.share:g}): use at least {needed} devices or another fleet"
+        )
     indices = [i for i, count in enumerate(counts) for _ in range(count)]
     return tuple(int(i) for i in rng.generator(seed, "tiers").permutation(indices))
+
+
+def _counts(tiers: Sequence[Tier], num_devices: int) -> list[int]:
+    """Return the devices of each tier by largest remainder."""
+    exact_counts = [tier.share * num_devices for tier in tiers]
+    counts = [math.floor(x + 1e-9) for x in exact_counts]
+    by_remainder = sorted(range(len(tiers)), key=lambda i: counts[i] - exact_counts[i])
+    for i in by_remainder[: num_devices - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +199,8 @@ class Budget:
         used = self.of(cost)
         if used <= self.limit:
             return ""
-        return f"{self.name} {self.limit:,} {self.unit}, needed {used:,} (×{used / self.limit:.2f})"
+        ratio = f" (×{used / self.limit:.2f})" if self.limit else ""
+        return f"{self.name} {self.limit:,} {self.unit}, needed {used:,}{ratio}"
 
 
 def budgets(tier: Tier, full: Cost) -> list[Budget]:

@@ -68,8 +68,14 @@ class RunFolder:
 
     def check_usable(self) -> None:
         """Raise UserError when the folder cannot be made or is not writable; nothing is created."""
-        existing = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        try:
+            existing = next(p for p in (self.path, *self.path.parents) if p.exists())
+            usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run folder {self.path}: {error.strerror}: choose another out"
+            ) from None
+        if not usable:
             raise UserError(f"cannot write to the run folder {self.path}: {existing} is not a writable folder")
 
     def append(self, record: RoundRecord) -> None:
@@ -102,11 +108,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def tier_accuracies(records: Sequence[RoundRecord], tier: str) -> list[float]:

@@ -10,7 +10,9 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
     The same arguments give the same stream on every host, in every process and after a resume.
     """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *indices])))
+    # The count keeps (1,) and (1, 0) apart: SeedSequence pads its entropy with zeros.
+    entropy = [seed, zlib.crc32(purpose.encode()), len(indices), *indices]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def derived_seed(seed: int, purpose: str, *indices: int) -> int:

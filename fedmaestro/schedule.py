@@ -80,7 +80,7 @@ def schedule_round(
         for device, tier in enumerate(tiers)
         if tier.trains is not None and reachable[device] < tier.tier.availability
     ]
-    wanted = min(math.ceil(devices_per_round * over_commit), len(candidates))
+    wanted = min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates))
     drawn = rng.generator(seed, "sample", server_round).choice(len(candidates), wanted, replace=False)
     sampled = sorted(candidates[i] for i in drawn)
     costs = [submodel.cost for d in sampled if (submodel := tiers[d].trains) is not None]

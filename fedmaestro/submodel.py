@@ -43,9 +43,15 @@ def num_elements(shapes: Mapping[str, Shape]) -> int:
 
 @torch.no_grad()
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy ``state`` into the tensors of ``model`` in place (a resident model keeps its buffers and layout)."""
+    """Copy ``state`` into the tensors of ``model`` in place (a resident model keeps its buffers and layout).
+
+    Raises:
+        ValueError: other names or shapes; nothing is copied then.
+    """
     own = model.state_dict()
     if own.keys() != state.keys():
         raise ValueError(f"state and model differ in {sorted(own.keys() ^ state.keys())}")
+    if wrong := [name for name, tensor in own.items() if tensor.shape != state[name].shape]:
+        raise ValueError(f"state and model differ in the shapes of {wrong}")
     for name, tensor in own.items():
         tensor.copy_(state[name])

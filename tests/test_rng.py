@@ -42,10 +42,6 @@ def test_each_argument_matters(other: tuple[int, str, int, int]) -> None:
     assert first_draws(0, "a", 2, 3) != first_draws(*other)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="SeedSequence pads short entropy with zeros: generator(s, p) and generator(s, p, 0) are the same",
-)
 def test_a_further_index_gives_another_stream() -> None:
     assert first_draws(0, "a") != first_draws(0, "a", 0)
     assert first_draws(0, "a", 1) != first_draws(0, "a", 1, 0)
@@ -89,9 +85,9 @@ def test_derived_seeds_have_32_bits(key: tuple[int, str, int, int]) -> None:
 def test_derivation_is_recorded() -> None:
     """Recorded with numpy 2: a change here changes every result that was ever published with a seed."""
     assert [int(x) for x in rng.generator(0, "sample", 1).integers(2**63, size=3)] == [
-        3098539275099709461,
-        7856364927457965378,
-        1209132789547595459,
+        7608439017614492086,
+        7017460809593476018,
+        1369338582723754135,
     ]
     assert rng.generator(7, "availability", 3).random(2).tolist() == [0.4086537538980579, 0.7378142147853354]
     assert rng.derived_seed(2**32 - 1, "local", 3, 17) == 85072219

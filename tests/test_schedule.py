@@ -235,7 +235,6 @@ def test_deadline_before_everybody() -> None:
     assert schedule.download_bytes == scheduled().download_bytes > 0
 
 
-@pytest.mark.xfail(strict=True, reason="ceil of the float product: 100 · 1.1 is 110.00000000000001, so 111 are sampled")
 def test_over_commit_means_the_decimal() -> None:
     tiers = (Tier(name="a", share=1, rank_fraction=0.1),)
     plan = make_plan(

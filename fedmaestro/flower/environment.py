@@ -12,6 +12,8 @@ import numpy as np
 from fedmaestro.clients import OBJECTIVES, Objective
 from fedmaestro.config import ExperimentConfig, from_flat
 from fedmaestro.data import (
+    DATASETS,
+    PARTITIONS,
     ImageDataset,
     cached_partition,
     load_dataset,
@@ -58,8 +60,13 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
     """
     strategy, objective = choose(config)
     tiers = load_tiers(config.fleet.preset, config.fleet.file)
-    if config.model.name not in MODELS:
-        raise unknown_name("model.name", config.model.name, MODELS)
+    for key, name, known in (
+        ("model.name", config.model.name, MODELS),
+        ("data.name", config.data.name, DATASETS),
+        ("data.partition", config.data.partition, PARTITIONS),
+    ):
+        if name not in known:
+            raise unknown_name(key, name, known)
     if config.train.devices_per_round > config.data.devices:
         raise UserError(
             f"train.devices-per-round={config.train.devices_per_round} is more than "

@@ -93,7 +93,7 @@ def balanced_svd(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``U (O, R)``, ``V (R, I)`` with ``U V = weight`` and equal column and row norms ``√σ``."""
     p, sigma, qt = torch.linalg.svd(weight.double(), full_matrices=False)
     root = sigma.sqrt()
-    return (p * root).to(weight.dtype), (root[:, None] * qt).to(weight.dtype)
+    return (p * root).to(weight.dtype).contiguous(), (root[:, None] * qt).to(weight.dtype).contiguous()
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

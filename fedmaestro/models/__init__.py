@@ -19,14 +19,12 @@ class ModelSpec:
     """One row of ``MODELS``: ``build(image_shape (C, H, W), num_classes, scale)`` returns the dense network."""
 
     build: Callable[[ImageShape, int, Scale], nn.Module]
-    channels: int
-    """Largest scaled channel count: widths are multiples of its inverse."""
     summary: str
 
 
 MODELS: dict[str, ModelSpec] = {
-    "mlp": ModelSpec(build=mlp, channels=128, summary="perceptron, two hidden layers of 128 (digits)"),
-    "lenet": ModelSpec(build=lenet, channels=120, summary="LeNet-5, 44,426 parameters dense (MNIST)"),
-    "cnn": ModelSpec(build=cnn, channels=128, summary="three convolutions with GroupNorm (CIFAR on a CPU)"),
-    "resnet18": ModelSpec(build=resnet18, channels=512, summary="ResNet-18 for CIFAR with GroupNorm"),
+    "mlp": ModelSpec(build=mlp, summary="perceptron, two hidden layers of 128 (digits)"),
+    "lenet": ModelSpec(build=lenet, summary="LeNet-5, 44,426 parameters dense (MNIST)"),
+    "cnn": ModelSpec(build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)"),
+    "resnet18": ModelSpec(build=resnet18, summary="ResNet-18 for CIFAR with GroupNorm"),
 }

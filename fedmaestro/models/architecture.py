@@ -20,6 +20,7 @@ from fedmaestro.models import MODELS, ImageShape
 from fedmaestro.models.init import initialize
 from fedmaestro.models.width import Scale
 from fedmaestro.submodel import Shapes, State, shapes_of
+from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
 FULL = Fraction(1)
@@ -72,12 +73,8 @@ class Architecture:
             model = self._dense(FULL)
         model = model.to_empty(device="cpu")
         initialize(model, torch.Generator().manual_seed(seed))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             return {name: tensor.detach() for name, tensor in self._formed(model).state_dict().items()}
-        finally:
-            torch.set_num_threads(threads)
 
     def size_at(self, fraction: Fraction) -> Size:
         """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
@@ -88,8 +85,7 @@ class Architecture:
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
-        dense = self.form == "dense"
-        counts = {MODELS[self.name].channels} if dense else set(lod.max_ranks(self.full).values())
+        counts = self._channel_counts() if self.form == "dense" else set(lod.max_ranks(self.full).values())
         steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
         return sorted(steps) or [FULL]
 
@@ -107,6 +103,19 @@ class Architecture:
     def shapes(self, size: Size) -> Shapes:
         """Return the shape of every tensor of the submodel of this size."""
         return shapes_of(self.build(size))
+
+    def _channel_counts(self) -> set[int]:
+        """Return every channel count that widths scale."""
+        counts: set[int] = set()
+
+        class Recorder(Scale):
+            def __call__(self, channels: int) -> int:
+                counts.add(channels)
+                return channels
+
+        with torch.device("meta"):
+            MODELS[self.name].build(self.image_shape, self.num_classes, Recorder())
+        return counts
 
     def _dense(self, width: Fraction) -> nn.Module:
         return MODELS[self.name].build(self.image_shape, self.num_classes, Scale(width))

@@ -109,6 +109,20 @@ def test_one_step_is_plain_sgd_with_weight_decay(prefixes: Prefixes, start: Stat
         torch.testing.assert_close(state[name], old - 0.1 * (gradient + 0.01 * old), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.25, 4.0])
+def test_a_step_is_clipped_to_the_norm(prefixes: Prefixes, start: State, share: float) -> None:
+    """The limit is a share of the gradient's own norm; above 1 it changes nothing."""
+    one_step = LocalTraining(epochs=1, batch_size=100, lr=1.0, momentum=0.0, weight_decay=0.0)
+
+    def step(settings: LocalTraining) -> Tensor:
+        state = trained(prefixes, start, settings=settings)[1]
+        return torch.cat([(start[name] - tensor).flatten() for name, tensor in state.items()])
+
+    free = step(one_step)
+    clipped = step(replace(one_step, clip_norm=share * float(free.norm())))
+    torch.testing.assert_close(clipped, min(1.0, share) * free, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("lr", [1e30, float("nan")])
 def test_training_that_diverges_is_reported(prefixes: Prefixes, start: State, lr: float) -> None:
     with pytest.raises(TrainingFailedError):

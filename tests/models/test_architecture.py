@@ -133,7 +133,6 @@ def test_fractions_are_where_a_lod_size_changes(name: str) -> None:
         assert arch.size_at(following - Fraction(1, 10**9)) == arch.size_at(fraction)
 
 
-@pytest.mark.xfail(strict=True, reason="lenet: only multiples of 1/120, though 84 and 16 do not divide 120")
 def test_every_width_of_a_dense_model_is_among_the_fractions() -> None:
     arch = architecture("lenet", "dense")
     shapes = [arch.shapes(arch.size_at(fraction)) for fraction in arch.fractions()]

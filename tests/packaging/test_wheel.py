@@ -69,11 +69,6 @@ def test_files(installed: Path, copied_repository: Path) -> None:
     assert f"{metadata}/licenses/LICENSE" in files
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="fedmaestro/__init__.py takes any pyproject.toml beside the package for its own: careless wheels leave one "
-    "in site-packages, and a vendored copy lies beside its project's",
-)
 @pytest.mark.parametrize("content", ["[project]\nname = 'other'\nversion = '9.9'\n", "[tool.other]\n"])
 def test_a_foreign_pyproject_beside_the_package(
     installed: Path, copied_repository: Path, run: Run, tmp_path: Path, content: str
