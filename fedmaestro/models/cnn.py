@@ -9,7 +9,7 @@ from fedmaestro.models.width import Scale, group_norm
 
 
 def cnn(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
-    """Three 3×3 convolutions (32, 64, 64 channels) with GroupNorm, ReLU and pooling, then 128 units."""
+    """Three 3×3 convolutions (32, 64, 64 channels) with GroupNorm, pooling and ReLU, then 128 units."""
     channels, height, width = image_shape
     if min(height, width) < 8:
         raise UserError(f"model.name='cnn' needs images of at least 8×8 pixels, got {height}×{width}")
@@ -18,8 +18,9 @@ def cnn(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn
     for i, (before, after) in enumerate(zip((channels, *stages), stages, strict=False), start=1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1)
         layers[f"norm{i}"] = group_norm(after)
-        layers[f"relu{i}"] = nn.ReLU()
+        # Maximum and ReLU commute: pooling first leaves a quarter of the activations to the rest.
         layers[f"pool{i}"] = nn.MaxPool2d(2)
+        layers[f"relu{i}"] = nn.ReLU()
     flat = stages[-1] * (height // 8) * (width // 8)
     return nn.Sequential(
         OrderedDict(
