@@ -71,7 +71,7 @@ class LiveDisplay:
         self._rounds.append(record)
         self._bars.update(self._bar, completed=record.round)
         if record.tiers and not self.console.is_terminal:
-            scores = "  ".join(f"{n} {100 * t['accuracy']:.1f}" for n, t in record.tiers.items())
+            scores = "  ".join(f"{name} {_percent(t['accuracy'], 1)}" for name, t in record.tiers.items())
             self.console.print(f"round {record.round:4d}  accuracy %  {scores}  {self._totals()}", soft_wrap=True)
 
     def _render(self) -> Group:
@@ -84,7 +84,7 @@ class LiveDisplay:
             for name in self._names:
                 table.add_column(name, justify="right")
                 score = latest.tiers.get(name)
-                row.append("–" if score is None else f"{100 * score['accuracy']:.1f}")
+                row.append(_percent(score["accuracy"] if score else None, 1))
             table.add_row(*row)
             parts.append(table)
         parts.append(Text(f"{self._totals()}   {self._phase}", style="dim"))
@@ -129,8 +129,8 @@ def _ranks(ranks: dict[str, float]) -> str:
     return "/".join(values) if len(values) <= 4 else f"{values[0]} … {values[-1]} ({len(values)} layers)"
 
 
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.2f}"
+def _percent(fraction: float | None, digits: int = 2) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:

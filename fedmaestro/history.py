@@ -15,8 +15,11 @@ class RoundRecord:
     """One line of ``rounds.jsonl``; round 0 is the initial model."""
 
     round: int
-    tiers: dict[str, dict[str, float]]
-    """``{tier: {"accuracy", "loss"}}``, largest tier first; empty in rounds without evaluation."""
+    tiers: dict[str, dict[str, float | None]]
+    """``{tier: {"accuracy", "loss"}}``, largest tier first; empty in rounds without evaluation.
+
+    A loss that is not finite is None.
+    """
     train_loss: float | None = None
     """Mean over the examples of all devices; None when none trained."""
     devices: int = 0
@@ -121,7 +124,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def tier_accuracies(records: Sequence[RoundRecord], tier: str) -> list[float]:
     """Return a tier's accuracies over the evaluated rounds."""
-    return [record.tiers[tier]["accuracy"] for record in records if tier in record.tiers]
+    scores = [record.tiers[tier]["accuracy"] for record in records if tier in record.tiers]
+    return [score for score in scores if score is not None]
 
 
 def summarize(

@@ -1,6 +1,7 @@
 """The loop over rounds: own because Flower's has no resume, no checkpoint and no per-round history."""
 
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -120,7 +121,7 @@ class Federation:
         if server_round > 0:
             messages = list(strategy.configure_train(server_round, arrays, config, self.grid))
             arrays, metrics = strategy.aggregate_train(server_round, self._exchange(messages, server_round, "train"))
-        tiers: dict[str, dict[str, float]] = {}
+        tiers: dict[str, dict[str, float | None]] = {}
         if server_round % train.evaluate_every == 0 or server_round == train.rounds:
             messages = list(strategy.configure_evaluate(server_round, arrays, config, self.grid))
             scores = strategy.aggregate_evaluate(server_round, self._exchange(messages, server_round, "evaluate"))
@@ -162,11 +163,12 @@ class Federation:
         return summary
 
 
-def _by_tier(scores: MetricRecord) -> dict[str, dict[str, float]]:
-    tiers: dict[str, dict[str, float]] = {}
-    for key, value in scores.items():
+def _by_tier(scores: MetricRecord) -> dict[str, dict[str, float | None]]:
+    """Turn ``accuracy.TIER`` into ``{TIER: {"accuracy": …}}``; what is not finite becomes None (JSON has no NaN)."""
+    tiers: dict[str, dict[str, float | None]] = {}
+    for key, value in dict[str, Any](scores).items():
         metric, _, tier = key.partition(".")
-        tiers.setdefault(tier, {})[metric] = float(value)  # type: ignore[arg-type]
+        tiers.setdefault(tier, {})[metric] = value if math.isfinite(value) else None
     return tiers
 
 

@@ -23,6 +23,7 @@ from fedmaestro.errors import UserError, unknown_name
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.environment import open_environment
 from fedmaestro.flower.federation import Federation, Observer
+from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import available_cpus, simulate
 from fedmaestro.history import RoundRecord, RunFolder
 from fedmaestro.models.architecture import Architecture, Size
@@ -106,6 +107,7 @@ def run(
 
     Raises:
         UserError: anything wrong with the input; nothing was written then.
+        KeyboardInterrupt: Ctrl-C before the first round (later, the run ends with what it has).
     """
     config = _resolve(experiment, overrides, data_dir, out, resume)
     actors = available_cpus() if actors is None else actors
@@ -120,7 +122,11 @@ def run(
         with log_to(folder):
             Federation(grid, env, folder, stop, observer).run()
 
-    simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
+    try:
+        simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
+    except InterruptedRunError:
+        # Before the first round: there is nothing to keep.
+        raise KeyboardInterrupt from None
     return Run(folder.path)
 
 

@@ -13,6 +13,7 @@ from fedmaestro.flower.environment import open_environment
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.run import default_folder, log_to, prepare_folder
 from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.report import format_percent
 
 app = ServerApp()
 
@@ -30,7 +31,7 @@ class LogObserver:
 
     def on_round(self, record: RoundRecord) -> None:
         if record.tiers:
-            scores = "  ".join(f"{name} {100 * tier['accuracy']:.2f} %" for name, tier in record.tiers.items())
+            scores = "  ".join(f"{name} {format_percent(tier['accuracy'])}" for name, tier in record.tiers.items())
             log.info("round %d: %s", record.round, scores)
 
 
