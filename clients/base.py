@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedmaestro.plan import Passes
 from fedmaestro.submodel import Shapes, State, leading_block, load
 
 
@@ -47,8 +48,16 @@ class Objective:
 
     name: str
     loss: Loss
+    passes: Passes
+    """Which levels ``loss`` runs: budgets and virtual time count them all."""
     summary: str
     source: str
+
+
+OWN_AND_SMALLER = Passes(
+    expected=lambda levels: [1.0] + [1 / (levels - 1)] * (levels - 1) if levels > 1 else [1.0], together=True
+)
+"""The own submodel, and one of the smaller levels drawn uniformly, in every step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
+from fedmaestro.plan import Passes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
@@ -20,6 +21,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
 ORDERED_PREFIXES = Objective(
     name="ordered-prefixes",
     loss=loss,
+    passes=Passes(expected=lambda levels: [1 / levels] * levels),
     summary="cross-entropy of one random tier prefix ≤ own in each step",
     source="ordered dropout of FjORD (2102.13451), tiers as levels",
 )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
+from fedmaestro.plan import OWN_PASS
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001
@@ -15,6 +16,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
 OWN_PREFIX = Objective(
     name="own-prefix",
     loss=loss,
+    passes=OWN_PASS,
     summary="cross-entropy of the device's own submodel",
     source="FedAvg (1602.05629), HeteroFL (2010.01264)",
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmaestro.clients.base import Objective, Prefixes
+from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
@@ -23,6 +23,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
 PAIRED_PREFIXES = Objective(
     name="paired-prefixes",
     loss=loss,
+    passes=OWN_AND_SMALLER,
     summary="cross-entropy of the own submodel plus that of one random smaller one",
     source="universally slimmable networks (1903.05134), tiers as levels",
 )

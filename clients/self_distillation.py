@@ -7,7 +7,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmaestro.clients.base import Objective, Prefixes
+from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
@@ -23,6 +23,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
 SELF_DISTILLATION = Objective(
     name="self-distillation",
     loss=loss,
+    passes=OWN_AND_SMALLER,
     summary="cross-entropy of the own submodel, and of one random smaller one against its soft targets",
     source="FjORD (2102.13451), Maestro (2308.14929)",
 )

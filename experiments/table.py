@@ -32,17 +32,32 @@ def row(name: tuple[str, str], runs: list[dict[str, Any]]) -> str:
     return f"| {name[0]} | {name[1]} | {' | '.join(cells)} | {seeds} |"
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """Return the summary of a finished run; exit with a message where there is none, or an accuracy is missing."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        sys.exit(f"{folder} has no summary.json: give the folder of a finished run")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("interrupted"):
+        sys.exit(f"{folder} was interrupted: finish it with fedmaestro run --resume --out {folder}")
+    for name, tier in summary["tiers"].items():
+        if tier["final_accuracy"] is None or tier["best_accuracy"] is None:
+            sys.exit(f"{folder}: tier {name} has no accuracy: it was never evaluated, or its logits were not finite")
+    return summary
+
+
 def main() -> None:
     """Read the summaries and print the table, the highest mean tier accuracy first."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for folder in sys.argv[1:]:
-        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-        if summary.get("interrupted"):
-            sys.exit(f"{folder} was interrupted: finish it with fedmaestro run --resume --out {folder}")
-        groups[summary["strategy"], summary["objective"]].append(summary)
-    if not groups:
+    summaries = {folder: read(Path(folder)) for folder in sys.argv[1:]}
+    if not summaries:
         sys.exit(__doc__)
-    tiers = next(iter(groups.values()))[0]["tiers"]
+    first, tiers = next((folder, list(summary["tiers"])) for folder, summary in summaries.items())
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for folder, summary in summaries.items():
+        if list(summary["tiers"]) != tiers:
+            others = ", ".join(summary["tiers"])
+            sys.exit(f"one table needs runs of the same tiers: {first} has {', '.join(tiers)}; {folder} has {others}")
+        groups[summary["strategy"], summary["objective"]].append(summary)
     headings = ["strategy", "objective", *tiers, "mean of tiers", "worst tier", "seeds"]
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     order = sorted(groups.items(), key=lambda group: -statistics.mean(run["mean_tier_accuracy"] for run in group[1]))

@@ -7,6 +7,7 @@ the repository that are imported as ``fedmaestro.strategies`` and ``fedmaestro.c
 
 from __future__ import annotations
 
+import os
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedmaestro.config import ExperimentConfig
     from fedmaestro.flower.run import Run
+
+# flwr and flwr-datasets read this once, when they are first imported; their events would go to their makers.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 _ROOT = Path(__file__).parent.parent
 _PYPROJECT = _ROOT / "pyproject.toml"

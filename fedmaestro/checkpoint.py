@@ -23,6 +23,8 @@ class Checkpoint:
     round: int
     global_state: State
     server_memory: State
+    fingerprint: str = ""
+    """Of data, partition and fleet (``Environment.fingerprint``): a resumed run must have the same."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -38,6 +40,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "file": name,
         "sha256": hashlib.sha256(content).hexdigest(),
+        "fingerprint": checkpoint.fingerprint,
     }
     write_atomically(folder / name, content)
     write_atomically(folder / "progress.json", json.dumps(progress))
@@ -68,6 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise UserError(f"the checkpoint {folder / progress['file']} is corrupt: start a new run")
     return Checkpoint(
         round=progress["round"],
+        fingerprint=progress.get("fingerprint", ""),
         global_state={k.removeprefix(_GLOBAL): v for k, v in tensors.items() if k.startswith(_GLOBAL)},
         server_memory={k.removeprefix(_SERVER): v for k, v in tensors.items() if k.startswith(_SERVER)},
     )

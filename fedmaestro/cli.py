@@ -1,6 +1,5 @@
 """The command line. Heavy imports (PyTorch, Flower, Ray) happen inside the commands: ``--help`` is instant."""
 
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,18 +45,22 @@ def run(
 
     console = Console()
     overrides = dict(parse_assignment(text) for text in set_ or [])
-    with LiveDisplay(console) as display:
-        finished = run_experiment(
-            experiment,
-            overrides=overrides,
-            data_dir=data_dir,
-            out=out,
-            actors=actors,
-            resume=resume,
-            ray_address=ray_address,
-            observer=display,
-            on_data=display.on_data,
-        )
+    try:
+        with LiveDisplay(console) as display:
+            finished = run_experiment(
+                experiment,
+                overrides=overrides,
+                data_dir=data_dir,
+                out=out,
+                actors=actors,
+                resume=resume,
+                ray_address=ray_address,
+                observer=display,
+                on_data=display.on_data,
+            )
+    except KeyboardInterrupt:
+        console.print("interrupted before the first round: nothing to keep")
+        raise typer.Exit(130) from None
     summary = finished.summary
     print_closing(console, str(finished.path), summary)
     if summary.get("interrupted"):
@@ -157,17 +160,11 @@ def _settings() -> Table:
 
 def main() -> None:
     """Entry point: user errors are one line on standard error and exit code 2."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.getLogger("fedmaestro").addHandler(handler)
     try:
         app()
     except UserError as error:
         sys.stderr.write(f"fedmaestro: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("fedmaestro: interrupted\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

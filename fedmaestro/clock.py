@@ -43,11 +43,15 @@ class Outcome:
     """Virtual length of the round."""
 
 
-def device_timing(tier: Tier, cost: Cost, examples: int) -> Timing:
-    """Return the time of a device of ``tier`` that trains on ``examples`` (all local epochs together)."""
+def device_timing(tier: Tier, cost: Cost, examples: int, step_macs: int | None = None) -> Timing:
+    """Return the time of a device of ``tier`` that trains on ``examples`` (all local epochs together).
+
+    ``step_macs`` are the training MACs per example under the local objective; one pass of the submodel by default.
+    """
+    macs = cost.train_macs_per_example if step_macs is None else step_macs
     return Timing(
         download=cost.download_bytes * 8 / (1000 * tier.download_kbps),
-        compute=cost.train_macs_per_example * examples / (tier.speed * REFERENCE_MACS_PER_SECOND),
+        compute=macs * examples / (tier.speed * REFERENCE_MACS_PER_SECOND),
         upload=cost.upload_bytes * 8 / (1000 * tier.upload_kbps),
     )
 

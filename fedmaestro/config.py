@@ -82,6 +82,9 @@ class TrainConfig(_Table):
     momentum: float = Field(0.0, ge=0, lt=1, description="local SGD momentum")
     weight_decay: float = Field(0.0, ge=0, description="local SGD weight decay")
     clip_norm: float = Field(5.0, ge=0, description="largest norm of a local step's gradient; 0: no clipping")
+    reply_timeout_seconds: float = Field(
+        0.0, ge=0, description="wall seconds to wait for hosts; devices of late replies count as failed; 0: no limit"
+    )
     evaluate_every: Positive = Field(5, description="rounds between evaluations of every tier (the last one is)")
 
 

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fedmaestro.errors import UserError, unknown_name
 from fedmaestro.lod import LoDLayer, max_ranks, set_ranks
+from fedmaestro.lod.layers import check_rank
 from fedmaestro.submodel import num_elements, shapes_of
 from fedmaestro.threads import one_thread
 
@@ -67,6 +69,8 @@ class Cost:
     train_macs_per_example: int
     train_memory_bytes: int
     """Peak of one training step: parameters, gradients, optimiser state, activations of a batch."""
+    activation_bytes: int
+    """The activations among them."""
     download_bytes: int
     upload_bytes: int
 
@@ -88,9 +92,13 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
 
 
 def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: bool = False) -> Cost:
-    """Return the cost at ``ranks`` (one per LoD layer of the trace); every figure is monotone in every rank."""
-    rank = {layer.name: ranks.get(layer.name, 0) for layer in traced.layers}
+    """Return the cost at ``ranks``; every figure is monotone in every rank.
+
+    Raises:
+        UserError: ``ranks`` does not hold one rank in ``0 … R`` for each LoD layer of the trace and nothing else.
+    """
     lod = [layer for layer in traced.layers if layer.max_rank is not None]
+    rank = {layer.name: 0 for layer in traced.layers} | _checked_ranks(traced, ranks)
     params = traced.fixed_params + sum(rank[x.name] * (x.inner + x.out) for x in lod)
     hidden = sum(rank[x.name] * x.positions for x in lod)
     activation_bytes = traced.fixed_activation_bytes + BYTES_PER_SCALAR * hidden
@@ -100,9 +108,20 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: 
         macs_per_example=sum(x.macs(rank[x.name]) for x in traced.layers),
         train_macs_per_example=sum(x.train_macs(rank[x.name]) for x in traced.layers),
         train_memory_bytes=copies * BYTES_PER_SCALAR * params + batch_size * activation_bytes,
+        activation_bytes=batch_size * activation_bytes,
         download_bytes=BYTES_PER_SCALAR * params,
         upload_bytes=BYTES_PER_SCALAR * params,
     )
+
+
+def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:
+    full = {layer.name: layer.max_rank for layer in traced.layers if layer.max_rank is not None}
+    for name in ranks:
+        if name not in full:
+            raise unknown_name("LoD layer", name, full)
+    if missing := [name for name in full if name not in ranks]:
+        raise UserError(f"no rank for LoD layer {missing[0]!r}: the cost needs one for each of {', '.join(full)}")
+    return {name: check_rank(ranks[name], max_rank, name) for name, max_rank in full.items()}
 
 
 def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerTrace]:

@@ -1,12 +1,13 @@
 """What the user sees in the terminal: a live display while a run goes on, and the closing table per tier."""
 
-import sys
+import logging
 import time
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -36,9 +37,12 @@ class LiveDisplay:
         )
         self._bar = self._bars.add_task("starting Ray and the hosts", total=None)
         self._phase = ""
+        # Through the console: other writers would tear the live display.
+        self._log = RichHandler(console=self.console, show_path=False, show_time=False)
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "LiveDisplay":
+        logging.getLogger("fedmaestro").addHandler(self._log)
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -46,6 +50,7 @@ class LiveDisplay:
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self._live.stop()
+        logging.getLogger("fedmaestro").removeHandler(self._log)
 
     def on_data(self, done: int, total: int) -> None:
         """Show the progress of decoding a dataset for the first time."""
@@ -136,15 +141,11 @@ def _percent(fraction: float | None, digits: int = 2) -> str:
 def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
     """Print the closing table and where everything lies."""
     console.print(tier_table(summary))
+    if summary["failed"]:
+        console.print(f"[bold]{summary['failed']} device updates failed[/bold]: see {path}/run.log", soft_wrap=True)
     console.print(
         f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "
-        f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}, "
-        f"{summary['failed']} devices failed"
+        f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}"
     )
     console.print(f"model_sha256 {summary['model_sha256']}", soft_wrap=True)
     console.print(f"results: {path} (report.html, plots/tier_accuracy.png)", soft_wrap=True)
-
-
-def error_console() -> Console:
-    """Return the console for error messages (standard error)."""
-    return Console(file=sys.stderr, soft_wrap=True, highlight=False)

@@ -19,4 +19,4 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") ->
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names)}")
+    return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names) or 'none'}")

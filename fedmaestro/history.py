@@ -2,10 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedmaestro.errors import UserError
 
@@ -81,6 +84,28 @@ class RunFolder:
         if not usable:
             raise UserError(f"cannot write to the run folder {self.path}: {existing} is not a writable folder")
 
+    @contextmanager
+    def claim(self, resume: bool) -> Iterator[None]:
+        """Make the folder and keep every other run out of it.
+
+        Raises:
+            UserError: another process runs in it, it already holds a run that is not to be resumed, it cannot be made.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path} is in use by another run: wait for it, or choose another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error}") from error
+        try:
+            if self.holds_run() and not resume:
+                raise UserError(holds_a_run(self.path))
+            yield
+        finally:
+            lock.release()
+
     def append(self, record: RoundRecord) -> None:
         """Append one round."""
         with self.rounds.open("a", encoding="utf-8") as file:
@@ -107,6 +132,11 @@ class RunFolder:
         return records
 
 
+def holds_a_run(path: Path) -> str:
+    """Return the message for a folder that is taken."""
+    return f"{path} already holds a run: continue it with --resume, or choose another --out"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +152,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def tier_accuracies(records: Sequence[RoundRecord], tier: str) -> list[float]:
-    """Return a tier's accuracies over the evaluated rounds."""
-    scores = [record.tiers[tier]["accuracy"] for record in records if tier in record.tiers]
-    return [score for score in scores if score is not None]
+def tier_accuracies(records: Sequence[RoundRecord], tier: str) -> dict[int, float]:
+    """Return a tier's accuracy by round, for the rounds that were evaluated."""
+    scores = {record.round: record.tiers[tier]["accuracy"] for record in records if tier in record.tiers}
+    return {server_round: score for server_round, score in scores.items() if score is not None}
 
 
 def summarize(
@@ -142,11 +172,12 @@ def summarize(
     scored: dict[str, dict[str, Any]] = {}
     for name, static in tiers.items():
         accuracies = tier_accuracies(records, name)
-        final = accuracies[-1] if accuracies else None
+        final_round = max(accuracies, default=None)
         scored[name] = {
             **static,
-            "final_accuracy": final,
-            "best_accuracy": max(accuracies, default=None),
+            "final_accuracy": None if final_round is None else accuracies[final_round],
+            "final_round": final_round,
+            "best_accuracy": max(accuracies.values(), default=None),
         }
     finals = [tier["final_accuracy"] for tier in scored.values() if tier["final_accuracy"] is not None]
     return {

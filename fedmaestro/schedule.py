@@ -85,7 +85,7 @@ def schedule_round(
     sampled = sorted(candidates[i] for i in drawn)
     costs = [submodel.cost for d in sampled if (submodel := tiers[d].trains) is not None]
     seconds = [
-        device_timing(tiers[d].tier, cost, examples[d] * local_epochs).total
+        device_timing(tiers[d].tier, cost, examples[d] * local_epochs, tiers[d].step_macs).total
         for d, cost in zip(sampled, costs, strict=True)
     ]
     outcome = close_round(seconds, devices_per_round, deadline_seconds)
@@ -111,7 +111,6 @@ def _cohorts(
         members = [d for d in devices if tier_of[d] == tier.index]
         for start in range(0, len(members), cohort_size):
             chunk = tuple(members[start : start + cohort_size])
-            macs = tier.trains.cost.train_macs_per_example if tier.trains else 0
-            work = macs * local_epochs * sum(examples[d] for d in chunk)
+            work = tier.step_macs * local_epochs * sum(examples[d] for d in chunk)
             cohorts.append(Cohort(index=len(cohorts), tier=tier, devices=chunk, work=work))
     return tuple(cohorts)

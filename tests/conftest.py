@@ -83,14 +83,13 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., Any]:
-    """Run a small federation on `LocalGrid`: `federate(overrides, nodes=2, spoil=…, folder=…, observer=…)`.
+    """Run a small federation on `LocalGrid`: `federate(overrides, nodes=2, spoil=…, folder=…)`; `folder` may hold one.
 
     Returns (summary, run folder, grid).
     """
     from fedmaestro.config import load_config
     from fedmaestro.flower.environment import open_environment
     from fedmaestro.flower.federation import Federation
-    from fedmaestro.flower.run import log_to
     from fedmaestro.history import RunFolder
 
     count = iter(range(1000))
@@ -108,8 +107,8 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
         env = open_environment(load_config(None, small | (overrides or {})))
         run_folder = RunFolder(folder or tmp_path / f"run{next(count)}")
         grid = LocalGrid(nodes, spoil)
-        with log_to(run_folder):
-            summary = Federation(grid, env, run_folder, stop or threading.Event(), observer).run()  # type: ignore[arg-type]
+        federation = Federation(grid, env, run_folder, stop or threading.Event(), observer, resume=folder is not None)  # type: ignore[arg-type]
+        summary = federation.run()
         return summary, run_folder, grid
 
     return run

@@ -23,6 +23,7 @@ def make_cost(**figures: int) -> Cost:
             "macs_per_example",
             "train_macs_per_example",
             "train_memory_bytes",
+            "activation_bytes",
             "download_bytes",
             "upload_bytes",
         ),

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro import lod
 from fedmaestro.cost import Cost, Trace, cost, trace
+from fedmaestro.errors import UserError
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import FULL, Architecture, Form
 
@@ -36,7 +37,7 @@ def traced(name: str, form: Form, width: Fraction = FULL) -> Trace:
 
 def closed_form(arch: Architecture, fraction: Fraction, *, batch_size: int = 1, momentum: bool = False) -> Cost:
     width = fraction if arch.form == "dense" else FULL
-    ranks = arch.size_at(fraction).ranks
+    ranks = arch.size_at(fraction).ranks or {}
     return cost(traced(arch.name, arch.form, width), ranks, batch_size=batch_size, momentum=momentum)
 
 
@@ -189,6 +190,26 @@ def test_every_figure_grows_with_every_rank(ranks: dict[str, int], name: str, mo
     low, high = (cost(net_trace(), r, batch_size=3, momentum=momentum) for r in (smaller, ranks))
     for figure in vars(low):
         assert getattr(low, figure) < getattr(high, figure)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"0": 1, "5": 1}, "no rank for LoD layer '7'"),
+        ({**MAX_RANKS, "2": 1}, "unknown LoD layer '2': .*valid: 0, 5, 7"),  # a dense layer of the trace
+        ({**MAX_RANKS, "5": 12}, "rank of layer '5' must be between 0 and 11, got 12"),
+        ({**MAX_RANKS, "5": -1}, "rank of layer '5' must be between 0 and 11, got -1"),
+        ({**MAX_RANKS, "5": 2.5}, "rank of layer '5' must be an integer, got 2.5"),
+    ],
+)
+def test_wrong_ranks_are_refused(ranks: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cost(net_trace(), ranks, batch_size=1)
+
+
+def test_a_dense_trace_takes_no_ranks() -> None:
+    with pytest.raises(UserError, match="unknown LoD layer 'fc1': valid: none"):
+        cost(traced("mlp", "dense"), {"fc1": 1}, batch_size=1)
 
 
 def test_a_trace_does_not_depend_on_the_current_prefix() -> None:

@@ -22,6 +22,7 @@ def make_cost(macs: int = 1, memory: int = 1, traffic: int = 2) -> Cost:
         macs_per_example=macs,
         train_macs_per_example=3 * macs,
         train_memory_bytes=memory,
+        activation_bytes=0,
         download_bytes=traffic // 2,
         upload_bytes=traffic - traffic // 2,
     )

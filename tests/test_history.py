@@ -255,8 +255,8 @@ def test_summary_figures() -> None:
         "strategy": "nested",
         "seed": 4,
         "tiers": {
-            "big": {"ranks": {"fc": 8}, "params": 100, "final_accuracy": 0.8, "best_accuracy": 0.9},
-            "small": {"ranks": {"fc": 1}, "params": 10, "final_accuracy": 0.4, "best_accuracy": 0.5},
+            "big": {"ranks": {"fc": 8}, "params": 100, "final_accuracy": 0.8, "final_round": 3, "best_accuracy": 0.9},
+            "small": {"ranks": {"fc": 1}, "params": 10, "final_accuracy": 0.4, "final_round": 3, "best_accuracy": 0.5},
         },
         "mean_tier_accuracy": pytest.approx(0.6),
         "worst_tier_accuracy": 0.4,
@@ -274,19 +274,21 @@ def test_summary_figures() -> None:
 
 def test_summary_of_a_tier_that_was_not_evaluated() -> None:
     summary = summarize([scored(0, 0.3, None), scored(1, 0.5, None)], {"big": {}, "small": {}}, {}, "")
-    assert summary["tiers"]["small"] == {"final_accuracy": None, "best_accuracy": None}
+    assert summary["tiers"]["small"] == {"final_accuracy": None, "final_round": None, "best_accuracy": None}
     assert summary["mean_tier_accuracy"] == summary["worst_tier_accuracy"] == 0.5
 
 
 def test_summary_before_the_first_round() -> None:
     summary = summarize([], {"big": {"params": 1}}, {}, "")
-    assert summary["tiers"] == {"big": {"params": 1, "final_accuracy": None, "best_accuracy": None}}
+    assert summary["tiers"] == {
+        "big": {"params": 1, "final_accuracy": None, "final_round": None, "best_accuracy": None}
+    }
     assert summary["rounds"] == 0
     assert summary["mean_tier_accuracy"] is summary["worst_tier_accuracy"] is None
 
 
 def test_accuracies_of_evaluated_rounds_only() -> None:
     records = [scored(0, 0.1, None), record(1), scored(2, 0.3, 0.2)]
-    assert tier_accuracies(records, "big") == [0.1, 0.3]
-    assert tier_accuracies(records, "small") == [0.2]
-    assert tier_accuracies(records, "none") == []
+    assert tier_accuracies(records, "big") == {0: 0.1, 2: 0.3}
+    assert tier_accuracies(records, "small") == {2: 0.2}
+    assert tier_accuracies(records, "none") == {}

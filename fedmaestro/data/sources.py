@@ -155,7 +155,7 @@ def _parquet_batches(row: DatasetRow, handles: list[tuple[Path, Any]]) -> Iterat
 
 
 def hub_split(row: DatasetRow, split: str) -> EncodedSplit:
-    """Return one split of the hub's dataset, through the Hugging Face cache.
+    """Return one split of the hub's dataset in its order, through Flower Datasets and the Hugging Face cache.
 
     Raises:
         UserError: the hub cannot be reached, or what it gives lacks a column.
@@ -165,8 +165,10 @@ def hub_split(row: DatasetRow, split: str) -> EncodedSplit:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a third party's deprecations are not this user's
             import datasets
+            from flwr_datasets import FederatedDataset
 
-            data = datasets.load_dataset(row.hub, split=split)
+            # Not shuffled: examples from the hub and from files have one order, and so one fingerprint.
+            data = FederatedDataset(dataset=row.hub, partitioners={}, shuffle=False).load_split(split)
             _check_columns(row, data.column_names, row.hub)
             data = data.cast_column(row.image_column, datasets.Image(decode=False)).with_format("arrow")
     except UserError:

@@ -22,7 +22,10 @@ def _environment(message: Message) -> tuple[Environment, dict[str, Any]]:
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
     job: dict[str, Any] = dict(message.content.config_records[wire.JOB])
-    return environment_of(job["experiment"]), job
+    env = environment_of(job["experiment"])
+    if job.get("fingerprint", env.fingerprint) != env.fingerprint:
+        raise RuntimeError("the data, the partition or the fleet file changed during the run")
+    return env, job
 
 
 @app.query(DESCRIBE)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -45,11 +45,12 @@ class Environment:
         """Return the plan of a device's tier."""
         return self.plan.by_index(self.tier_of[device])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of data and partition: hosts that differ in it would train something else."""
+        """Hash of data, partition and fleet: whoever differs in it would train something else."""
+        tiers = [(plan.tier.model_dump_json(), plan.serves.size.describe()) for plan in self.plan.tiers]
         parts = partition_fingerprint(self.parts)
-        return hashlib.sha256(f"{self.dataset.fingerprint} {parts}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.dataset.fingerprint} {parts} {self.tier_of} {tiers}".encode()).hexdigest()
 
 
 def open_environment(config: ExperimentConfig, progress: Callable[[int, int], None] | None = None) -> Environment:
@@ -86,6 +87,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         strategy.submodel,
         batch_size=config.train.batch_size,
         momentum=config.train.momentum > 0,
+        passes=objective.passes,
     )
     parts = cached_partition(
         dataset,

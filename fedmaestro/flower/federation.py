@@ -1,9 +1,12 @@
 """The loop over rounds: own because Flower's has no resume, no checkpoint and no per-round history."""
 
 import json
+import logging
 import math
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,6 +16,7 @@ from flwr.serverapp import Grid
 from fedmaestro import rng
 from fedmaestro.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
 from fedmaestro.data import class_counts
+from fedmaestro.errors import UserError
 from fedmaestro.flower import wire
 from fedmaestro.flower.environment import Environment
 from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts
@@ -43,6 +47,7 @@ class Federation:
         folder: where everything goes; ``prepare_folder`` has checked it.
         stop: set from outside to end the run after what is complete.
         observer: is told about the progress.
+        resume: go on with the run in ``folder``; without it, a folder that holds one is refused.
     """
 
     def __init__(
@@ -52,34 +57,46 @@ class Federation:
         folder: RunFolder,
         stop: threading.Event,
         observer: Observer | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         self.grid, self.env, self.folder, self.stop, self.observer = grid, env, folder, stop, observer
+        self.resume = resume
         self.records: list[RoundRecord] = []
 
     def run(self) -> dict[str, Any]:
-        """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary."""
-        checkpoint = load_checkpoint(self.folder.checkpoint)
+        """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary.
+
+        Raises:
+            UserError: unfit hosts (nothing was written then), a folder in use, or one of another experiment.
+            InterruptedRunError: ``stop`` was set before round 0 was complete.
+        """
         find_hosts(self.grid, self.env, self.stop)
-        if checkpoint is None:
-            checkpoint = self._start()
-        else:
+        with self.folder.claim(self.resume), log_to(self.folder):
+            checkpoint = load_checkpoint(self.folder.checkpoint) or self._start()
+            if checkpoint.fingerprint != self.env.fingerprint:
+                raise UserError(
+                    f"{self.folder.path} was run on other data or another fleet: resume with those, or start a new run"
+                )
             self.records = self.folder.keep_rounds(checkpoint.round)
-        if self.observer is not None:
-            self.observer.on_start(self.env, self.folder, checkpoint.round + 1)
-            for record in self.records:
-                self.observer.on_round(record)
-        interrupted = False
-        try:
-            checkpoint = self._rounds(checkpoint)
-        except InterruptedRunError:
-            interrupted = True
-            checkpoint = load_checkpoint(self.folder.checkpoint) or checkpoint
-        return self._finish(checkpoint, interrupted)
+            self.folder.summary.unlink(missing_ok=True)
+            if self.observer is not None:
+                self.observer.on_start(self.env, self.folder, checkpoint.round + 1)
+                for record in self.records:
+                    self.observer.on_round(record)
+            interrupted = False
+            try:
+                checkpoint = self._rounds(checkpoint)
+            except InterruptedRunError:
+                interrupted = True
+                checkpoint = load_checkpoint(self.folder.checkpoint) or checkpoint
+                if not self.records:
+                    raise
+            return self._finish(checkpoint, interrupted)
 
     def _start(self) -> Checkpoint:
-        """Write the configuration and the partition's picture; return the initial model as round 0."""
+        """Write the configuration and the partition's picture; return the initial model, before round 0."""
         env = self.env
-        self.folder.keep_rounds(-1)
         write_atomically(self.folder.config, env.config.to_toml())
         counts = class_counts(env.dataset.train_labels, env.parts, env.dataset.num_classes)
         self.folder.plots.mkdir(parents=True, exist_ok=True)
@@ -91,7 +108,8 @@ class Federation:
             title=f"{env.dataset.name}: examples of each device by class",
         )
         seed = rng.derived_seed(env.config.seed, "init")
-        return Checkpoint(round=-1, global_state=env.plan.architecture.initial_state(seed), server_memory={})
+        state = env.plan.architecture.initial_state(seed)
+        return Checkpoint(round=-1, global_state=state, server_memory={}, fingerprint=env.fingerprint)
 
     def _rounds(self, checkpoint: Checkpoint) -> Checkpoint:
         train = self.env.config.train
@@ -105,6 +123,7 @@ class Federation:
                 round=server_round,
                 global_state=wire.to_state(arrays),
                 server_memory=strategy.server_memory,
+                fingerprint=self.env.fingerprint,
             )
             self.folder.append(record)
             save_checkpoint(self.folder.checkpoint, checkpoint)
@@ -137,7 +156,8 @@ class Federation:
             if self.observer is not None:
                 self.observer.on_progress(server_round, phase, done, len(messages))
 
-        return exchange(self.grid, messages, self.stop, on_reply)
+        timeout = self.env.config.train.reply_timeout_seconds
+        return exchange(self.grid, messages, self.stop, on_reply, timeout)
 
     def _finish(self, checkpoint: Checkpoint, interrupted: bool) -> dict[str, Any]:
         env = self.env
@@ -151,15 +171,14 @@ class Federation:
             "num_classes": env.dataset.num_classes,
             "mean": list(env.dataset.mean),
             "std": list(env.dataset.std),
-            "ranks": env.plan.architecture.full_size.describe(),
-            "tiers": {name: facts["ranks"] for name, facts in tiers.items()},
+            "size": env.plan.architecture.full_size.to_json(),
+            "tiers": {tier.tier.name: tier.serves.size.to_json() for tier in env.plan.tiers},
             "round": checkpoint.round,
         }
         sha256 = write_model(self.folder.path, checkpoint.global_state, card)
         summary = summarize(self.records, tiers, facts, sha256)
         write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")
-        if self.records:
-            write_run_report(self.folder.path)
+        write_run_report(self.folder.path)
         return summary
 
 
@@ -191,10 +210,24 @@ def tier_facts(env: Environment) -> dict[str, dict[str, Any]]:
             "ranks": tier.serves.size.describe(),
             "params": tier.serves.cost.params,
             "macs_per_example": tier.serves.cost.macs_per_example,
-            "train_macs_per_example": tier.serves.cost.train_macs_per_example,
-            "train_memory_bytes": tier.serves.cost.train_memory_bytes,
+            "train_macs_per_example": tier.step_macs,
+            "train_memory_bytes": tier.step_memory_bytes,
             "download_bytes": tier.serves.cost.download_bytes,
             "upload_bytes": tier.serves.cost.upload_bytes,
         }
         for tier in env.plan.tiers
     }
+
+
+@contextmanager
+def log_to(folder: RunFolder) -> Iterator[None]:
+    """Write FedMaestro's log (failed devices with their reasons) to ``run.log`` in the run folder."""
+    handler = logging.FileHandler(folder.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fedmaestro")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

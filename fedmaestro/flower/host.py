@@ -18,7 +18,7 @@ from fedmaestro.data import normalize
 from fedmaestro.evaluate import Score, score
 from fedmaestro.flower.environment import Environment
 from fedmaestro.models.architecture import Architecture, Size
-from fedmaestro.plan import Submodel
+from fedmaestro.plan import Submodel, smaller_levels
 from fedmaestro.strategies.base import Block
 from fedmaestro.submodel import State, load
 
@@ -99,22 +99,20 @@ def evaluate_part(env: Environment, tier_name: str, state: State, first: int, la
 
 def resident_prefixes(env: Environment, submodel: Submodel) -> Prefixes:
     """Return the reused model of this size, with the serving sizes of all smaller tiers as its levels."""
-    elements = submodel.cost.params
-    smaller = {_key(tier.serves.size): tier.serves for tier in env.plan.tiers if tier.serves.cost.params < elements}
     model = _resident_model(env.plan.architecture, _key(submodel.size))
-    templates = [(_template(env.plan.architecture, key), other.shapes) for key, other in smaller.items()]
-    return Prefixes(model, templates)
+    smaller = smaller_levels(submodel, (tier.serves for tier in env.plan.tiers))
+    return Prefixes(model, [(_template(env.plan.architecture, _key(x.size)), x.shapes) for x in smaller])
 
 
-_Key = tuple[tuple[tuple[str, int], ...], int, int]
+_Key = tuple[tuple[tuple[str, int], ...], Fraction | None]
 
 
 def _key(size: Size) -> _Key:
-    return tuple(size.ranks.items()), size.width.numerator, size.width.denominator
+    return tuple((size.ranks or {}).items()), size.width
 
 
 def _size(key: _Key) -> Size:
-    return Size(ranks=dict(key[0]), width=Fraction(key[1], key[2]))
+    return Size(width=key[1]) if key[1] is not None else Size(ranks=dict(key[0]))
 
 
 @lru_cache(maxsize=32)

@@ -21,17 +21,21 @@ class InterruptedRunError(RuntimeError):
 
 
 def exchange(
-    grid: Grid, messages: Iterable[Message], stop: threading.Event, on_reply: Callable[[], None] | None = None
+    grid: Grid,
+    messages: Iterable[Message],
+    stop: threading.Event,
+    on_reply: Callable[[], None] | None = None,
+    timeout: float = 0.0,
 ) -> list[Message]:
-    """Send ``messages`` and return all replies.
+    """Send ``messages`` and return the replies: all, or those that came within ``timeout`` wall seconds (0: no limit).
 
-    Like ``Grid.send_and_receive`` without a timeout, but it polls faster at first (a small round is over within its 0.1
-    s) and gives up when ``stop`` is set.
+    Like ``Grid.send_and_receive``, but it polls faster at first (a small round is over within its 0.1 s) and raises
+    InterruptedRunError when ``stop`` is set.
     """
     waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
     replies: list[Message] = []
     started = time.monotonic()
-    while waiting:
+    while waiting and not (timeout and time.monotonic() - started > timeout):
         arrived = list(grid.pull_messages(waiting))
         replies += arrived
         waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
@@ -59,7 +63,7 @@ def find_hosts(grid: Grid, env: Environment, stop: threading.Event) -> list[int]
     for node, (_, fingerprint) in described.items():
         if fingerprint != env.fingerprint:
             raise UserError(
-                f"host {node} sees other data or another partition than the server: "
+                f"host {node} sees other data, another partition or another fleet than the server: "
                 "give all of them the same files and the same versions of the libraries"
             )
     return nodes
@@ -89,7 +93,8 @@ def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threadin
     described: dict[int, tuple[int, str]] = {}
     for reply in exchange(grid, messages, stop):
         if reply.has_error():
-            raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {reply.error.reason}")
+            reason = " ".join(str(reply.error.reason).split())
+            raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {reason}")
         record = reply.content.config_records[wire.JOB]
         described[reply.metadata.src_node_id] = (int(record["num-partitions"]), str(record["fingerprint"]))  # type: ignore[arg-type]
     return described

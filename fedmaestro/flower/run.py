@@ -1,14 +1,11 @@
 """Run an experiment in this process: the function behind ``fedmaestro run`` and ``fedmaestro.run``."""
 
 import json
-import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,11 @@ from fedmaestro.checkpoint import read_model
 from fedmaestro.config import ExperimentConfig, from_flat, load_config
 from fedmaestro.errors import UserError, unknown_name
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.environment import Environment, open_environment
 from fedmaestro.flower.federation import Federation, Observer
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import available_cpus, simulate
-from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.history import RoundRecord, RunFolder, holds_a_run
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.submodel import cut, load
 
@@ -66,16 +63,10 @@ class Run:
         )
         if tier is not None and tier not in card["tiers"]:
             raise unknown_name("tier", tier, card["tiers"])
-        size = _size(architecture, card["ranks"] if tier is None else card["tiers"][tier])
+        size = Size.from_json(card["size"] if tier is None else card["tiers"][tier])
         model = architecture.materialize(size)
         load(model, cut(state, architecture.shapes(size)))
         return model.eval()
-
-
-def _size(architecture: Architecture, described: dict[str, Any]) -> Size:
-    if architecture.form == "dense":
-        return Size(width=Fraction(described["width"]))
-    return Size(ranks=described)
 
 
 def run(
@@ -113,14 +104,12 @@ def run(
     actors = available_cpus() if actors is None else actors
     if actors < 1:
         raise UserError(f"--actors {actors}: at least one is needed")
-    folder = RunFolder(Path(config.out or default_folder(experiment, config)).absolute())
-    prepare_folder(folder, config, resume)
-    env = open_environment(config, on_data)
+    name = Path(experiment).stem if isinstance(experiment, str | Path) else config.data.name
+    folder, env = prepare(config, name, resume=resume, on_data=on_data)
     stop = threading.Event()
 
     def server(grid: Grid, _context: Context) -> None:
-        with log_to(folder):
-            Federation(grid, env, folder, stop, observer).run()
+        Federation(grid, env, folder, stop, observer, resume=resume).run()
 
     try:
         simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
@@ -139,33 +128,52 @@ def _resolve(
 ) -> ExperimentConfig:
     changes = dict(overrides or {})
     if data_dir is not None:
-        changes["data.dir"] = str(Path(data_dir).absolute())
+        changes["data.dir"] = str(data_dir)
     if out is not None:
-        changes["out"] = str(Path(out).absolute())
-    if resume and "out" not in changes:
-        raise UserError("--resume needs the folder of the run: add --out DIR")
+        changes["out"] = str(out)
     if isinstance(experiment, ExperimentConfig):
-        return _absolute(load_config(None, {**experiment.flat(), **changes}))
-    if resume and experiment is None and RunFolder(Path(str(changes["out"]))).config.exists():
-        experiment = RunFolder(Path(str(changes["out"]))).config
-    return _absolute(load_config(experiment, changes))
+        config = load_config(None, {**experiment.flat(), **changes})
+    else:
+        own = RunFolder(Path(str(changes.get("out", "")))).config
+        config = load_config(own if resume and experiment is None and own.exists() else experiment, changes)
+    if resume and not config.out:
+        raise UserError("--resume needs the folder of the run: add --out DIR")
+    return config
 
 
-def _absolute(config: ExperimentConfig) -> ExperimentConfig:
-    """Make paths absolute: hosts may run in another working directory."""
+def prepare(
+    config: ExperimentConfig,
+    name: str,
+    *,
+    resume: bool = False,
+    on_data: Callable[[int, int], None] | None = None,
+) -> tuple[RunFolder, Environment]:
+    """Check everything that a run needs and return its folder and environment; nothing is written there yet.
+
+    Args:
+        config: the experiment; its paths become absolute, because hosts may run in another working directory.
+        name: first part of the default folder's name.
+        resume: whether the folder must hold this very run, or none.
+        on_data: is told (done, total) while the data are decoded for the first time.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
     flat = config.flat()
-    for key in ("data.dir", "fleet.file"):
+    for key in ("data.dir", "fleet.file", "out"):
         if flat[key]:
-            flat[key] = str(Path(str(flat[key])).absolute())
-    return from_flat(flat)
+            flat[key] = str(Path(str(flat[key])).expanduser().absolute())
+    config = from_flat(flat)
+    folder = RunFolder(Path(config.out) if config.out else default_folder(name, config))
+    prepare_folder(folder, config, resume)
+    return folder, open_environment(config, on_data)
 
 
-def default_folder(experiment: str | Path | ExperimentConfig | None, config: ExperimentConfig) -> Path:
+def default_folder(name: str, config: ExperimentConfig) -> Path:
     """Return ``runs/NAME-STRATEGY-seedN-TIME`` under the working directory."""
-    name = Path(experiment).stem if isinstance(experiment, str | Path) else config.data.name
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{name}-{config.train.strategy}-seed{config.seed}-{now}"
+    return Path.cwd() / "runs" / f"{name}-{config.train.strategy}-seed{config.seed}-{now}"
 
 
 def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) -> None:
@@ -177,7 +185,7 @@ def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) ->
     folder.check_usable()
     if not resume:
         if folder.holds_run():
-            raise UserError(f"{folder.path} already holds a run: continue it with --resume, or choose another --out")
+            raise UserError(holds_a_run(folder.path))
         return
     if not folder.config.exists():
         raise UserError(f"{folder.path} holds no run to resume: leave --resume out")
@@ -189,18 +197,3 @@ def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) ->
             f"{folder.path} was run with {key}={before[key]!r}, not {now[key]!r}: "
             "resume with the same settings, or start a new run"
         )
-
-
-@contextmanager
-def log_to(folder: RunFolder) -> Iterator[None]:
-    """Write FedMaestro's log (failed devices with their reasons) to ``run.log`` in the run folder."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder.log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("fedmaestro")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

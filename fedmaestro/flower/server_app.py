@@ -3,15 +3,13 @@
 import logging
 import sys
 import threading
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmaestro.config import from_flat
-from fedmaestro.flower.environment import open_environment
 from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.run import default_folder, log_to, prepare_folder
+from fedmaestro.flower.run import prepare
 from fedmaestro.history import RoundRecord, RunFolder
 from fedmaestro.report import format_percent
 
@@ -45,9 +43,6 @@ def main(grid: Grid, context: Context) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     config = from_flat(context.run_config, "Flower's run config")
-    folder = RunFolder(Path(config.out or default_folder(None, config)).absolute())
-    prepare_folder(folder, config, resume=False)
-    env = open_environment(config)
-    with log_to(folder):
-        summary = Federation(grid, env, folder, threading.Event(), LogObserver()).run()
+    folder, env = prepare(config, config.data.name)
+    summary = Federation(grid, env, folder, threading.Event(), LogObserver()).run()
     log.info("model_sha256 %s, results in %s", summary["model_sha256"], folder.path)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import warnings
@@ -19,6 +20,7 @@ import ray
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from ray.exceptions import RayError
 
 from fedmaestro.errors import UserError
 
@@ -27,6 +29,10 @@ NODES_PER_ACTOR = 4
 
 ACTOR_OPTIONS = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1, "max_task_retries": 3}
 """Ray actor options: a killed actor is restarted and its task retried. By default Flower would lose both for good."""
+
+
+PROBE_SECONDS = 30
+"""How long a Ray cluster may take to accept a first connection."""
 
 
 def available_cpus() -> int:
@@ -50,7 +56,6 @@ def simulate(
         UserError: the Ray cluster at ``ray_address`` cannot be reached.
         Exception: what ``server`` raised.
     """
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     with _quiet_flower(), _start_ray(actors, ray_address), _actors_end_without_retry():
         from flwr.simulation import run_simulation
 
@@ -86,7 +91,7 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"cannot reach the Ray cluster at {address!r} ({reason}): start it with `ray start --head`, or unset "
@@ -101,10 +106,21 @@ def _start_ray(actors: int, address: str | None) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Raise OSError at once when nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    """Raise OSError when no Ray cluster answers; Ray itself would try for minutes and not be interrupted."""
+    if address is None:
+        return
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+    probe = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    try:
+        command = [sys.executable, "-c", probe, address]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"no answer within {PROBE_SECONDS} s") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OSError(last) from None
 
 
 @contextmanager

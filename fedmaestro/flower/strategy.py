@@ -4,7 +4,7 @@ It works in FedMaestro's own loop (``federation``) and in Flower's (``strategy.s
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedmaestro.errors import UserError
 from fedmaestro.evaluate import Score
 from fedmaestro.flower import wire
 from fedmaestro.flower.environment import Environment
@@ -40,7 +41,7 @@ class TieredStrategy(FlowerStrategy):
     def __init__(self, env: Environment, server_memory: State | None = None) -> None:
         self.env = env
         self.server_memory: State = server_memory or {}
-        self._experiment = env.config.to_json()
+        self._experiment: Job = {"experiment": env.config.to_json(), "fingerprint": env.fingerprint}
         self._global: State = {}
         self._records: dict[int, ArrayRecord] = {}
         self._schedule: Schedule | None = None
@@ -72,7 +73,7 @@ class TieredStrategy(FlowerStrategy):
         cohorts = sorted(self._schedule.cohorts, key=lambda cohort: -cohort.work)
         self._messages = [
             (self._train_message(cohort, server_round, node), cohort)
-            for cohort, node in zip(cohorts, cycle(sorted(grid.get_node_ids())), strict=False)
+            for cohort, node in zip(cohorts, _nodes(grid), strict=False)
         ]
         return [message for message, _ in self._messages]
 
@@ -87,7 +88,7 @@ class TieredStrategy(FlowerStrategy):
         content = RecordDict(
             {
                 wire.SUBMODEL: self._records[submodel.cost.params],
-                wire.JOB: ConfigRecord({"experiment": self._experiment, **job}),
+                wire.JOB: ConfigRecord({**self._experiment, **job}),
             }
         )
         return Message(content=content, dst_node_id=node, message_type=kind)
@@ -142,7 +143,7 @@ class TieredStrategy(FlowerStrategy):
     ) -> Iterable[Message]:
         """Return messages that evaluate every distinct submodel that serves a tier, in parts of the test set."""
         self._load(arrays)
-        nodes = cycle(sorted(grid.get_node_ids()))
+        nodes = _nodes(grid)
         examples = len(self.env.dataset.test_labels)
         self._parts = []
         for tier in self._distinct():
@@ -186,6 +187,14 @@ class TieredStrategy(FlowerStrategy):
         """Log what this strategy does (Flower calls it at the start of its own loop)."""
         row = self.env.strategy
         log.info("%s: %s; objective %s", row.name, row.summary, self.env.objective.name)
+
+
+def _nodes(grid: Grid) -> Iterator[int]:
+    """Deal out the hosts in turn, without end."""
+    nodes = sorted(grid.get_node_ids())
+    if not nodes:
+        raise UserError("no host is connected any more: start hosts and go on with --resume")
+    return cycle(nodes)
 
 
 def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[tuple[T, Message | None]]:

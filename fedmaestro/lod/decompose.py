@@ -10,28 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from fedmaestro.errors import UserError, unknown_name
-from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, layers
+from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, freeze_like, layers
 
 
 def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     """Return a copy of ``dense`` with every Linear and Conv2d in LoD form; the function is unchanged at full rank.
 
-    Each weight ``W = P Σ Qᵀ`` becomes ``U = P √Σ``, ``V = √Σ Qᵀ`` (Maestro, section 3: balanced SVD). A copy on the
-    ``meta`` device gives the shapes without the work.
+    Each weight ``W = P Σ Qᵀ`` becomes ``U = P √Σ``, ``V = √Σ Qᵀ`` (Maestro, section 3: balanced SVD); what is frozen
+    stays so. A copy on the ``meta`` device gives the shapes without the work.
 
     Args:
         dense: any module; it is not changed.
         skip: qualified names of Linear and Conv2d layers that stay dense.
 
     Raises:
-        UserError: an unknown name in ``skip``, a grouped convolution or one with padding other than zeros.
+        UserError: an unknown name in ``skip``; a layer that is not in it and cannot be factorised: a grouped
+            convolution or one with padding other than zeros, a part of ``nn.MultiheadAttention``, a layer that shares
+            a parameter with another module.
     """
     candidates = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name in skip:
         if name not in candidates:
             raise unknown_name("layer to keep dense", name, candidates)
-    convert = {name: _factor_layer(name, m) for name, m in candidates.items() if name not in skip}
-    return _replace(dense, convert)
+    chosen = {name: m for name, m in candidates.items() if name not in skip}
+    for name in chosen:
+        _check_outside_attention(dense, name)
+    _check_untied(dense, chosen)
+    return _replace(dense, {name: _factor_layer(name, m) for name, m in chosen.items()})
 
 
 def truncate(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
@@ -68,7 +73,30 @@ def _cut(layer: LoDLayer, rank: int) -> LoDLayer:
     return layer.replaced(layer.u.detach()[:, :rank].clone(), layer.v.detach()[:rank].clone())
 
 
+def _check_outside_attention(model: nn.Module, name: str) -> None:
+    # It reads the weights of its layers instead of calling them, and a LoD layer has none.
+    if name and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        raise UserError(f"layer {name!r} cannot be factorised (part of nn.MultiheadAttention): add its name to skip")
+
+
+def _check_untied(model: nn.Module, chosen: Collection[str]) -> None:
+    """Refuse a chosen layer that shares a parameter with another module: each would get factors of its own."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            first = owners.setdefault(id(parameter), name)
+            if tied := [n for n in (first, name) if n in chosen and first != name]:
+                raise UserError(
+                    f"modules {first!r} and {name!r} share a parameter, which factors would untie: "
+                    f"add {' and '.join(map(repr, tied))} to skip"
+                )
+
+
 def _factor_layer(name: str, layer: nn.Linear | nn.Conv2d) -> LoDLayer:
+    return freeze_like(_factors(name, layer), u=layer.weight, v=layer.weight, bias=layer.bias)
+
+
+def _factors(name: str, layer: nn.Linear | nn.Conv2d) -> LoDLayer:
     bias = None if layer.bias is None else layer.bias.detach().clone()
     u, v = balanced_svd(layer.weight.detach().flatten(1))
     if isinstance(layer, nn.Linear):

@@ -11,13 +11,15 @@ recovers them from fractions, off by one for some), and rank 0 means "bias only"
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmaestro.errors import UserError, unknown_name
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class LoDLayer(nn.Module, ABC):
@@ -67,11 +69,11 @@ class LoDLayer(nn.Module, ABC):
 
     @abstractmethod
     def replaced(self, u: Tensor, v: Tensor) -> "LoDLayer":
-        """Return a layer with these factors, a copy of the bias and this layer's other settings."""
+        """Return a layer with these factors, a copy of the bias and this layer's settings, also ``requires_grad``."""
 
     @abstractmethod
     def dense(self) -> nn.Module:
-        """Return the plain PyTorch layer that computes the current prefix."""
+        """Return the plain PyTorch layer that computes the current prefix; its weight is frozen if both factors are."""
 
 
 class LoDLinear(LoDLayer):
@@ -85,7 +87,7 @@ class LoDLinear(LoDLayer):
         return F.linear(F.linear(x, v), u, self.bias)
 
     def replaced(self, u: Tensor, v: Tensor) -> "LoDLinear":
-        return LoDLinear(u, v, _copy(self.bias))
+        return freeze_like(LoDLinear(u, v, _copy(self.bias)), u=self.u, v=self.v, bias=self.bias)
 
     def dense(self) -> nn.Linear:
         u, v = self.prefix()
@@ -93,7 +95,7 @@ class LoDLinear(LoDLayer):
         layer = _uninitialised(
             nn.Linear, in_features, out_features, bias=self.bias is not None, device=u.device, dtype=u.dtype
         )
-        return cast(nn.Linear, _filled(layer, u @ v, self.bias))
+        return cast(nn.Linear, _filled(layer, u @ v, self))
 
 
 class LoDConv2d(LoDLayer):
@@ -128,7 +130,8 @@ class LoDConv2d(LoDLayer):
         ]
 
     def replaced(self, u: Tensor, v: Tensor) -> "LoDConv2d":
-        return LoDConv2d(u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation)
+        new = LoDConv2d(u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation)
+        return freeze_like(new, u=self.u, v=self.v, bias=self.bias)
 
     def dense(self) -> nn.Conv2d:
         u, v = self.prefix()
@@ -144,7 +147,7 @@ class LoDConv2d(LoDLayer):
             device=u.device,
             dtype=u.dtype,
         )
-        return cast(nn.Conv2d, _filled(layer, torch.einsum("or,rikl->oikl", u, v), self.bias))
+        return cast(nn.Conv2d, _filled(layer, torch.einsum("or,rikl->oikl", u, v), self))
 
 
 def layers(model: nn.Module) -> dict[str, LoDLayer]:
@@ -192,6 +195,14 @@ def check_rank(value: int, max_rank: int, name: str = "") -> int:
     return rank
 
 
+def freeze_like(layer: _Module, **sources: Tensor | None) -> _Module:
+    """Give each named parameter of ``layer`` the ``requires_grad`` of its source (None: no such parameter)."""
+    for name, source in sources.items():
+        if source is not None:
+            layer.get_parameter(name).requires_grad_(source.requires_grad)
+    return layer
+
+
 def _uninitialised(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     return nn.utils.skip_init(kind, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -209,8 +220,9 @@ def _copy(bias: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _filled(layer: nn.Module, weight: Tensor, source: LoDLayer) -> nn.Module:
     cast(Tensor, layer.weight).copy_(weight)
-    if bias is not None:
-        cast(Tensor, layer.bias).copy_(bias)
-    return layer
+    if source.bias is not None:
+        cast(Tensor, layer.bias).copy_(source.bias)
+    factor = source.u if source.u.requires_grad else source.v
+    return freeze_like(layer, weight=factor, bias=source.bias)

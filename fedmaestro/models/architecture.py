@@ -6,10 +6,10 @@ leading block of every larger one.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,14 +28,23 @@ FULL = Fraction(1)
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Ranks per LoD layer (``width`` is 1), or the width of a dense model (``ranks`` is empty)."""
+    """Ranks per LoD layer, or the width of a dense model; the other one is None."""
 
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    width: Fraction = FULL
+    ranks: Mapping[str, int] | None = None
+    width: Fraction | None = None
 
     def describe(self) -> dict[str, int | float]:
-        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``."""
-        return dict(self.ranks) if self.ranks else {"width": round(float(self.width), 4)}
+        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``, rounded."""
+        return {"width": round(float(self.width), 4)} if self.width is not None else dict(self.ranks or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the exact form that ``model.json`` keeps."""
+        return {"width": str(self.width)} if self.width is not None else {"ranks": dict(self.ranks or {})}
+
+    @classmethod
+    def from_json(cls, form: Mapping[str, Any]) -> "Size":
+        """Read what ``to_json`` wrote."""
+        return cls(width=Fraction(form["width"])) if "width" in form else cls(ranks=form["ranks"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +102,8 @@ class Architecture:
         """Return the model of this size on the ``meta`` device, with tensors of that size only."""
         if self.form == "dense":
             with torch.device("meta"):
-                return self._dense(size.width)
-        return lod.truncate(self.full, size.ranks)
+                return self._dense(size.width or FULL)
+        return lod.truncate(self.full, size.ranks or {})
 
     def materialize(self, size: Size) -> nn.Module:
         """Return the model of this size on the CPU with uninitialised tensors: load a state before use."""

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fedmaestro.models.width import LeadingGroupNorm
+
 
 @torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator) -> None:
@@ -14,7 +16,7 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     the default the small tiers' signals fade over the layers: on MNIST they stayed at chance for ten rounds.
     """
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm | LeadingGroupNorm):
             module.reset_parameters()
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

@@ -38,7 +38,7 @@ def _shared_names(paths: Sequence[Path], depth: int) -> bool:
 
 
 def _link(run: RunRecord, name: str, anchor: str) -> Markup:
-    unfinished = " (not finished)" if run.summary is None else ""
+    unfinished = "" if run.finished else " (not finished)"
     return Markup(f'<a href="#{anchor}">{escape(name)}</a>{unfinished}')
 
 

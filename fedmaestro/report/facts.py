@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fedmaestro.config import flatten
 from fedmaestro.report.curves import as_number, tier_curves, total
 from fedmaestro.report.format import MISSING
 from fedmaestro.report.records import RunRecord
 
-# The keys of summary.json and, for a run that was interrupted, where the configuration says the same.
+# The keys of summary.json and, for a run without one, where the configuration says the same.
 HEADLINE = {
     "dataset": "data.name",
     "model": "model.name",
@@ -32,7 +33,7 @@ def run_title(run: RunRecord) -> str:
 
 
 def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """Return the facts of each tier, largest tier first; an interrupted run has only accuracies."""
+    """Return the facts of each tier, largest tier first; a run without summary has only accuracies."""
     facts = {
         curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best} for curve in tier_curves(run.rounds)
     }
@@ -60,16 +61,12 @@ def mean_and_worst(run: RunRecord) -> tuple[float, float]:
     return (sum(finals) / len(finals), min(finals)) if finals else (float("nan"), float("nan"))
 
 
-def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
     """Return nested tables as dotted names, as ``--set`` takes them, with values as text."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_config(value, f"{prefix}{key}."))
-        else:
-            is_text = isinstance(value, str)
-            flat[f"{prefix}{key}"] = value if is_text else json.dumps(value, default=str, ensure_ascii=False)
-    return flat
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        for key, value in flatten(config).items()
+    }
 
 
 def _summary_tiers(run: RunRecord) -> Mapping[str, Mapping[str, Any]]:

@@ -19,11 +19,11 @@ def format_bytes(n: float | None) -> str:
     return _scaled(n, _BYTE_UNITS)
 
 
-def format_percent(fraction: float | None) -> str:
-    """Return a fraction (0..1) as a percentage with one decimal: ``97.8 %``."""
+def format_percent(fraction: float | None, digits: int = 1) -> str:
+    """Return a fraction (0..1) as a percentage with ``digits`` decimals: ``97.8 %``."""
     if fraction is None or not math.isfinite(fraction):
         return MISSING
-    return f"{100 * fraction:.1f} %"
+    return f"{100 * fraction:.{digits}f} %"
 
 
 def format_seconds(s: float | None) -> str:

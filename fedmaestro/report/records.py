@@ -17,7 +17,7 @@ class RunRecord:
     Attributes:
         path: The run folder.
         rounds: The lines of ``rounds.jsonl``; round 0 is the initial model.
-        summary: ``summary.json``, or None when the run was interrupted before it was written.
+        summary: ``summary.json``, or None when the run was killed before it was written.
         config: ``config.toml`` as nested tables; empty when the file is missing.
 
     """
@@ -26,6 +26,11 @@ class RunRecord:
     rounds: tuple[dict[str, Any], ...]
     summary: dict[str, Any] | None
     config: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round was reached: a run that Ctrl-C stopped has a summary too."""
+        return self.summary is not None and not self.summary.get("interrupted")
 
 
 def read_run(run_dir: Path | str) -> RunRecord:

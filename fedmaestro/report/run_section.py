@@ -55,11 +55,12 @@ def _headline(run: RunRecord) -> str:
 
 
 def _interrupted(run: RunRecord) -> str:
-    if run.summary is not None:
+    if run.finished:
         return ""
+    why = "it has no summary.json" if run.summary is None else "it was interrupted and can be resumed"
     last = totals(run)["rounds"] if run.rounds else None
     reached = "no round was recorded" if last is None else f"the last recorded round is {last:.0f}"
-    return f'<p class="warning">This run is not finished: it has no summary.json; {reached}.</p>'
+    return f'<p class="warning">This run is not finished: {why}; {reached}.</p>'
 
 
 def _totals(run: RunRecord) -> str:
@@ -85,12 +86,22 @@ def _tier_table(run: RunRecord) -> str:
         return "<p>No round has been evaluated yet.</p>"
     header = ["Tier", *(name for name, _, _ in _COLUMNS), "Ranks"]
     note = "<p>Training memory and download per round are those of one device.</p>"
-    return note + table(header, (_tier_row(name, facts) for name, facts in tiers.items()))
+    return note + table(header, (_tier_row(run, name, facts) for name, facts in tiers.items()))
 
 
-def _tier_row(name: str, facts: Mapping[str, Any]) -> list[Content]:
-    values = [(as_number(facts.get(key)), to_text) for _, key, to_text in _COLUMNS]
-    return [name, *(Cell(to_text(value), value) for value, to_text in values), _ranks(facts.get("ranks"))]
+def _tier_row(run: RunRecord, name: str, facts: Mapping[str, Any]) -> list[Content]:
+    notes = {"final_accuracy": _final_round(run, facts)}
+    cells = []
+    for _, key, to_text in _COLUMNS:
+        value = as_number(facts.get(key))
+        cells.append(Cell(to_text(value) + notes.get(key, ""), value))
+    return [name, *cells, _ranks(facts.get("ranks"))]
+
+
+def _final_round(run: RunRecord, facts: Mapping[str, Any]) -> str:
+    """Return the round of the final accuracy where that was measured before the last one."""
+    measured, last = as_number(facts.get("final_round")), as_number((run.summary or {}).get("rounds"))
+    return f" (round {measured:.0f})" if measured < last else ""
 
 
 def _ranks(ranks: object) -> Content:

@@ -154,6 +154,13 @@ def test_changed_files_are_decoded_again(fake_mnist: Path, write_parquet: Callab
     assert after.fingerprint != before.fingerprint
 
 
+def test_the_data_folder_may_be_in_the_home_folder(
+    fake_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(fake_mnist.parent))
+    assert len(load_dataset("mnist", f"~/{fake_mnist.name}", tmp_path / "cache").train_labels) == 12
+
+
 def test_missing_folder_names_what_was_expected_and_found(fake_mnist: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cifar10/train-\*\.parquet, found in .*/data: mnist$"):
         load_dataset("cifar10", fake_mnist, tmp_path / "cache")
@@ -267,11 +274,11 @@ def test_the_hub_goes_through_the_same_code(fake_mnist: Path, tmp_path: Path, mo
 
     original = datasets.load_dataset
 
-    def hub(path: str, split: str) -> datasets.Dataset:
-        assert path == "ylecun/mnist"
-        files = [str(file) for file in fake_mnist.glob(f"mnist/{split}-*.parquet")]
-        rows = original("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
-        return rows.cast_column("image", datasets.Image())
+    def hub(path: str, name: str | None) -> datasets.DatasetDict:  # as flwr_datasets calls it
+        assert (path, name) == ("ylecun/mnist", None)
+        files = {split: str(fake_mnist / f"mnist/{split}-00000-of-00001.parquet") for split in ("train", "test")}
+        splits = original("parquet", data_files=files, cache_dir=str(tmp_path / "hf"))
+        return splits.cast_column("image", datasets.Image())
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     from_hub = load_dataset("mnist", cache_dir=tmp_path / "cache")
@@ -349,3 +356,14 @@ def test_normalize_is_per_channel_and_guards_a_constant_one() -> None:
     result = normalize(images, (0.0, 0.5, 0.2), (0.5, 0.25, 0.0))
     torch.testing.assert_close(result.flatten(), torch.tensor([0.0, 2.0, 0.0]))
     assert normalize(images[:0], (0.0, 0.5, 0.2), (0.5, 0.25, 0.0)).shape == (0, 3, 1, 1)
+
+
+def test_usage_reports_of_flwr_datasets_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import fedmaestro.data, flwr_datasets.common.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    for chosen, expected in ((None, "0"), ("1", "1")):
+        if chosen:
+            monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", chosen)
+        else:
+            monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

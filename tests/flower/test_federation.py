@@ -18,10 +18,11 @@ from fedmaestro.config import load_config
 from fedmaestro.errors import UserError
 from fedmaestro.evaluate import score
 from fedmaestro.flower import federation, host, wire
-from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.environment import environment_of, open_environment
+from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.run import Run
 from fedmaestro.flower.strategy import TieredStrategy
-from fedmaestro.history import RoundRecord
+from fedmaestro.history import RoundRecord, RunFolder
 from fedmaestro.strategies import STRATEGIES
 from fedmaestro.submodel import shapes_of
 
@@ -91,8 +92,8 @@ def test_every_strategy_runs_and_reports_every_tier(federate: Federate, strategy
     assert list(summary["tiers"]) == ["flagship", "high", "mid", "low", "minimal"]
     for tier in summary["tiers"].values():
         assert 0 <= tier["final_accuracy"] <= tier["best_accuracy"] <= 1
-    model = Run(folder.path).model("minimal")
-    assert sum(p.numel() for p in model.parameters()) == summary["tiers"]["minimal"]["params"]
+    for name, tier in summary["tiers"].items():
+        assert sum(p.numel() for p in Run(folder.path).model(name).parameters()) == tier["params"]
 
 
 def test_files_of_a_run(federate: Federate) -> None:
@@ -237,6 +238,94 @@ def test_hosts_with_other_data_are_refused(federate: Federate) -> None:
 
     with pytest.raises(UserError, match="other data"):
         federate(spoil=lie)
+
+
+def test_late_replies_count_as_failed(federate: Federate) -> None:
+    def lose_training(message: Message) -> str | None:
+        return "lost" if message.metadata.message_type == "train" else None
+
+    _, folder, _ = federate({"train.rounds": 1, "train.reply-timeout-seconds": 0.2}, spoil=lose_training)
+    assert (folder.read_rounds()[1].devices, folder.read_rounds()[1].failed) == (0, 10)
+    assert "no reply" in folder.log.read_text()
+
+
+def test_a_failed_last_evaluation_does_not_pass_for_the_final_accuracy(federate: Federate) -> None:
+    def fail_last(message: Message) -> Message | None:
+        job = message.content.config_records[wire.JOB]
+        if message.metadata.message_type == "evaluate" and job["round"] == 2:
+            return Message(Error(code=0, reason="out of memory"), reply_to=message)
+        return None
+
+    summary, _, _ = federate(spoil=fail_last)
+    assert summary["rounds"] == 2
+    assert {tier["final_round"] for tier in summary["tiers"].values()} == {0}
+
+
+def test_no_host_left_is_one_clear_error() -> None:
+    class Empty:
+        def get_node_ids(self) -> list[int]:
+            return []
+
+    env = open_environment(load_config(None))
+    arrays = wire.to_arrays(env.plan.architecture.initial_state(0))
+    with pytest.raises(UserError, match="no host is connected"):
+        TieredStrategy(env).configure_train(1, arrays, ConfigRecord(), Empty())  # type: ignore[arg-type]
+
+
+def test_a_folder_is_refused_while_or_after_another_run_uses_it(federate: Federate, tmp_path: Path) -> None:
+    _, folder, _ = federate()
+    with pytest.raises(UserError, match="already holds a run"), folder.claim(resume=False):
+        pass
+    with (
+        folder.claim(resume=True),
+        pytest.raises(UserError, match="in use by another run"),
+        RunFolder(folder.path).claim(resume=True),
+    ):
+        pass
+
+
+def test_unfit_hosts_leave_nothing_behind(federate: Federate, tmp_path: Path) -> None:
+    def refuse(message: Message) -> Message:
+        return Message(Error(code=0, reason="no data here"), reply_to=message)
+
+    with pytest.raises(UserError, match="cannot take part: no data here"):
+        federate(spoil=refuse, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_a_fleet_that_changed(federate: Federate, tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text("[tiers.a]\nshare = 0.5\n[tiers.b]\nshare = 0.5\nrank-fraction = 0.5\n")
+    overrides = {"fleet.file": str(fleet), "train.rounds": 3}
+    stop = threading.Event()
+
+    def interrupt(message: Message) -> str | None:
+        if message.content.config_records[wire.JOB].get("round") == 2:
+            stop.set()
+            return "lost"
+        return None
+
+    _, folder, _ = federate(overrides, stop=stop, spoil=interrupt)
+    fleet.write_text("[tiers.a]\nshare = 0.5\n[tiers.b]\nshare = 0.5\nrank-fraction = 0.25\n")
+    environment_of.cache_clear()  # hosts of another day are other processes
+    with pytest.raises(UserError, match="other data or another fleet"):
+        federate(overrides, folder=folder.path)
+
+
+def test_interrupted_before_the_first_round_can_be_started_again(federate: Federate, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def interrupt(message: Message) -> str | None:
+        if message.metadata.message_type == "evaluate":
+            stop.set()
+            return "lost"
+        return None
+
+    with pytest.raises(InterruptedRunError):
+        federate(stop=stop, spoil=interrupt, folder=tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    again, _, _ = federate(folder=tmp_path / "run")
+    assert again["model_sha256"] == federate()[0]["model_sha256"]
 
 
 def test_over_commit_and_deadline_drop_devices(federate: Federate) -> None:

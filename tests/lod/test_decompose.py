@@ -134,6 +134,71 @@ def test_unsupported_convolutions_are_refused_unless_skipped(options: dict[str, 
     assert not lod.layers(lod.factorize(model, skip=["stem"]))
 
 
+def test_layers_of_an_attention_are_refused_unless_skipped() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 3)})
+    with pytest.raises(UserError, match=r"'attention.out_proj' cannot be factorised .*nn.MultiheadAttention"):
+        lod.factorize(model)
+    with pytest.raises(UserError, match="'out_proj'"):
+        lod.factorize(nn.MultiheadAttention(4, 2))
+    kept = lod.factorize(model, skip=["attention.out_proj"])
+    assert list(lod.layers(kept)) == ["head"]
+    x = torch.randn(5, 4)
+    assert torch.equal(kept.get_submodule("attention")(x, x, x)[0], model["attention"](x, x, x)[0])
+
+
+class Tied(nn.Module):
+    """Two linear layers and an embedding with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.encoder, self.head = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.encoder.weight = self.head.weight = self.table.weight
+
+
+def test_tied_weights_are_refused_unless_skipped() -> None:
+    model = Tied()
+    with pytest.raises(UserError, match=r"'table' and 'encoder' share a parameter.*add 'encoder' to skip"):
+        lod.factorize(model)
+    with pytest.raises(UserError, match=r"'table' and 'head' share a parameter.*add 'head' to skip"):
+        lod.factorize(model, skip=["encoder"])
+    kept = lod.factorize(model, skip=["encoder", "head"])
+    assert kept.get_submodule("encoder").weight is kept.get_submodule("head").weight
+    pair = nn.ModuleDict({"encoder": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    pair["head"].weight = pair["encoder"].weight
+    with pytest.raises(UserError, match=r"'encoder' and 'head' share .*add 'encoder' and 'head' to skip"):
+        lod.factorize(pair)
+
+
+def test_one_module_under_two_names_stays_one_module() -> None:
+    layer = nn.Linear(4, 4)
+    model = lod.factorize(nn.Sequential(layer, nn.ReLU(), layer))
+    assert isinstance(model.get_submodule("0"), lod.LoDLinear)
+    assert model.get_submodule("0") is model.get_submodule("2")
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False), (False, False)])
+def test_frozen_parameters_stay_frozen(weight: bool, bias: bool) -> None:
+    dense = network()
+    for name, parameter in dense.named_parameters():
+        parameter.requires_grad_(weight if name.endswith("weight") else bias)
+    model = lod.factorize(dense)
+    lod.set_ranks(model, {"0": 1, "3": 4})
+    recomposed = lod.recompose(model)
+    assert isinstance(recomposed.get_submodule("3"), nn.Linear)
+    assert isinstance(recomposed.get_submodule("0"), lod.LoDConv2d)
+    for other in (model, lod.truncate(model, {"0": 2, "3": 1}), recomposed):
+        for name, parameter in other.named_parameters():
+            assert parameter.requires_grad == (bias if name.endswith("bias") else weight), name
+
+
+def test_a_recomposed_weight_is_trained_if_one_factor_was() -> None:
+    model = lod.factorize(nn.Linear(6, 3))
+    assert isinstance(model, lod.LoDLinear)
+    model.u.requires_grad_(False)
+    assert [p.requires_grad for p in lod.truncate(model, {"": 1}).parameters()] == [False, True, True]
+    assert lod.recompose(model).weight.requires_grad
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_kept(training: bool) -> None:
     model = lod.factorize(network().train(training))

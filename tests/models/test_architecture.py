@@ -268,11 +268,39 @@ def test_a_model_that_is_kept_dense_altogether_has_one_size() -> None:
 @pytest.mark.parametrize("channels", range(1, 131))
 def test_group_norm_takes_any_number_of_channels(channels: int) -> None:
     norm = group_norm(channels)
-    size = channels // norm.num_groups
-    assert norm.num_groups * size == norm.num_channels == channels
-    assert size >= min(channels, 16)
-    if channels % 16 == 0:
-        assert size == 16
+    assert shapes_of(norm) == {"weight": (channels,), "bias": (channels,)}
+    images = torch.randn(3, channels, 2, 5, generator=torch.Generator().manual_seed(0))
+    groups = [group.flatten(1) for group in images.split(16, 1)]
+    mean = torch.stack([group.mean(1) for group in groups], 1).repeat_interleave(16, 1)[:, :channels, None, None]
+    var = torch.stack([group.var(1, correction=0) for group in groups], 1).repeat_interleave(16, 1)[:, :channels]
+    expected = (images - mean) / (var[:, :, None, None] + 1e-5).sqrt()
+    torch.testing.assert_close(norm(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16, 17, 25, 38, 48, 63, 64])
+def test_complete_groups_of_a_narrow_model_are_those_of_the_full_one(channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full, narrow = group_norm(64), group_norm(channels)
+    state = {name: torch.randn(64, generator=generator) for name in ("weight", "bias")}
+    load(full, state)
+    load(narrow, cut(state, shapes_of(narrow)))
+    images = torch.randn(2, 64, 3, 5, generator=generator)
+    complete = channels // 16 * 16
+    torch.testing.assert_close(narrow(images[:, :channels])[:, :complete], full(images)[:, :complete])
+
+
+def test_one_channel_in_the_last_group_may_have_one_position() -> None:
+    assert not group_norm(17)(torch.ones(1, 17, 1, 1)).any()
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_a_narrow_state_is_the_leading_block_by_name(name: str) -> None:
+    arch = architecture(name, "dense")
+    size = arch.size_at(Fraction(2, 5))  # 32 · 2/5 → 13, 64 · 2/5 → 26: incomplete groups
+    state, model = random_state(arch), arch.materialize(size)
+    load(model, cut(state, arch.shapes(size)))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key][tuple(slice(n) for n in tensor.shape)])
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,11 +6,12 @@ from torch import nn
 
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.init import initialize
+from fedmaestro.models.width import group_norm
 
 
 def initialized(seed: int) -> nn.Module:
     with torch.device("meta"):  # construction itself would draw from the global generator
-        model = nn.Sequential(nn.Conv2d(7, 40, (3, 5)), nn.GroupNorm(4, 40), nn.Flatten(), nn.Linear(300, 90))
+        model = nn.Sequential(nn.Conv2d(7, 40, (3, 5)), group_norm(40), nn.Flatten(), nn.Linear(300, 90))
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -102,3 +102,7 @@ def test_seconds_keep_the_order(a: float, b: float) -> None:
 @given(st.floats(1, 1e8))
 def test_seconds_are_close_enough(s: float) -> None:
     assert _value(format_seconds(s), _SECONDS) == pytest.approx(s, rel=0.025)
+
+
+def test_percent_with_other_digits() -> None:
+    assert [format_percent(0.97786, digits) for digits in (0, 2)] == ["98 %", "97.79 %"]

@@ -164,6 +164,43 @@ def test_an_interrupted_run_still_renders(make_run: MakeRun, make_rounds: MakeRo
         assert "No round has been evaluated yet." in page.text
 
 
+def edit_summary(folder: Path, **changes: Any) -> None:
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_a_run_stopped_by_ctrl_c_is_not_finished_but_its_summary_counts(make_run: MakeRun) -> None:
+    stopped = make_run("stopped")
+    edit_summary(stopped, interrupted=True)
+    page = _Page(html_report([make_run("whole"), stopped]))
+    assert [row[0] for row in page.tables[0][1:]] == ["whole", "stopped (not finished)"]
+    warning = "This run is not finished: it was interrupted and can be resumed; the last recorded round is 60."
+    assert page.text.count("This run is not finished") == page.text.count(warning) == 1
+    assert [row[4] for table in page.tables[1:] for row in table if row[0] == "flagship"] == ["61.7 k"] * 2
+
+
+def test_a_final_accuracy_from_before_the_last_round_names_its_round(make_run: MakeRun) -> None:
+    folder = make_run()
+    tiers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["tiers"]
+    for name, last in (("flagship", 40), ("high", 60), ("mid", None)):
+        tiers[name]["final_round"] = last
+    tiers["mid"]["final_accuracy"] = None
+    edit_summary(folder, tiers=tiers)
+    finals = [row[2] for row in _Page(html_report([folder])).tables[0][1:]]
+    assert finals == ["97.8 % (round 40)", "97.6 %", "–", "97.1 %", "94.4 %"]
+
+
+def test_scores_may_be_null(make_run: MakeRun, make_rounds: MakeRounds) -> None:
+    rounds = make_rounds()
+    for row in rounds:
+        for scores in row["tiers"].values():
+            scores["loss"] = None
+        if row["tiers"]:
+            row["tiers"]["mid"]["accuracy"] = None
+    rows = _Page(html_report([make_run(rounds=rounds, finished=False)])).tables[0][1:]
+    assert [row[2] for row in rows] == ["97.8 %", "97.6 %", "–", "97.1 %", "94.4 %"]
+
+
 def test_write_run_report_twice_gives_the_same_bytes(make_run: MakeRun) -> None:
     folder = make_run()
     first = write_run_report(folder)

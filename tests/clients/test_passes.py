@@ -1,0 +1,54 @@
+"""What an objective says it runs is what it runs: its passes against a FLOP counter."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedmaestro.clients import OBJECTIVES
+from fedmaestro.config import load_config
+from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.host import resident_prefixes
+
+
+class Draws:
+    """Stands for a generator: returns one given draw, and remembers how many there could have been."""
+
+    def __init__(self, draw: int) -> None:
+        self.draw, self.choices = draw, 1
+
+    def integers(self, high: int) -> int:
+        self.choices = high
+        return self.draw
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("strategy", ["nested", "heterofl", "fedavg-small", "fedavg-full"])
+def test_step_macs_are_the_mean_over_all_draws(objective: str, strategy: str) -> None:
+    env = open_environment(load_config(None, {"train.objective": objective, "train.strategy": strategy}))
+    images, labels = torch.zeros(3, *env.dataset.image_shape), torch.zeros(3, dtype=torch.long)
+    for tier in env.plan.tiers:
+        assert tier.trains is not None
+        prefixes = resident_prefixes(env, tier.trains)
+        flops, draw, choices = [], 0, 1
+        while draw < choices:
+            draws = Draws(draw)
+            with FlopCounterMode(display=False) as counter:
+                env.objective.loss(prefixes, images, labels, cast(np.random.Generator, draws)).backward()  # type: ignore[no-untyped-call]
+            flops.append(counter.get_total_flops())
+            draw, choices = draw + 1, draws.choices
+        assert np.mean(flops) / 2 / 3 == pytest.approx(tier.step_macs, abs=0.5)
+
+
+def test_two_levels_at_once_need_the_memory_of_both() -> None:
+    def memory(objective: str, **more: Any) -> list[int]:
+        env = open_environment(load_config(None, {"train.objective": objective, **more}))
+        return [tier.step_memory_bytes for tier in env.plan.tiers]
+
+    env = open_environment(load_config(None))
+    one, two = memory("own-prefix"), memory("self-distillation")
+    extra = [tier.serves.cost.activation_bytes for tier in env.plan.tiers[1:]] + [0]
+    assert two == [a + b for a, b in zip(one, extra, strict=True)]
+    assert memory("ordered-prefixes") == one
