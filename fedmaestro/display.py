@@ -128,10 +128,10 @@ def tier_table(summary: dict[str, Any]) -> Table:
 
 
 def _ranks(ranks: dict[str, float]) -> str:
-    values = [str(value) for value in ranks.values()]
     if "width" in ranks:
-        return f"width {values[0]}"
-    return "/".join(values) if len(values) <= 4 else f"{values[0]} … {values[-1]} ({len(values)} layers)"
+        return f"width {ranks['width']}"
+    values = list(ranks.values())
+    return "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
 
 
 def _percent(fraction: float | None, digits: int = 2) -> str:

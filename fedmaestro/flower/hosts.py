@@ -47,6 +47,11 @@ def exchange(
     return replies
 
 
+def one_line(reply: Message, limit: int = 300) -> str:
+    """Return the reason of an error reply on one line (Ray's span many)."""
+    return " ".join(str(reply.error.reason).split())[:limit]
+
+
 def find_hosts(grid: Grid, env: Environment, stop: threading.Event) -> list[int]:
     """Wait until every host has registered and check that all see the server's data.
 
@@ -93,8 +98,7 @@ def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threadin
     described: dict[int, tuple[int, str]] = {}
     for reply in exchange(grid, messages, stop):
         if reply.has_error():
-            reason = " ".join(str(reply.error.reason).split())
-            raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {reason}")
+            raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {one_line(reply)}")
         record = reply.content.config_records[wire.JOB]
         described[reply.metadata.src_node_id] = (int(record["num-partitions"]), str(record["fingerprint"]))  # type: ignore[arg-type]
     return described

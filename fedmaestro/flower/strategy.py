@@ -17,6 +17,7 @@ from fedmaestro.evaluate import Score
 from fedmaestro.flower import wire
 from fedmaestro.flower.environment import Environment
 from fedmaestro.flower.host import CohortResult
+from fedmaestro.flower.hosts import one_line
 from fedmaestro.plan import Submodel, TierPlan
 from fedmaestro.schedule import Cohort, Schedule, schedule_round
 from fedmaestro.submodel import State, cut
@@ -169,7 +170,7 @@ class TieredStrategy(FlowerStrategy):
         for tier, reply in _matched(self._parts, replies):
             params = tier.serves.cost.params
             if reply is None or reply.has_error():
-                reason = "no reply" if reply is None else reply.error.reason
+                reason = "no reply" if reply is None else one_line(reply)
                 log.warning("round %d: evaluation of tier %s failed: %s", server_round, tier.tier.name, reason)
                 broken.add(params)
                 continue
@@ -206,5 +207,5 @@ def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[
 def _read(cohort: Cohort, reply: Message | None) -> CohortResult:
     if reply is not None and not reply.has_error():
         return wire.read_cohort_reply(reply.content)
-    reason = "no reply" if reply is None else f"host error: {reply.error.reason}"
+    reason = "no reply" if reply is None else f"host error: {one_line(reply)}"
     return CohortResult(block=None, reports=(), failures=dict.fromkeys(cohort.devices, reason))

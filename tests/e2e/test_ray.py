@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 import fedmaestro
 from fedmaestro.errors import UserError
+from fedmaestro.flower import simulation
 
 SMALL = {"train.rounds": 3, "train.evaluate-every": 3}
 
@@ -78,6 +80,12 @@ def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: 
     # A shorter run of the same experiment is not the same (the learning rate depends on train.rounds).
     with pytest.raises(UserError, match=r"train\.rounds=200, not 100"):
         fedmaestro.run(overrides={"train.rounds": 100}, out=out, resume=True)
+
+
+def test_a_server_that_is_not_ray_is_found_out_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "PROBE_SECONDS", 6)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="no answer within 6 s"):
+        simulation._check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_unreachable_ray_cluster_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
