@@ -4,7 +4,7 @@
 
 Both sides train the same devices on the same submodels with the same examples, in the same memory layout, with one
 PyTorch thread in each of two processes, and take turns within this one run, because machines drift. Reported: ms
-per device of both, and the ratio pair by pair. Evaluation is not part of either side.
+per device of both, and the ratio pair by pair. Neither side evaluates or clips gradients.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def settings(data_dir: str, rounds: int) -> ExperimentConfig:
     overrides = {
         "data.dir": str(Path(data_dir).absolute()),
         "train.objective": "own-prefix",
+        "train.clip-norm": 0.0,
         "train.devices-per-round": 100,
         "train.rounds": rounds,
         "train.evaluate-every": rounds,
