@@ -2,6 +2,9 @@
 
 FjORD (NeurIPS 2021, section 3.2) draws ``p ≤ p_max`` uniformly from the tiers' widths in each local step; Maestro
 (section 3.2) draws ranks. Here the levels are the tiers' submodels, so every tier's own model is trained.
+
+Weight decay and momentum (both 0 by default) also move the columns that a step did not run: their gradient is zero,
+not absent.
 """
 
 import numpy as np

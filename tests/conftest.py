@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ from uuid import uuid4
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import settings
+
+# Machines are shared and noisy: no deadlines. CI draws the same examples every time.
+settings.register_profile("fedmaestro", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("fedmaestro")
 
 LOST = "lost"
 

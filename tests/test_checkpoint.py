@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmaestro.checkpoint import Checkpoint, load_checkpoint, read_model, save_checkpoint, write_model
@@ -52,7 +52,6 @@ def test_round_trip_with_server_memory(tmp_path: Path) -> None:
     assert_equal(load_checkpoint(tmp_path / "checkpoint"), make_checkpoint(7))
 
 
-@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(0, 3), max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.float16]),

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmaestro.clock import REFERENCE_MACS_PER_SECOND, Outcome, close_round, device_timing
@@ -58,7 +58,6 @@ def test_reference_speed() -> None:
     assert pytest.approx(69.49e9, rel=1e-3) == REFERENCE_MACS_PER_SECOND
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 10**9), st.floats(0.01, 10))
 def test_time_is_proportional_to_examples_and_to_inverse_speed(examples: int, macs: int, speed: float) -> None:
     cost = make_cost(train_macs_per_example=macs)
@@ -79,7 +78,6 @@ def test_ties_go_to_the_lower_position() -> None:
     assert close_round([1.0] * 6, 4).finished == (0, 1, 2, 3)
 
 
-@settings(deadline=None)
 @given(SECONDS, WANTED, DEADLINE | st.just(0.0))
 @example([3.0, 3.0], 2, 3.0)
 def test_everyone_finishes_or_is_dropped(seconds: list[float], wanted: int, deadline: float) -> None:
@@ -90,7 +88,6 @@ def test_everyone_finishes_or_is_dropped(seconds: list[float], wanted: int, dead
     assert len(outcome.finished) <= wanted
 
 
-@settings(deadline=None)
 @given(SECONDS, WANTED)
 def test_over_commit_takes_the_fastest(seconds: list[float], wanted: int) -> None:
     outcome = close_round(seconds, wanted)
@@ -101,7 +98,6 @@ def test_over_commit_takes_the_fastest(seconds: list[float], wanted: int) -> Non
     assert outcome.seconds == max((seconds[i] for i in outcome.finished), default=0)
 
 
-@settings(deadline=None)
 @given(SECONDS, WANTED, DEADLINE)
 @example([3.0, 3.0], 2, 3.0)
 def test_a_deadline_removes_exactly_the_late_ones(seconds: list[float], wanted: int, deadline: float) -> None:
@@ -111,7 +107,6 @@ def test_a_deadline_removes_exactly_the_late_ones(seconds: list[float], wanted: 
     assert outcome.seconds == (free.seconds if outcome.finished == free.finished else deadline)
 
 
-@settings(deadline=None)
 @given(SECONDS, WANTED, DEADLINE, DEADLINE)
 def test_a_later_deadline_lets_more_finish(seconds: list[float], wanted: int, a: float, b: float) -> None:
     early, late = close_round(seconds, wanted, min(a, b)), close_round(seconds, wanted, max(a, b))
@@ -120,7 +115,6 @@ def test_a_later_deadline_lets_more_finish(seconds: list[float], wanted: int, a:
     assert early.seconds <= late.seconds <= never.seconds
 
 
-@settings(deadline=None)
 @given(SECONDS.filter(bool), WANTED)
 def test_a_deadline_before_everybody(seconds: list[float], wanted: int) -> None:
     deadline = math.nextafter(min(seconds), 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -198,7 +198,6 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(CONFIGS)
 def test_flat_form_round_trip(flat: dict[str, Value]) -> None:
     config = from_flat(flat)
@@ -207,7 +206,6 @@ def test_flat_form_round_trip(flat: dict[str, Value]) -> None:
     assert from_flat(json.loads(config.to_json())) == config
 
 
-@settings(deadline=None)
 @given(flat=CONFIGS)
 def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, flat: dict[str, Value]) -> None:
     config = from_flat(flat)

@@ -161,7 +161,7 @@ def test_the_small_net_is_what_the_properties_assume() -> None:
     assert lod.max_ranks(net()) == MAX_RANKS
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ranks=RANKS)
 def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
     model = lod.truncate(net(), ranks)
@@ -174,7 +174,7 @@ def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
     assert expected.train_memory_bytes == 3 * 4 * params + 4 * activation_bytes(model, NET_SHAPE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ranks=st.fixed_dictionaries({name: st.integers(0, R) for name, R in MAX_RANKS.items()}))
 def test_forward_macs_and_parameters_hold_at_rank_0_too(ranks: dict[str, int]) -> None:
     model = lod.truncate(net(), ranks)
@@ -183,7 +183,7 @@ def test_forward_macs_and_parameters_hold_at_rank_0_too(ranks: dict[str, int]) -
     assert sum(parameter.numel() for parameter in model.parameters()) == expected.params
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ranks=RANKS, name=st.sampled_from(sorted(MAX_RANKS)), momentum=st.booleans())
 def test_every_figure_grows_with_every_rank(ranks: dict[str, int], name: str, momentum: bool) -> None:
     smaller = {**ranks, name: ranks[name] - 1}

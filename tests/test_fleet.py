@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedmaestro.cost import Cost
@@ -154,7 +154,6 @@ def largest_remainder(parts: list[int], num_devices: int) -> list[int]:
     return counts
 
 
-@settings(deadline=None)
 @given(SHARES, st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_counts_by_largest_remainder(parts: list[int], num_devices: int, seed: int) -> None:
     assume(parts[-1] > 0)
@@ -251,13 +250,11 @@ def check_largest(chain: dict[Fraction, Cost], tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@settings(deadline=None)
 @given(data=st.data(), chain=chains())
 def test_fit_is_the_largest_that_fits_one_budget(budget: str, data: st.DataObject, chain: dict[Fraction, Cost]) -> None:
     check_largest(chain, Tier(name="a", share=1, **{budget: data.draw(BUDGETS[budget])}))
 
 
-@settings(deadline=None)
 @given(chain=chains(), budgets=st.fixed_dictionaries({key: st.none() | value for key, value in BUDGETS.items()}))
 def test_fit_is_the_largest_that_fits_all_budgets(chain: dict[Fraction, Cost], budgets: dict[str, float]) -> None:
     check_largest(chain, Tier(name="a", share=1, **budgets))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmaestro.errors import UserError
@@ -47,7 +47,6 @@ def fill(folder: RunFolder, count: int) -> list[RoundRecord]:
 # rounds.jsonl
 
 
-@settings(deadline=None)
 @given(records=RECORDS)
 def test_appended_rounds_are_read_back(tmp_path_factory: pytest.TempPathFactory, records: list[RoundRecord]) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))

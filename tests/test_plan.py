@@ -125,7 +125,6 @@ def lenet_tiers(draw: st.DrawFn) -> Tier:
     )
 
 
-@settings(deadline=None)
 @given(st.lists(lenet_tiers(), min_size=2, max_size=5))
 def test_ranks_are_nested_whatever_the_budgets(tiers: list[Tier]) -> None:
     lenet, costs = lenet_costs()
@@ -135,7 +134,7 @@ def test_ranks_are_nested_whatever_the_budgets(tiers: list[Tier]) -> None:
         assert all(small[name] <= large[name] for name in large)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(tiers=st.lists(lenet_tiers(), min_size=2, max_size=4).map(tuple))
 def test_plan_keeps_every_budget(tiers: tuple[Tier, ...]) -> None:
     plan = make_plan(architecture("lenet"), tiers, SubmodelRule(), batch_size=32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmaestro import rng
@@ -22,14 +22,12 @@ def first_draws(seed: int, purpose: str, *indices: int) -> list[int]:
     return [int(x) for x in rng.generator(seed, purpose, *indices).integers(2**63, size=2)]
 
 
-@settings(deadline=None)
 @given(KEYS)
 def test_same_arguments_give_the_same_stream(key: tuple[int, str, int, int]) -> None:
     assert first_draws(*key) == first_draws(*key)
     assert rng.derived_seed(*key) == rng.derived_seed(*key)
 
 
-@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_another_seed_purpose_or_index_gives_another_stream(
     a: tuple[int, str, int, int], b: tuple[int, str, int, int]
@@ -76,7 +74,6 @@ def test_no_global_generator_is_read_or_moved() -> None:
     assert before == after
 
 
-@settings(deadline=None)
 @given(KEYS)
 def test_derived_seeds_have_32_bits(key: tuple[int, str, int, int]) -> None:
     assert 0 <= rng.derived_seed(*key) < 2**32

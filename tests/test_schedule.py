@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmaestro.clock import device_timing
@@ -65,7 +65,6 @@ def seconds(device: int, local_epochs: int = 1) -> float:
 # Sampling
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS)
 def test_seed_and_round_fix_the_schedule(seed: int, server_round: int) -> None:
     one = scheduled(seed=seed, server_round=server_round, over_commit=1.5, deadline_seconds=1)
@@ -79,7 +78,6 @@ def test_rounds_and_seeds_differ() -> None:
     assert len({tuple(sorted(finished(scheduled(seed=s)))) for s in range(20)}) == 20
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.floats(1, 3))
 def test_every_sampled_device_is_there_once(seed: int, server_round: int, wanted: int, over_commit: float) -> None:
     schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=wanted, over_commit=over_commit)
@@ -100,7 +98,6 @@ def test_devices_are_equally_likely() -> None:
 # Cohorts
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.integers(1, 9))
 def test_cohorts_hold_devices_of_one_tier(seed: int, server_round: int, wanted: int, cohort_size: int) -> None:
     schedule = scheduled(
@@ -116,7 +113,6 @@ def test_cohorts_hold_devices_of_one_tier(seed: int, server_round: int, wanted: 
         assert cohort.work == 3 * examples * cohort.submodel.cost.train_macs_per_example
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, 9))
 def test_cohorts_are_filled_largest_tier_first(seed: int, server_round: int, cohort_size: int) -> None:
     """The order in which partial results are merged must not depend on anything else."""
@@ -130,7 +126,6 @@ def test_cohorts_are_filled_largest_tier_first(seed: int, server_round: int, coh
             assert order.index(before.tier.index) < order.index(after.tier.index)
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, 9), st.integers(1, 9))
 def test_cohort_size_only_groups(seed: int, server_round: int, one: int, other: int) -> None:
     a, b = (
@@ -202,7 +197,6 @@ def test_nobody_available() -> None:
 # Over-commit and deadline
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, 20), st.floats(1, 4))
 def test_over_commit_keeps_the_fastest(seed: int, server_round: int, wanted: int, over_commit: float) -> None:
     schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=wanted, over_commit=over_commit)
@@ -215,7 +209,6 @@ def test_over_commit_keeps_the_fastest(seed: int, server_round: int, wanted: int
     assert schedule.download_bytes == sum(download[TIER_OF[device]] for device in sampled)
 
 
-@settings(deadline=None)
 @given(SEEDS, ROUNDS, st.integers(1, 3), st.floats(0.05, 4))
 def test_deadline_drops_the_late(seed: int, server_round: int, local_epochs: int, deadline: float) -> None:
     free = scheduled(seed=seed, server_round=server_round, local_epochs=local_epochs)

@@ -9,7 +9,7 @@ from fedmaestro.submodel import cut, leading_block, load, num_elements, shapes_o
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(full=SHAPES, data=st.data())
 def test_a_leading_block_holds_the_entries_of_low_index(full: tuple[int, ...], data: st.DataObject) -> None:
     tensor = torch.arange(torch.Size(full).numel()).reshape(full)

@@ -21,7 +21,7 @@ LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
 
 
 @pytest.mark.parametrize("scheme", PARTITIONS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(num_devices=st.integers(1, 12), num_classes=st.integers(1, 5), seed=st.integers(0, 2**32), data=st.data())
 def test_every_example_belongs_to_exactly_one_device(
     scheme: str, num_devices: int, num_classes: int, seed: int, data: st.DataObject

@@ -58,7 +58,7 @@ DEVICES = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(devices=DEVICES, seed=st.integers(0, 99))
 def test_every_entry_is_the_mean_over_its_holders(devices: list[tuple[int, int, int, int]], seed: int) -> None:
     state = state_of(FULL, seed)

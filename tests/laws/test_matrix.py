@@ -305,7 +305,7 @@ def test_every_strategy_has_a_row() -> None:
 @pytest.mark.parametrize("tiers", TIERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", KEEPS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_a_strategy_keeps_its_laws(strategy: str, kind: str, tiers: str, data: st.DataObject) -> None:
     fed = data.draw(federations(kind, tiers))

@@ -78,7 +78,7 @@ def test_factors_are_balanced() -> None:
         np.testing.assert_allclose(layer.v.detach().flatten(1).norm(dim=1), root, rtol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(O=st.integers(1, 12), I=st.integers(1, 12), seed=st.integers(0, 99))
 def test_every_prefix_is_the_best_approximation_of_its_rank(O: int, I: int, seed: int) -> None:
     weight = torch.randn(O, I, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_a_meta_copy_has_the_shapes_of_the_real_one() -> None:
 # ---------------------------------------------------------------- truncate
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(ranks=st.fixed_dictionaries({"0": st.integers(0, 5), "3": st.integers(0, 4)}))
 def test_a_cut_model_computes_what_the_prefix_does_and_keeps_no_tail(ranks: dict[str, int]) -> None:
     model = lod.factorize(network())
@@ -278,7 +278,7 @@ def test_a_cut_model_cannot_be_grown() -> None:
 # ---------------------------------------------------------------- recompose
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(r0=st.integers(0, 5), r3=st.integers(0, 4))
 def test_recompose_keeps_the_function_and_never_grows(r0: int, r3: int) -> None:
     model = lod.factorize(network())
@@ -293,7 +293,7 @@ def test_recompose_keeps_the_function_and_never_grows(r0: int, r3: int) -> None:
     assert is_dense["3"] == (r3 * (4 + 105) >= 4 * 105)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(O=st.integers(1, 10), I=st.integers(1, 10), data=st.data())
 def test_dense_exactly_from_break_even_on(O: int, I: int, data: st.DataObject) -> None:
     assume(O != I)

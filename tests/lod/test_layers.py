@@ -40,7 +40,7 @@ def conv_at(layer: lod.LoDConv2d, r: int, x: Tensor) -> Tensor:
     return F.conv2d(x, kernel, layer.bias, layer.stride, layer.padding, layer.dilation)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(O=st.integers(1, 9), I=st.integers(1, 9), bias=st.booleans(), seed=st.integers(0, 99), data=st.data())
 def test_a_linear_prefix_is_the_product_of_the_leading_factors(
     O: int, I: int, bias: bool, seed: int, data: st.DataObject

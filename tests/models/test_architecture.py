@@ -72,7 +72,7 @@ def test_parameters_at_full_size(
 
 
 @pytest.mark.parametrize(("name", "form"), CELLS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(pair=st.tuples(FRACTIONS, FRACTIONS))
 def test_sizes_form_a_chain_of_leading_blocks(name: str, form: Form, pair: tuple[Fraction, Fraction]) -> None:
     arch = architecture(name, form)
@@ -140,7 +140,7 @@ def test_every_width_of_a_dense_model_is_among_the_fractions() -> None:
         assert arch.shapes(arch.size_at(Fraction(numerator, 1000))) in shapes
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(fraction=FRACTIONS)
 def test_ranks_are_the_floor_of_the_fraction_and_at_least_1(fraction: Fraction) -> None:
     arch = architecture("mlp", "lod", "none")
@@ -303,7 +303,7 @@ def test_a_narrow_state_is_the_leading_block_by_name(name: str) -> None:
         assert torch.equal(tensor, state[key][tuple(slice(n) for n in tensor.shape)])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(fraction=FRACTIONS, channels=st.integers(1, 512))
 def test_scaled_channels_round_up(fraction: Fraction, channels: int) -> None:
     scaled = Scale(fraction)(channels)
