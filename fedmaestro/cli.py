@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 
 app = typer.Typer(
     add_completion=False,
@@ -102,8 +102,7 @@ def list_(
         "fleets": _fleets,
         "settings": _settings,
     }
-    if kind not in tables:
-        raise unknown_name("list", kind, tables)
+    check_name("list", kind, tables)
     Console().print(tables[kind]())
 
 

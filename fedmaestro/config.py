@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 
 Value = bool | int | float | str
 
@@ -131,8 +131,7 @@ def from_flat(flat: Mapping[str, Any], source: str = "") -> ExperimentConfig:
     known = ExperimentConfig().flat()
     where = f" in {source}" if source else ""
     for key in flat:
-        if key not in known:
-            raise unknown_name("setting", key, known, where)
+        check_name("setting", key, known, where)
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *tables, last = key.split(".")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 from fedmaestro.lod import LoDLayer, max_ranks, set_ranks
 from fedmaestro.lod.layers import check_rank
 from fedmaestro.submodel import num_elements, shapes_of
@@ -117,8 +117,7 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: 
 def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:
     full = {layer.name: layer.max_rank for layer in traced.layers if layer.max_rank is not None}
     for name in ranks:
-        if name not in full:
-            raise unknown_name("LoD layer", name, full)
+        check_name("LoD layer", name, full)
     if missing := [name for name in full if name not in ranks]:
         raise UserError(f"no rank for LoD layer {missing[0]!r}: the cost needs one for each of {', '.join(full)}")
     return {name: check_rank(ranks[name], max_rank, name) for name, max_rank in full.items()}

@@ -1,7 +1,7 @@
 """Errors that a user can act on."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -20,3 +20,9 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") ->
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names) or 'none'}")
+
+
+def check_name(kind: str, name: str, valid: Collection[str], where: str = "") -> None:
+    """Raise ``unknown_name`` unless ``name`` is one of ``valid``."""
+    if name not in valid:
+        raise unknown_name(kind, name, valid, where)

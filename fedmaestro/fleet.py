@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmaestro import rng
 from fedmaestro.cost import Cost
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name, unknown_name
 
 
 class Tier(BaseModel):
@@ -117,8 +117,7 @@ def load_tiers(preset: str, file: str = "") -> tuple[Tier, ...]:
         UserError: an unknown preset, an unreadable file, unknown keys, shares that do not sum to 1.
     """
     if not file:
-        if preset not in FLEETS:
-            raise unknown_name("fleet.preset", preset, FLEETS)
+        check_name("fleet.preset", preset, FLEETS)
         return FLEETS[preset].tiers
     tables = _read_tables(file)
     tiers = tuple(_parse_tier(file, name, table) for name, table in tables.items())

@@ -1,13 +1,11 @@
 """Sizes of the tiers: exact ranks of the presets, nested whatever the budgets, and what each rule trains."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,15 +22,6 @@ ALL_TIERS = tuple(tier for fleet in FLEETS.values() for tier in fleet.tiers)
 WIDTHS = SubmodelRule(form="dense")
 SLOW_WIDTHS = pytest.param("resnet18", marks=pytest.mark.slow)
 """Many of its widths are traced with real tensors."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tracing runs tiny batches: threads only wait for each other on a machine that does something else too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def architecture(model: str) -> Architecture:

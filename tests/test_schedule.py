@@ -3,13 +3,10 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,15 +21,6 @@ TIER_OF = assign_tiers(FLEETS["five-tiers"].tiers, DEVICES, 0)
 EXAMPLES = [20 + 7 * (device % 13) for device in range(DEVICES)]
 SEEDS = st.integers(0, 2**32 - 1)
 ROUNDS = st.integers(1, 10**6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Plans trace tiny batches: threads only wait for each other on a machine that does something else too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

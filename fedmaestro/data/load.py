@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedmaestro.data import cache
 from fedmaestro.data.sources import DATASETS, SPLITS, DatasetRow, hub_split, local_files, local_split
-from fedmaestro.errors import unknown_name
+from fedmaestro.errors import check_name
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,7 @@ def load_dataset(
         UserError: unknown name, missing or corrupt files, unreachable hub, or a cache that cannot be written.
 
     """
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
+    check_name("dataset", name, DATASETS)
     row = DATASETS[name]
     files = local_files(row, Path(data_dir).expanduser().absolute()) if row.hub and str(data_dir) else {}
     entry = cache.cache_root(cache_dir) / "datasets" / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"

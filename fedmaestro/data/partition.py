@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedmaestro.data import cache
 from fedmaestro.data.load import ImageDataset
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 
 Indices = npt.NDArray[np.int64]
 
@@ -93,8 +93,7 @@ def _check(
     classes_per_device: int,
     min_examples: int,
 ) -> None:
-    if scheme not in PARTITIONS:
-        raise unknown_name("partition", scheme, PARTITIONS)
+    check_name("partition", scheme, PARTITIONS)
     for setting, value, lowest in (
         ("data.devices", num_devices, 1),
         ("data.min-examples", min_examples, 1),

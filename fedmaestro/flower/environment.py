@@ -19,7 +19,7 @@ from fedmaestro.data import (
     load_dataset,
     partition_fingerprint,
 )
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet import assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
@@ -66,8 +66,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         ("data.name", config.data.name, DATASETS),
         ("data.partition", config.data.partition, PARTITIONS),
     ):
-        if name not in known:
-            raise unknown_name(key, name, known)
+        check_name(key, name, known)
     if config.train.devices_per_round > config.data.devices:
         raise UserError(
             f"train.devices-per-round={config.train.devices_per_round} is more than "
@@ -111,12 +110,10 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
 
 def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     """Look up the strategy and the local objective (the strategy's own for ``default``)."""
-    if config.train.strategy not in STRATEGIES:
-        raise unknown_name("train.strategy", config.train.strategy, STRATEGIES)
+    check_name("train.strategy", config.train.strategy, STRATEGIES)
     strategy = STRATEGIES[config.train.strategy]
     name = strategy.objective if config.train.objective == "default" else config.train.objective
-    if name not in OBJECTIVES:
-        raise unknown_name("train.objective", name, [*OBJECTIVES, "default"])
+    check_name("train.objective", name, [*OBJECTIVES, "default"])
     return strategy, OBJECTIVES[name]
 
 

@@ -161,7 +161,7 @@ class TieredStrategy(FlowerStrategy):
 
     def _distinct(self) -> Sequence[TierPlan]:
         """Return one tier for each distinct serving submodel."""
-        return list({tier.serves.cost.params: tier for tier in reversed(self.env.plan.tiers)}.values())[::-1]
+        return list({tier.serves.cost.params: tier for tier in self.env.plan.tiers}.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""

@@ -1,7 +1,7 @@
 """Between states and Flower's records.
 
-Tensors travel as Flower Arrays under their own names. ``payload_bytes`` counts tensor bytes, which is what the closed
-form of ``cost`` predicts; each Array adds the about 128 bytes of NumPy's header.
+Tensors travel as Flower Arrays under their own names: their bytes are what the closed form of ``cost`` predicts, and
+each Array adds the 128 bytes of NumPy's header.
 """
 
 from collections.abc import Mapping
@@ -29,17 +29,12 @@ def to_state(arrays: ArrayRecord) -> State:
     return {name: torch.from_numpy(_writable(array.numpy())) for name, array in arrays.items()}
 
 
-def payload_bytes(arrays: ArrayRecord) -> int:
-    """Return the bytes of the tensors in a record, without NumPy's headers."""
-    return sum(array.numpy().nbytes for array in arrays.values())
-
-
 def _writable(array: np.ndarray) -> np.ndarray:
     return array if array.flags.writeable else array.copy()
 
 
 def cohort_reply(result: CohortResult) -> RecordDict:
-    """Pack a cohort's result: the weighted *mean* in the tensors' own dtype, and the weight.
+    """Pack a cohort's result: the weighted *mean* in float32, and the weight.
 
     A mean (instead of the float64 sum) makes an upload exactly as large as the prefix, and for one device it is that
     device's submodel bit for bit.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, freeze_like, layers
 
 
@@ -30,8 +30,7 @@ def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     """
     candidates = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name in skip:
-        if name not in candidates:
-            raise unknown_name("layer to keep dense", name, candidates)
+        check_name("layer to keep dense", name, candidates)
     chosen = {name: m for name, m in candidates.items() if name not in skip}
     for name in chosen:
         _check_outside_attention(dense, name)

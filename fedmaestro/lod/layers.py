@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError, check_name
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -175,8 +175,7 @@ def checked_ranks(known: Mapping[str, LoDLayer], ranks: Mapping[str, int]) -> di
     """Return ``ranks`` as plain integers after checking names, types and bounds."""
     checked = {}
     for name, rank in ranks.items():
-        if name not in known:
-            raise unknown_name("LoD layer", name, known)
+        check_name("LoD layer", name, known)
         checked[name] = check_rank(rank, known[name].max_rank, name)
     return checked
 

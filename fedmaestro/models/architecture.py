@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedmaestro import lod
-from fedmaestro.errors import unknown_name
+from fedmaestro.errors import check_name
 from fedmaestro.models import MODELS, ImageShape
 from fedmaestro.models.init import initialize
 from fedmaestro.models.width import Scale
@@ -140,7 +140,6 @@ def dense_layers(model: nn.Module, keep_dense: str) -> list[str]:
     groups = {"first-conv": convs[:1], "head": linears[-1:], "none": []}
     names: dict[str, None] = {}
     for word in keep_dense.replace(",", " ").split():
-        if word not in groups and word not in convs + linears:
-            raise unknown_name("layer in model.keep-dense", word, [*groups, *convs, *linears])
+        check_name("layer in model.keep-dense", word, [*groups, *convs, *linears])
         names.update(dict.fromkeys(groups.get(word, [word])))
     return list(names)
