@@ -1,13 +1,15 @@
 """What a host does for one device: load the submodel into a resident model, train it locally, hand back its state."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedmaestro.lod import group_lasso
+from fedmaestro.lod.suffix import Tail
 from fedmaestro.plan import Passes
 from fedmaestro.submodel import Shapes, State, leading_block, load
 
@@ -62,7 +64,7 @@ OWN_AND_SMALLER = Passes(
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """The local optimiser: plain SGD, as every method here uses it."""
+    """The local optimiser: plain SGD, as every method here uses it, and what it adds to an objective."""
 
     epochs: int
     batch_size: int
@@ -71,6 +73,10 @@ class LocalTraining:
     weight_decay: float
     clip_norm: float = 0.0
     """Largest L2 norm of a step's gradient; 0: no clipping."""
+    group_lasso: float = 0.0
+    """Weight of ``lod.group_lasso`` of all columns that the device holds; 0: none."""
+    tails: Mapping[str, Tail] = field(default_factory=dict)
+    """For the group lasso, by layer: what the columns behind the device's prefix add to its suffix norms."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -98,7 +104,7 @@ def train_device(
         generator: order of the examples and whatever the objective draws.
 
     Returns:
-        The mean loss of a step, weighted by examples.
+        The mean loss of a step, weighted by examples; without the group lasso, so that runs of any weight compare.
 
     Raises:
         TrainingFailedError: the loss or a parameter is not finite.
@@ -115,7 +121,7 @@ def train_device(
         for batch in torch.split(order, settings.batch_size):
             optimizer.zero_grad(set_to_none=True)
             loss = objective.loss(prefixes, images[batch], labels[batch], generator)
-            loss.backward()  # type: ignore[no-untyped-call]
+            _penalised(loss, model, settings).backward()  # type: ignore[no-untyped-call]
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
@@ -127,3 +133,8 @@ def train_device(
         if not bool(torch.isfinite(parameter).all()):
             raise TrainingFailedError(f"parameter {name} is not finite after training")
     return mean
+
+
+def _penalised(loss: Tensor, model: nn.Module, settings: LocalTraining) -> Tensor:
+    """Return ``loss`` plus the weighted group lasso of ``model``; ``loss`` itself where there is none."""
+    return loss + settings.group_lasso * group_lasso(model, settings.tails) if settings.group_lasso else loss

@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedmaestro.errors import UserError, check_name
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 app = typer.Typer(
     add_completion=False,
@@ -73,6 +76,101 @@ def run(
 
 
 @app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="Training TOML; without it Maestro on embedded digits.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated."),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out.")] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="Finished training (of the dense model, say) to draw beside this one.")
+    ] = None,
+) -> None:
+    """Train one model with Maestro on this machine and draw accuracy over cost."""
+    from fedmaestro.config import parse_assignment
+    from fedmaestro.train import train as run_training
+    from fedmaestro.train.display import TrainingDisplay, curve_table
+    from fedmaestro.train.trainer import TrainingFailedError
+
+    console = Console()
+    overrides = dict(parse_assignment(text) for text in set_ or [])
+    try:
+        with TrainingDisplay(console) as display:
+            finished = run_training(
+                config,
+                overrides=overrides,
+                data_dir=data_dir,
+                out=out,
+                resume=resume,
+                compare=compare,
+                observer=display,
+            )
+    except TrainingFailedError as error:
+        sys.stderr.write(f"fedmaestro: {error}\n")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("interrupted: what was saved last can be continued with --resume")
+        raise typer.Exit(130) from None
+    if finished.summary.get("interrupted"):
+        console.print(
+            f"interrupted: continue with `fedmaestro train --resume --out {finished.path}`",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130)
+    console.print(curve_table(finished.curve))
+    console.print(f"model_sha256 {finished.summary['model_sha256']}", soft_wrap=True)
+    console.print(f"results: {finished.path} (curve.json, plots/accuracy_cost.png)", soft_wrap=True)
+
+
+@app.command()
+def extract(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run or of a training.")],
+    tier: Annotated[str | None, typer.Option(help="Tier of a federation.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Budget: forward MACs per example.")] = None,
+    max_params: Annotated[float | None, typer.Option(help="Budget: parameters.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Budget: measured ms of a forward pass on this machine, one thread.")
+    ] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Examples of a measured forward pass.")] = 1,
+    calibration: Annotated[int, typer.Option(min=1, help="Training examples of the rank search.")] = 2048,
+    out: Annotated[Path | None, typer.Option(help="New folder; under RUN_DIR/extracted by default.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets; that of the run by default.")] = None,
+) -> None:
+    """Write the model for a tier or a budget, with a card of what it costs and how accurate it is."""
+    from fedmaestro.extract import Target
+    from fedmaestro.extract import extract as extract_model
+    from fedmaestro.report import format_count
+    from fedmaestro.train.display import show
+
+    console = Console()
+    target = Target(tier=tier, max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms)
+    with console.status("reading the run") as status:
+        extracted = extract_model(
+            run_dir,
+            target,
+            out=out,
+            data_dir=data_dir,
+            calibration=calibration,
+            latency_batch=latency_batch,
+            note=status.update,
+        )
+    card = extracted.card
+    metric = "accuracy" if "test_accuracy" in card else "perplexity"
+    rows: list[tuple[Any, ...]] = [
+        ("parameters", format_count(card["params"])),
+        ("MACs per example", format_count(card["macs_per_example"])),
+        (f"latency, batch {card['latency_batch']}", f"{card['latency_ms']:.3g} ms"),
+        (f"test {metric}" + (" %" if metric == "accuracy" else ""), show(metric, card[f"test_{metric}"])),
+        ("layers", ", ".join(f"{name} {form}" for name, form in card["layers"].items())),
+    ]
+    console.print(_filled(_table("figure", "value"), rows))
+    console.print(f"written: {extracted.path} (model.safetensors, model.json)", soft_wrap=True)
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[
@@ -91,7 +189,9 @@ def report(
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="strategies, objectives, models, datasets, fleets or settings")],
+    kind: Annotated[
+        str, typer.Argument(help="strategies, objectives, models, datasets, fleets, settings or training-settings")
+    ],
 ) -> None:
     """List what can be named in an experiment."""
     tables: dict[str, Callable[[], Table]] = {
@@ -101,6 +201,7 @@ def list_(
         "datasets": _datasets,
         "fleets": _fleets,
         "settings": _settings,
+        "training-settings": _training_settings,
     }
     check_name("list", kind, tables)
     Console().print(tables[kind]())
@@ -152,9 +253,22 @@ def _fleets() -> Table:
 
 
 def _settings() -> Table:
+    from fedmaestro.config import ExperimentConfig
+
+    return _described(ExperimentConfig)
+
+
+def _training_settings() -> Table:
+    from fedmaestro.train.config import TrainingConfig
+
+    return _described(TrainingConfig)
+
+
+def _described(schema: type["BaseModel"]) -> Table:
     from fedmaestro.config import describe_settings
 
-    return _filled(_table("setting", "default", "meaning"), [(k, repr(d), text) for k, d, text in describe_settings()])
+    rows = [(key, repr(default), text) for key, default, text in describe_settings(schema)]
+    return _filled(_table("setting", "default", "meaning"), rows)
 
 
 def main() -> None:

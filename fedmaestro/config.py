@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,18 +19,22 @@ Value = bool | int | float | str
 
 Positive = Annotated[int, Field(ge=1)]
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """Frozen, strict about names, kebab-case in TOML."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=_kebab, validate_by_name=False, allow_inf_nan=False
     )
 
 
-class DataConfig(_Table):
+class DataConfig(Table):
     """Which examples, and how they are spread over the devices."""
 
     name: str = Field("digits", description="dataset (`fedmaestro list datasets`)")
@@ -42,7 +46,7 @@ class DataConfig(_Table):
     min_examples: Positive = Field(1, description="fewest examples of a device, for partition = dirichlet")
 
 
-class ModelConfig(_Table):
+class ModelConfig(Table):
     """The shared network."""
 
     name: str = Field("mlp", description="model (`fedmaestro list models`)")
@@ -52,7 +56,7 @@ class ModelConfig(_Table):
     )
 
 
-class FleetConfig(_Table):
+class FleetConfig(Table):
     """The devices' tiers and the simulated time."""
 
     preset: str = Field("five-tiers", description="fleet (`fedmaestro list fleets`)")
@@ -61,9 +65,13 @@ class FleetConfig(_Table):
         1.0, ge=1.0, le=10.0, description="sample this many times more devices and take the first to finish"
     )
     deadline_seconds: float = Field(0.0, ge=0.0, description="virtual seconds of a round at most; 0: none")
+    ranks: Literal["uniform", "learned"] = Field(
+        "uniform",
+        description="uniform: one rank fraction per tier; learned: re-derived from the model under the same budgets",
+    )
 
 
-class TrainConfig(_Table):
+class TrainConfig(Table):
     """Rounds, strategy and local training."""
 
     rounds: Positive = Field(60, description="communication rounds")
@@ -82,13 +90,27 @@ class TrainConfig(_Table):
     momentum: float = Field(0.0, ge=0, lt=1, description="local SGD momentum")
     weight_decay: float = Field(0.0, ge=0, description="local SGD weight decay")
     clip_norm: float = Field(5.0, ge=0, description="largest norm of a local step's gradient; 0: no clipping")
+    group_lasso: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the hierarchical group lasso in the local loss; 0: none (not for dense models)",
+    )
+    shrink_threshold: float = Field(
+        0.0, ge=0, description="cut columns of the global model whose importance is below this; 0: never"
+    )
+    shrink_every: Positive = Field(
+        10, description="rounds between cuts, and between re-derivations of learned ranks (none after the last round)"
+    )
+    shrink_min_updates: int = Field(
+        20, ge=0, description="device updates that must have trained a column before it may be cut"
+    )
     reply_timeout_seconds: float = Field(
         0.0, ge=0, description="wall seconds to wait for hosts; devices of late replies count as failed; 0: no limit"
     )
     evaluate_every: Positive = Field(5, description="rounds between evaluations of every tier (the last one is)")
 
 
-class ExperimentConfig(_Table):
+class ExperimentConfig(Table):
     """One whole run. Frozen; its resolved form is written to ``config.toml`` in the run folder."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="the one seed: same seed and cohort size, same result")
@@ -123,12 +145,17 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
 
 
 def from_flat(flat: Mapping[str, Any], source: str = "") -> ExperimentConfig:
+    """Validate the dotted keys of an experiment; see ``validated``."""
+    return validated(ExperimentConfig, flat, source)
+
+
+def validated(schema: type[Schema], flat: Mapping[str, Any], source: str = "") -> Schema:
     """Validate dotted keys.
 
     Raises:
         UserError: the first unknown key (with the nearest valid one) or value out of bounds, in one line.
     """
-    known = ExperimentConfig().flat()
+    known = flatten(schema().model_dump(by_alias=True))
     where = f" in {source}" if source else ""
     for key in flat:
         check_name("setting", key, known, where)
@@ -140,25 +167,33 @@ def from_flat(flat: Mapping[str, Any], source: str = "") -> ExperimentConfig:
             table = table.setdefault(name, {})
         table[last] = value
     try:
-        return ExperimentConfig.model_validate(nested, strict=True)
+        return schema.model_validate(nested, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"setting {key} = {first['input']!r}{where}: {first['msg'].lower()}") from None
 
 
+def read_flat(path: str | Path) -> dict[str, Value]:
+    """Read a TOML file as dotted keys."""
+    try:
+        return flatten(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read the experiment {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
     """Read an experiment's TOML (None: all defaults, the demo) and lay ``overrides`` (dotted keys) over it."""
-    flat: dict[str, Value] = {}
-    if path is not None:
-        try:
-            flat = flatten(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"cannot read the experiment {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid TOML: {error}") from None
-    checked = from_flat(flat, str(path)) if flat else ExperimentConfig()
-    return from_flat({**checked.flat(), **(overrides or {})}, "the overrides")
+    return load(ExperimentConfig, path, overrides)
+
+
+def load(schema: type[Schema], path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Schema:
+    """Read a TOML file (None: all defaults) of a schema and lay ``overrides`` (dotted keys) over it."""
+    flat = {} if path is None else read_flat(path)
+    checked = validated(schema, flat, str(path)) if flat else schema()
+    return validated(schema, {**flatten(checked.model_dump(by_alias=True)), **(overrides or {})}, "the overrides")
 
 
 def parse_assignment(text: str) -> tuple[str, Value]:
@@ -175,7 +210,7 @@ def parse_assignment(text: str) -> tuple[str, Value]:
     raise UserError(f"--set {text!r}: the value must be a string, a number or a boolean")
 
 
-def describe_settings() -> list[tuple[str, Value, str]]:
+def describe_settings(schema: type[BaseModel] = ExperimentConfig) -> list[tuple[str, Value, str]]:
     """Return (dotted key, default, description) of every setting, for the documentation and ``--help``."""
     rows: list[tuple[str, Value, str]] = []
 
@@ -187,5 +222,5 @@ def describe_settings() -> list[tuple[str, Value, str]]:
             else:
                 rows.append((key, cast(Value, info.default), info.description or ""))
 
-    walk(ExperimentConfig, "")
+    walk(schema, "")
     return rows

@@ -6,6 +6,7 @@ positions of a layer (1 for a linear layer on vectors).
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.lod import LoDLayer, max_ranks, set_ranks
 from fedmaestro.lod.layers import check_rank
+from fedmaestro.models.shape import InputShape, example_inputs
 from fedmaestro.submodel import num_elements, shapes_of
 from fedmaestro.threads import one_thread
 
@@ -75,13 +77,13 @@ class Cost:
     upload_bytes: int
 
 
-def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
-    """Measure a copy of ``model`` at full rank, once with batches of one and two zero images; values do not matter."""
+def trace(model: nn.Module, input_shape: InputShape) -> Trace:
+    """Measure a copy of ``model`` at full rank, once with batches of one and two examples; values do not matter."""
     model = copy.deepcopy(model).to_empty(device="cpu")
     set_ranks(model, max_ranks(model))
-    with one_thread():
-        layers = _layer_traces(model, image_shape)
-        kept = _saved_bytes(model, image_shape, 2) - _saved_bytes(model, image_shape, 1)
+    with one_thread(), torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        layers = _layer_traces(model, input_shape)
+        kept = _saved_bytes(model, input_shape, 2) - _saved_bytes(model, input_shape, 1)
     hidden = sum(layer.positions * (layer.max_rank or 0) for layer in layers)
     pairs = sum((layer.max_rank or 0) * (layer.inner + layer.out) for layer in layers)
     return Trace(
@@ -123,7 +125,7 @@ def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: check_rank(ranks[name], max_rank, name) for name, max_rank in full.items()}
 
 
-def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerTrace]:
+def _layer_traces(model: nn.Module, input_shape: InputShape) -> list[LayerTrace]:
     traces: list[LayerTrace] = []
 
     def record(name: str) -> Any:
@@ -135,7 +137,7 @@ def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[L
                     name=name,
                     out=out,
                     inner=inner,
-                    positions=output[0].numel() // out,
+                    positions=output.numel() // out,  # of one example, wherever its dimension is
                     max_rank=module.max_rank if is_lod else None,  # type: ignore[arg-type]
                     input_needs_grad=inputs[0].requires_grad,
                 )
@@ -146,7 +148,7 @@ def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[L
     counted = {n: m for n, m in model.named_modules() if isinstance(m, LoDLayer | nn.Linear | nn.Conv2d)}
     handles = [module.register_forward_hook(record(name)) for name, module in counted.items()]
     try:
-        model(torch.zeros(1, *image_shape))
+        model(*example_inputs(input_shape, 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -156,13 +158,13 @@ def _layer_traces(model: nn.Module, image_shape: tuple[int, int, int]) -> list[L
 def _fan(module: nn.Module) -> tuple[int, int]:
     """Return ``O`` and ``I`` (times kernel) of a layer."""
     if isinstance(module, LoDLayer):
-        return module.u.shape[0], module.v[0].numel()
+        return module.u.shape[0], math.prod(module.v.shape[1:])
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0], weight[0].numel()
 
 
-def _saved_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> int:
+def _saved_bytes(model: nn.Module, input_shape: InputShape, batch: int) -> int:
     """Return the bytes of distinct storages that autograd keeps for one loss, parameters excluded."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
@@ -174,8 +176,8 @@ def _saved_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch: int
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(torch.zeros(batch, *image_shape))
+        logits = model(*example_inputs(input_shape, batch)).flatten(0, -2)
         # Keep the graph alive while counting: a freed storage's address could be reused.
-        loss = F.cross_entropy(logits, torch.zeros(batch, dtype=torch.long))
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
     del loss
     return sum(storages.values())

@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmaestro import rng
 from fedmaestro.cost import Cost
 from fedmaestro.errors import UserError, check_name, unknown_name
+
+Link = TypeVar("Link")
+"""One size in a chain of nested ones, in whatever form: a fraction, ranks, a position."""
 
 
 class Tier(BaseModel):
@@ -214,27 +217,33 @@ def budgets(tier: Tier, full: Cost) -> list[Budget]:
     return [Budget(name=name, limit=limit, unit=unit, of=of) for name, limit, unit, of in bounds if limit is not None]
 
 
-def fit(tier: Tier, fractions: Sequence[Fraction], cost_at: Callable[[Fraction], Cost], full: Cost) -> Fraction:
-    """Return the largest of ``fractions`` (ascending) whose cost fits every budget of ``tier``.
+def within_ranks(tier: Tier, fractions: Sequence[Fraction]) -> Sequence[Fraction]:
+    """Return those of ``fractions`` (ascending) that the tier's rank fraction allows: the smallest one in any case."""
+    cap = Fraction(1) if tier.rank_fraction is None else exact(tier.rank_fraction)
+    return [f for f in fractions if f <= cap] or fractions[:1]
 
-    Costs grow with the fraction, so this is a binary search; being one chain, the sizes of all tiers are nested.
+
+def fit(tier: Tier, chain: Sequence[Link], cost_at: Callable[[Link], Cost], full: Cost) -> Link:
+    """Return the largest of a ``chain`` of nested sizes (ascending) whose cost fits every budget of ``tier``.
+
+    Costs grow along the chain, so this is a binary search; being one chain, the sizes of all tiers are nested. The rank
+    fraction is no budget: ``within_ranks`` shortens a chain of fractions by it, ``without_fraction`` replaces it.
 
     Raises:
-        UserError: even the smallest fraction (rank 1 everywhere) does not fit: which budgets, and by how much.
+        UserError: even the smallest size (rank 1 everywhere) does not fit: which budgets, and by how much.
     """
     limits = budgets(tier, full)
-    if excess := [text for budget in limits if (text := budget.excess(cost_at(fractions[0])))]:
+    if excess := [text for budget in limits if (text := budget.excess(cost_at(chain[0])))]:
         raise UserError(
             f"tier {tier.name!r} cannot afford the smallest submodel: {'; '.join(excess)}: "
             "raise the budget, or choose a smaller model or batch size"
         )
-    cap = Fraction(1) if tier.rank_fraction is None else exact(tier.rank_fraction)
-    low, high = 0, max(i for i, f in enumerate(fractions) if f <= cap or i == 0)
+    low, high = 0, len(chain) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        fits = not any(budget.excess(cost_at(fractions[middle])) for budget in limits)
+        fits = not any(budget.excess(cost_at(chain[middle])) for budget in limits)
         low, high = (middle, high) if fits else (low, middle - 1)
-    return fractions[low]
+    return chain[low]
 
 
 def exact(fraction: float) -> Fraction:
@@ -246,6 +255,20 @@ def with_macs_budget(tier: Tier, macs: int) -> Tier:
     """Return ``tier`` for a width-scaled model: the MACs of its ranks take the place of the rank fraction."""
     limit = macs if tier.macs is None else min(macs, tier.macs)
     return tier.model_copy(update={"rank_fraction": None, "macs_fraction": None, "macs": limit})
+
+
+def without_fraction(tier: Tier, uniform: Cost) -> Tier:
+    """Return ``tier`` for other ranks than uniform ones: what these cost takes the place of the rank fraction.
+
+    MACs and traffic both: layers that share weights over many positions are dear in MACs, others in bytes, so ranks of
+    equal MACs can differ several times in bytes.
+    """
+    if tier.rank_fraction is None:
+        return tier
+    limits = {"macs": _macs(uniform), "round_bytes": _traffic(uniform)}
+    given = {"macs": tier.macs, "round_bytes": tier.round_bytes}
+    lowest = {key: min(limit, given[key] or limit) for key, limit in limits.items()}
+    return tier.model_copy(update={"rank_fraction": None, **lowest})
 
 
 def _times(factor: float | None, value: int | None) -> int | None:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ class RoundRecord:
     upload_bytes: int = 0
     virtual_seconds: float = 0.0
     wall_seconds: float = 0.0
+    ranks: dict[str, dict[str, int]] = field(default_factory=dict)
+    """``{tier: {layer: rank}}`` of what serves each tier from this round's evaluation on.
+
+    Filled where shrinking or learned ranks are on: in round 0 and after each time that ranks were derived anew.
+    """
+    full_ranks: dict[str, int] = field(default_factory=dict)
+    """``{layer: rank}`` of the whole model, in the same rounds."""
 
     def line(self) -> str:
         """Return the JSON line."""
@@ -108,10 +115,7 @@ class RunFolder:
 
     def append(self, record: RoundRecord) -> None:
         """Append one round."""
-        with self.rounds.open("a", encoding="utf-8") as file:
-            file.write(record.line())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.rounds, record.line())
 
     def keep_rounds(self, last: int) -> list[RoundRecord]:
         """Drop every line after round ``last`` (or cut short by a crash) and return the rest."""
@@ -135,6 +139,14 @@ class RunFolder:
 def holds_a_run(path: Path) -> str:
     """Return the message for a folder that is taken."""
     return f"{path} already holds a run: continue it with --resume, or choose another --out"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that a crash may cut short, but not lose."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line.rstrip("\n") + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

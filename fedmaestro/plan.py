@@ -1,15 +1,16 @@
 """Who trains what: the size of every tier under a submodel rule, with its costs."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
-from fedmaestro.cost import Cost, cost, trace
+from fedmaestro.cost import Cost, Trace, cost, trace
 from fedmaestro.errors import UserError
-from fedmaestro.fleet import Tier, fit, with_macs_budget
-from fedmaestro.models.architecture import FULL, Architecture, Form, Size
+from fedmaestro.fleet import Tier, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.models.architecture import Architecture, Form, Size
 from fedmaestro.submodel import Shapes
 
 
@@ -45,6 +46,28 @@ OWN_PASS = Passes(expected=lambda levels: [1.0] + [0.0] * (levels - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the plans of all tiers have in common.
+
+    Attributes:
+        rule: see ``SubmodelRule``.
+        batch_size: examples of a local step, for the memory budgets.
+        momentum: whether the local optimiser keeps a momentum buffer, for the memory budgets.
+        passes: what the local objective runs in a step, for the memory budgets and the virtual clock.
+    """
+
+    rule: SubmodelRule
+    batch_size: int
+    momentum: bool = False
+    passes: Passes = OWN_PASS
+
+    @property
+    def together(self) -> bool:
+        """Whether a device's memory must hold the activations of a smaller tier besides its own."""
+        return self.passes.together and self.rule.trains != "smallest"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Submodel:
     """One size with its shapes and costs."""
 
@@ -69,12 +92,15 @@ class TierPlan:
     """Peak memory of a local step under the objective."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Architecture and tiers, largest submodel first."""
+    """Architecture and tiers, largest submodel first. Each plan is made once: equality is identity."""
 
     architecture: Architecture
     tiers: tuple[TierPlan, ...]
+    full: Submodel
+    """The whole model; smaller than the architecture's full size after shrinking."""
+    setting: Setting
 
     def by_index(self, index: int) -> TierPlan:
         """Return the plan of the tier at this position of the fleet."""
@@ -94,41 +120,81 @@ def make_plan(
     momentum: bool = False,
     passes: Passes = OWN_PASS,
 ) -> Plan:
-    """Fit every tier's size to its budgets.
+    """Fit every tier's size to its budgets: one rank fraction (or width) per tier.
 
     Args:
         architecture: the LoD form; ``rule.form`` turns it into the dense one where needed.
         tiers: the fleet.
         rule: see ``SubmodelRule``.
-        batch_size: examples of a local step, for the memory budgets.
-        momentum: whether the local optimiser keeps a momentum buffer, for the memory budgets.
-        passes: what the local objective runs in a step, for the memory budgets and the virtual clock.
+        batch_size: see ``Setting``, as for ``momentum`` and ``passes``.
+        momentum: see there.
+        passes: see there.
 
     Raises:
         UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
     """
     _check_ranked(architecture, tiers)
-    together = passes.together and rule.trains != "smallest"
-    fractions = _fit_all(architecture, tiers, batch_size, momentum, together)
+    setting = Setting(rule=rule, batch_size=batch_size, momentum=momentum, passes=passes)
+    fractions = _fit_fractions(architecture, tiers, setting)
     if rule.form == "dense":
-        at_rank = _cost_function(architecture, batch_size, momentum)
-        tiers_by_macs = tuple(
-            with_macs_budget(t, at_rank(f).macs_per_example) for t, f in zip(tiers, fractions, strict=True)
-        )
+        macs = [_cost(architecture, architecture.size_at(f), setting).macs_per_example for f in fractions]
+        tiers_by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
         architecture = replace(architecture, form="dense")
-        fractions = _fit_all(architecture, tiers_by_macs, batch_size, momentum, together)
-    submodel = _submodel_function(architecture, batch_size, momentum)
-    serving = [submodel(min(fractions) if rule.trains == "smallest" else f) for f in fractions]
-    plans = tuple(
-        _tier_plan(tiers[i], i, serving, _trained(rule, fractions, i, submodel), passes)
-        for i in sorted(range(len(tiers)), key=lambda i: (-fractions[i], i))
-    )
-    if all(plan.trains is None for plan in plans):
+        fractions = _fit_fractions(architecture, tiers_by_macs, setting)
+    sizes = [architecture.size_at(fraction) for fraction in fractions]
+    plan = _assemble(architecture, list(enumerate(tiers)), sizes, architecture.full_size, setting)
+    if all(tier.trains is None for tier in plan.tiers):
         raise UserError(
             f"no tier affords the whole model (largest fraction {float(max(fractions)):.3g}), so nobody would train: "
             "use another strategy or fleet"
         )
-    return Plan(architecture=architecture, tiers=plans)
+    return plan
+
+
+def affordable(plan: Plan, chain: Sequence[Size]) -> list[Size]:
+    """Return the largest size of another chain that fits every budget of each tier, by position in the fleet.
+
+    A rank fraction binds as the MACs and the traffic of the tier's size in ``plan``.
+
+    Args:
+        plan: the tiers with their budgets and uniform ranks.
+        chain: nested LoD sizes, ascending from rank 1 everywhere.
+    """
+    planned = sorted(plan.tiers, key=lambda tier: tier.index)
+    tiers = [without_fraction(x.tier, x.serves.cost) for x in planned]
+
+    def cost_at(position: int) -> Cost:
+        return _cost(plan.architecture, chain[position], plan.setting)
+
+    reach = [len(chain)] * len(tiers)
+    return [chain[i] for i in _fit_all(tiers, reach, cost_at, plan.full.cost, plan.setting.together)]
+
+
+def replan(plan: Plan, full: Size, sizes: Sequence[Size]) -> Plan:
+    """Return ``plan`` with other sizes of one chain.
+
+    Args:
+        plan: architecture, tiers and their order where sizes are equal.
+        full: the whole model.
+        sizes: what each tier affords, by position in the fleet.
+    """
+    order = [(tier.index, tier.tier) for tier in plan.tiers]
+    return _assemble(plan.architecture, order, [sizes[index] for index, _ in order], full, plan.setting)
+
+
+def encode_ranks(plan: Plan) -> str:
+    """Return the ranks of a LoD plan as compact JSON: the whole model's, then each tier's by position in the fleet."""
+    sizes = [plan.full.size, *(plan.by_index(i).serves.size for i in range(len(plan.tiers)))]
+    names = list(plan.architecture.full_size.ranks or {})
+    table = [[(size.ranks or {})[name] for name in names] for size in sizes]
+    return json.dumps(table, separators=(",", ":"))
+
+
+def decode_ranks(plan: Plan, text: str) -> Plan:
+    """Return ``plan`` with the ranks that ``encode_ranks`` wrote."""
+    names = list(plan.architecture.full_size.ranks or {})
+    full, *sizes = [Size(ranks=dict(zip(names, ranks, strict=True))) for ranks in json.loads(text)]
+    return replan(plan, full, sizes)
 
 
 def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
@@ -145,8 +211,41 @@ def _check_ranked(architecture: Architecture, tiers: tuple[Tier, ...]) -> None:
         )
 
 
+def _assemble(
+    architecture: Architecture,
+    tiers: Sequence[tuple[int, Tier]],
+    sizes: Sequence[Size],
+    full: Size,
+    setting: Setting,
+) -> Plan:
+    """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
+    known: dict[int, Submodel] = {}
+
+    def submodel(size: Size) -> Submodel:
+        figures = _cost(architecture, size, setting)
+        # In a chain, parameters identify a size.
+        if figures.params not in known:
+            known[figures.params] = Submodel(size=size, shapes=architecture.shapes(size), cost=figures)
+        return known[figures.params]
+
+    whole, own = submodel(full), [submodel(size) for size in sizes]
+    smallest = min(own, key=lambda x: x.cost.params)
+    serving = [smallest if setting.rule.trains == "smallest" else x for x in own]
+    order = sorted(range(len(tiers)), key=lambda i: -own[i].cost.params)
+    plans = tuple(
+        _tier_plan(*tiers[i], serving[i], _trained(setting.rule, own[i], smallest, whole), serving, setting.passes)
+        for i in order
+    )
+    return Plan(architecture=architecture, tiers=plans, full=whole, setting=setting)
+
+
 def _tier_plan(
-    tier: Tier, index: int, serving: Sequence[Submodel], trains: Submodel | None, passes: Passes
+    index: int,
+    tier: Tier,
+    serves: Submodel,
+    trains: Submodel | None,
+    serving: Sequence[Submodel],
+    passes: Passes,
 ) -> TierPlan:
     macs = memory = 0
     if trains is not None:
@@ -157,59 +256,56 @@ def _tier_plan(
         memory = trains.cost.train_memory_bytes
         if passes.together and smaller:
             memory += smaller[0].cost.activation_bytes
-    return TierPlan(
-        tier=tier, index=index, serves=serving[index], trains=trains, step_macs=macs, step_memory_bytes=memory
-    )
+    return TierPlan(tier=tier, index=index, serves=serves, trains=trains, step_macs=macs, step_memory_bytes=memory)
 
 
-def _trained(
-    rule: SubmodelRule, fractions: list[Fraction], i: int, submodel: Callable[[Fraction], Submodel]
-) -> Submodel | None:
-    if rule.trains == "capable" and fractions[i] != FULL:
+def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:
+    if rule.trains == "capable" and own.cost.params != whole.cost.params:
         return None
-    fraction = {"own": fractions[i], "smallest": min(fractions)}.get(rule.trains, FULL)
-    return submodel(fraction)
+    return {"own": own, "smallest": smallest}.get(rule.trains, whole)
+
+
+def _fit_fractions(architecture: Architecture, tiers: Sequence[Tier], setting: Setting) -> list[Fraction]:
+    """Fit every tier to the chain of the architecture's fractions."""
+    chain = architecture.fractions()
+
+    @cache
+    def cost_at(position: int) -> Cost:
+        return _cost(architecture, architecture.size_at(chain[position]), setting)
+
+    reach = [len(within_ranks(tier, chain)) for tier in tiers]
+    return [chain[i] for i in _fit_all(tiers, reach, cost_at, cost_at(len(chain) - 1), setting.together)]
 
 
 def _fit_all(
-    architecture: Architecture, tiers: tuple[Tier, ...], batch_size: int, momentum: bool, together: bool
-) -> list[Fraction]:
-    """Fit every tier; with ``together``, its memory must also hold the largest smaller tier's activations."""
-    cost_at, chain = _cost_function(architecture, batch_size, momentum), architecture.fractions()
-    alone = [fit(tier, chain, cost_at, cost_at(FULL)) for tier in tiers]
+    tiers: Sequence[Tier], reach: Sequence[int], cost_at: Callable[[int], Cost], full: Cost, together: bool
+) -> list[int]:
+    """Fit every tier to the first ``reach`` positions of a chain.
+
+    With ``together``, its memory must also hold the largest smaller tier's activations.
+    """
+    alone = [fit(tier, range(count), cost_at, full) for tier, count in zip(tiers, reach, strict=True)]
     if not together:
         return alone
-    fitted: dict[int, Fraction] = {}
+    fitted: dict[int, int] = {}
 
-    def with_smaller(fraction: Fraction) -> Cost:
-        own = cost_at(fraction)
-        below = [cost_at(f).activation_bytes for f in fitted.values() if f < fraction]
+    def with_smaller(position: int) -> Cost:
+        own = cost_at(position)
+        below = [cost_at(other).activation_bytes for other in fitted.values() if other < position]
         return replace(own, train_memory_bytes=own.train_memory_bytes + max(below, default=0))
 
     for i in sorted(range(len(tiers)), key=lambda i: alone[i]):
-        fitted[i] = fit(tiers[i], chain, with_smaller, cost_at(FULL))
+        fitted[i] = fit(tiers[i], range(reach[i]), with_smaller, full)
     return [fitted[i] for i in range(len(tiers))]
 
 
-def _cost_function(architecture: Architecture, batch_size: int, momentum: bool) -> Callable[[Fraction], Cost]:
-    full = trace(architecture.full, architecture.image_shape)
-
-    @cache
-    def cost_at(fraction: Fraction) -> Cost:
-        size = architecture.size_at(fraction)
-        # The closed form covers ranks; a width changes every layer, so it is traced.
-        traced = full if architecture.form == "lod" else trace(architecture.build(size), architecture.image_shape)
-        return cost(traced, size.ranks or {}, batch_size=batch_size, momentum=momentum)
-
-    return cost_at
+def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
+    traced = trace_of(architecture, size.width)
+    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, momentum=setting.momentum)
 
 
-def _submodel_function(architecture: Architecture, batch_size: int, momentum: bool) -> Callable[[Fraction], Submodel]:
-    cost_at = _cost_function(architecture, batch_size, momentum)
-
-    @cache
-    def submodel(fraction: Fraction) -> Submodel:
-        size = architecture.size_at(fraction)
-        return Submodel(size=size, shapes=architecture.shapes(size), cost=cost_at(fraction))
-
-    return submodel
+@lru_cache(maxsize=256)
+def trace_of(architecture: Architecture, width: Fraction | None = None) -> Trace:
+    """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a width."""
+    model = architecture.full if width is None else architecture.build(Size(width=width))
+    return trace(model, architecture.input_shape)

@@ -73,7 +73,8 @@ class ServerOptimizer:
     """What the server does with the aggregated state.
 
     ``step(global_state, aggregated, memory) -> (new global state, new memory)``; ``memory`` is ``{}`` at first and is
-    part of the checkpoint.
+    part of the checkpoint. What it keeps for the tensor ``name`` has the key ``<slot>/<name>``, for example
+    ``momentum/fc1.u``: where that has the shape of the tensor, shrinking cuts it along (``rederive.cut_memory``).
     """
 
     name: str

@@ -15,24 +15,38 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmaestro import lod
 from fedmaestro.cost import Cost, Trace, cost, trace
 from fedmaestro.errors import UserError
-from fedmaestro.models import MODELS
+from fedmaestro.models import MODELS, example_inputs
 from fedmaestro.models.architecture import FULL, Architecture, Form
 
-IMAGE_SHAPES = {"mlp": (2, 5, 4), "lenet": (2, 17, 16), "cnn": (2, 9, 8), "resnet18": (2, 8, 7)}
-FRACTIONS = {name: [Fraction(1, 16), Fraction(2, 5), FULL] for name in MODELS} | {"resnet18": [Fraction(1, 7)]}
-CELLS = [(name, form, fraction) for name in MODELS for form in ("lod", "dense") for fraction in FRACTIONS[name]]
+INPUT_SHAPES: dict[str, tuple[int, ...]] = {
+    "mlp": (2, 5, 4),
+    "lenet": (2, 17, 16),
+    "cnn": (2, 9, 8),
+    "resnet18": (2, 8, 7),
+    "vgg19": (2, 32, 33),
+    "transformer": (4,),
+    "transformer-small": (6,),
+}
+TEXT = ("transformer", "transformer-small")  # dense, they have one size
+LARGE = ("resnet18", "vgg19", "transformer")
+FRACTIONS = {name: [Fraction(1, 7)] if name in LARGE else [Fraction(1, 16), Fraction(2, 5), FULL] for name in MODELS}
+CELLS: list[tuple[str, Form, Fraction]] = [
+    *((name, "lod", fraction) for name in MODELS for fraction in FRACTIONS[name]),
+    *((name, "dense", fraction) for name in MODELS if name not in TEXT for fraction in FRACTIONS[name]),
+    *((name, "dense", FULL) for name in TEXT),
+]
 NET_SHAPE = (2, 7, 6)
 
 
 @cache
 def architecture(name: str, form: Form) -> Architecture:
-    return Architecture(name=name, image_shape=IMAGE_SHAPES[name], num_classes=7, form=form)
+    return Architecture(name=name, input_shape=INPUT_SHAPES[name], num_classes=7, form=form)
 
 
 @cache
 def traced(name: str, form: Form, width: Fraction = FULL) -> Trace:
-    arch = Architecture(name=name, image_shape=IMAGE_SHAPES[name], num_classes=7, form=form)
-    return trace(arch.build(arch.size_at(width)), arch.image_shape)
+    arch = Architecture(name=name, input_shape=INPUT_SHAPES[name], num_classes=7, form=form)
+    return trace(arch.build(arch.size_at(width)), arch.input_shape)
 
 
 def closed_form(arch: Architecture, fraction: Fraction, *, batch_size: int = 1, momentum: bool = False) -> Cost:
@@ -41,18 +55,27 @@ def closed_form(arch: Architecture, fraction: Fraction, *, batch_size: int = 1, 
     return cost(traced(arch.name, arch.form, width), ranks, batch_size=batch_size, momentum=momentum)
 
 
-def counted_macs(model: nn.Module, images: Tensor, *, backward: bool) -> int:
-    """MACs of one example, from PyTorch's counter: a MAC is two FLOPs."""
+def counted_macs(model: nn.Module, *inputs: Tensor, backward: bool) -> int:
+    """MACs of one example in linear and convolution layers, from PyTorch's counter: a MAC is two FLOPs."""
     with FlopCounterMode(display=False) as counter:
-        loss = model(images).sum()
+        loss = model(*inputs).sum()
         if backward:
             loss.backward()
-    macs, rest = divmod(counter.get_total_flops(), 2 * len(images))
+    flops = counter.get_flop_counts()["Global"]
+    between_activations = flops.pop(torch.ops.aten.bmm, 0)  # inside attention
+    assert (between_activations > 0) == (len(inputs) == 2)
+    macs, rest = divmod(sum(flops.values()), 2 * len(inputs[0]))
     assert rest == 0
     return macs
 
 
-def kept_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> int:
+def random_inputs(input_shape: tuple[int, ...], batch: int) -> tuple[Tensor, ...]:
+    if len(input_shape) == 1:
+        return torch.randint(1, 7, (batch, *input_shape)), torch.randint(1, 7, (batch, *input_shape))
+    return (torch.randn(batch, *input_shape),)
+
+
+def kept_bytes(model: nn.Module, input_shape: tuple[int, ...], batch: int) -> int:
     """What autograd holds when the backward pass starts, less parameters: every storage once, all kept alive."""
     saved: list[Tensor] = []
 
@@ -61,16 +84,17 @@ def kept_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch: int) 
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(model(torch.randn(batch, *image_shape)), torch.zeros(batch, dtype=torch.long))
+        logits = model(*random_inputs(input_shape, batch)).flatten(0, -2)
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     del loss
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
-def activation_bytes(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def activation_bytes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Bytes per further example: a loss also keeps what does not grow with the batch."""
-    growth, rest = divmod(kept_bytes(model, image_shape, 5) - kept_bytes(model, image_shape, 2), 3)
+    growth, rest = divmod(kept_bytes(model, input_shape, 5) - kept_bytes(model, input_shape, 2), 3)
     assert rest == 0
     return growth
 
@@ -86,10 +110,11 @@ def zeroed(model: nn.Module) -> nn.Module:
 def test_macs_are_those_that_pytorch_counts(name: str, form: Form, fraction: Fraction) -> None:
     arch = architecture(name, form)
     model = arch.build(arch.size_at(fraction))
-    images = torch.zeros(3, *arch.image_shape, device="meta")
+    with torch.device("meta"):
+        inputs = example_inputs(arch.input_shape, 3)
     expected = closed_form(arch, fraction)
-    assert counted_macs(model, images, backward=False) == expected.macs_per_example
-    assert counted_macs(model, images, backward=True) == expected.train_macs_per_example
+    assert counted_macs(model, *inputs, backward=False) == expected.macs_per_example
+    assert counted_macs(model, *inputs, backward=True) == expected.train_macs_per_example
 
 
 @pytest.mark.parametrize(("name", "form", "fraction"), CELLS)
@@ -100,7 +125,7 @@ def test_parameters_traffic_and_memory_are_those_of_the_real_model(name: str, fo
     actual = closed_form(arch, fraction, batch_size=6)
     assert actual.params == numel
     assert actual.download_bytes == actual.upload_bytes == 4 * sum(t.numel() for t in model.state_dict().values())
-    assert actual.train_memory_bytes == 2 * 4 * numel + 6 * activation_bytes(model, arch.image_shape)
+    assert actual.train_memory_bytes == 2 * 4 * numel + 6 * activation_bytes(model, arch.input_shape)
 
 
 def test_momentum_adds_one_copy_of_the_parameters() -> None:
@@ -111,7 +136,7 @@ def test_momentum_adds_one_copy_of_the_parameters() -> None:
 
 
 def test_a_resnet18_takes_0_56_gmacs() -> None:
-    arch = Architecture(name="resnet18", image_shape=(3, 32, 32), num_classes=10, form="dense")
+    arch = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10, form="dense")
     # 3×3 convolutions at 32², 16², 8², 4², the 1×1 shortcuts, and the head.
     stem, first, stages = 1024 * 64 * 27, 4 * 1024 * 64 * 64 * 9, 0
     for channels, positions in ((128, 256), (256, 64), (512, 16)):
@@ -123,7 +148,7 @@ def test_a_resnet18_takes_0_56_gmacs() -> None:
 def closed_form_at_32(arch: Architecture) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         arch.full(torch.zeros(1, 3, 32, 32, device="meta"))
-    macs = cost(trace(arch.build(arch.full_size), arch.image_shape), {}, batch_size=1).macs_per_example
+    macs = cost(trace(arch.build(arch.full_size), arch.input_shape), {}, batch_size=1).macs_per_example
     assert 2 * macs == counter.get_total_flops()
     return macs
 
@@ -232,7 +257,34 @@ def test_a_trace_leaves_no_hooks_and_no_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_trace_leaves_the_global_generator_alone() -> None:
+    arch = architecture("transformer-small", "lod")  # it drops out
+    before = torch.random.get_rng_state()
+    trace(arch.full, arch.input_shape)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class SequenceFirst(nn.Module):
+    """Puts the batch second, as PyTorch's own attention does unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(7, 5)
+        self.attention = nn.MultiheadAttention(5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.project(images.flatten(1, 2).transpose(0, 1))
+        return self.attention(x, x, x, need_weights=False)[0].mean(0)  # type: ignore[no-any-return]
+
+
+def test_positions_are_counted_wherever_the_batch_is() -> None:
+    traced = trace(lod.factorize(SequenceFirst()), (2, 6, 7))
+    assert {layer.name: layer.positions for layer in traced.layers} == dict.fromkeys(
+        ["project", *(f"attention.{name}" for name in ("q", "k", "v", "out"))], 12
+    )
+
+
 def test_a_trace_leaves_a_meta_model_without_memory() -> None:
-    arch = Architecture(name="mlp", image_shape=(2, 5, 4), num_classes=7)
-    trace(arch.full, arch.image_shape)
+    arch = Architecture(name="mlp", input_shape=(2, 5, 4), num_classes=7)
+    trace(arch.full, arch.input_shape)
     assert {parameter.device.type for parameter in arch.full.parameters()} == {"meta"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedmaestro.cost import Cost
 from fedmaestro.errors import UserError
-from fedmaestro.fleet import FLEETS, TRAINING_SHARE_OF_RAM, Tier, assign_tiers, exact, fit, load_tiers
+from fedmaestro.fleet import FLEETS, TRAINING_SHARE_OF_RAM, Tier, assign_tiers, exact, fit, load_tiers, within_ranks
 
 
 def make_cost(macs: int = 1, memory: int = 1, traffic: int = 2) -> Cost:
@@ -242,11 +242,11 @@ def check_largest(chain: dict[Fraction, Cost], tier: Tier) -> None:
     assume((tier.macs_fraction or 1) * full.macs_per_example >= 1)  # see the test of budgets below one unit
     if not fits(tier, chain[fractions[0]], full):
         with pytest.raises(UserError, match="cannot afford the smallest submodel"):
-            fit(tier, fractions, chain.__getitem__, full)
+            fit(tier, within_ranks(tier, fractions), chain.__getitem__, full)
         return
     cap = exact(1.0 if tier.rank_fraction is None else tier.rank_fraction)
     allowed = [f for f in fractions if fits(tier, chain[f], full) and (f <= cap or f == fractions[0])]
-    assert fit(tier, fractions, chain.__getitem__, full) == max(allowed)
+    assert fit(tier, within_ranks(tier, fractions), chain.__getitem__, full) == max(allowed)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedmaestro import lod
 from fedmaestro.cost import Cost, cost, trace
 from fedmaestro.errors import UserError
-from fedmaestro.fleet import FLEETS, Tier, fit
+from fedmaestro.fleet import FLEETS, Tier, fit, within_ranks
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.plan import Plan, Submodel, SubmodelRule, make_plan
 
@@ -25,7 +25,7 @@ SLOW_WIDTHS = pytest.param("resnet18", marks=pytest.mark.slow)
 
 
 def architecture(model: str) -> Architecture:
-    return Architecture(name=model, image_shape=IMAGES[model], num_classes=10)
+    return Architecture(name=model, input_shape=IMAGES[model], num_classes=10)
 
 
 @cache
@@ -58,7 +58,7 @@ def test_presets_fit_every_model_as_widths(model: str) -> None:
         assert tier.serves.cost.macs_per_example <= budget
         width = tier.serves.size.width
         if width < 1:
-            wider = trace(dense.build(dense.size_at(steps[steps.index(width) + 1])), dense.image_shape)
+            wider = trace(dense.build(dense.size_at(steps[steps.index(width) + 1])), dense.input_shape)
             assert cost(wider, {}, batch_size=32).macs_per_example > budget
 
 
@@ -91,7 +91,7 @@ def test_tiers_are_in_order_and_nested(model: str, rule: SubmodelRule) -> None:
 @cache
 def lenet_costs() -> tuple[Architecture, dict[Fraction, Cost]]:
     lenet = architecture("lenet")
-    traced = trace(lenet.full, lenet.image_shape)
+    traced = trace(lenet.full, lenet.input_shape)
     return lenet, {f: cost(traced, lenet.size_at(f).ranks, batch_size=32) for f in lenet.fractions()}
 
 
@@ -117,7 +117,9 @@ def lenet_tiers(draw: st.DrawFn) -> Tier:
 @given(st.lists(lenet_tiers(), min_size=2, max_size=5))
 def test_ranks_are_nested_whatever_the_budgets(tiers: list[Tier]) -> None:
     lenet, costs = lenet_costs()
-    ranks = [lenet.size_at(fit(tier, list(costs), costs.__getitem__, costs[Fraction(1)])).ranks for tier in tiers]
+    chains = [within_ranks(tier, list(costs)) for tier in tiers]
+    fitted = [fit(tier, c, costs.__getitem__, costs[Fraction(1)]) for tier, c in zip(tiers, chains, strict=True)]
+    ranks = [lenet.size_at(fraction).ranks for fraction in fitted]
     ranks.sort(key=lambda r: tuple(r.values()))
     for small, large in pairwise(ranks):
         assert all(small[name] <= large[name] for name in large)

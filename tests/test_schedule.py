@@ -26,7 +26,7 @@ ROUNDS = st.integers(1, 10**6)
 @cache
 def plan_of(trains: str = "own", availability: float = 1.0) -> Plan:
     tiers = tuple(tier.model_copy(update={"availability": availability}) for tier in FLEETS["five-tiers"].tiers)
-    lenet = Architecture(name="lenet", image_shape=(1, 28, 28), num_classes=10)
+    lenet = Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10)
     return make_plan(lenet, tiers, SubmodelRule(trains=trains), batch_size=32)  # type: ignore[arg-type]
 
 
@@ -149,7 +149,7 @@ def test_fewer_candidates_than_wanted_are_all_taken() -> None:
 def test_availability_is_the_share_of_reachable_devices() -> None:
     """3,000 devices; a tier of n devices at availability a has n·a reachable ones, ± 5 standard deviations."""
     tiers = (Tier(name="often", share=0.5, availability=0.7), Tier(name="rarely", share=0.5, availability=0.1))
-    lenet = Architecture(name="lenet", image_shape=(1, 28, 28), num_classes=10)
+    lenet = Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10)
     plan = make_plan(lenet, tiers, SubmodelRule(), batch_size=32)
     tier_of = assign_tiers(tiers, 3000, 0)
 
@@ -219,7 +219,7 @@ def test_deadline_before_everybody() -> None:
 def test_over_commit_means_the_decimal() -> None:
     tiers = (Tier(name="a", share=1, rank_fraction=0.1),)
     plan = make_plan(
-        Architecture(name="lenet", image_shape=(1, 28, 28), num_classes=10), tiers, SubmodelRule(), batch_size=32
+        Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10), tiers, SubmodelRule(), batch_size=32
     )
     schedule = schedule_round(
         plan=plan,

@@ -1,8 +1,9 @@
-"""Image datasets and their partitions over devices.
+"""Image and translation datasets and their partitions over devices.
 
 `load_dataset` gives memory-mapped arrays (embedded digits, local parquet files or the hub) that are decoded
-once; `cached_partition` says which device holds which training example. Heavy libraries (datasets,
-flwr-datasets, scikit-learn, pyarrow) are imported only to build something that the cache does not have.
+once, `load_translation` does so for pairs of sentences; `cached_partition` says which device holds which
+training example. Heavy libraries (datasets, flwr-datasets, scikit-learn, pyarrow) are imported only to build
+something that the cache does not have.
 """
 
 from fedmaestro.data.load import DATASETS, DatasetRow, ImageDataset, load_dataset, normalize
@@ -13,15 +14,19 @@ from fedmaestro.data.partition import (
     partition,
     partition_fingerprint,
 )
+from fedmaestro.data.translation import TranslationDataset, TranslationSplit, load_translation
 
 __all__ = [
     "DATASETS",
     "PARTITIONS",
     "DatasetRow",
     "ImageDataset",
+    "TranslationDataset",
+    "TranslationSplit",
     "cached_partition",
     "class_counts",
     "load_dataset",
+    "load_translation",
     "normalize",
     "partition",
     "partition_fingerprint",

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from fedmaestro.clients import OBJECTIVES, Objective
-from fedmaestro.config import ExperimentConfig, from_flat
+from fedmaestro.config import ExperimentConfig, Value, from_flat
 from fedmaestro.data import (
     DATASETS,
     PARTITIONS,
@@ -23,7 +23,8 @@ from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet import assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
-from fedmaestro.plan import Plan, TierPlan, make_plan
+from fedmaestro.plan import Plan, TierPlan, decode_ranks, make_plan
+from fedmaestro.rederive import Rederivation
 from fedmaestro.strategies import STRATEGIES, Strategy
 
 
@@ -38,12 +39,29 @@ class Environment:
     tier_of: tuple[int, ...]
     """Tier of every device, as an index into the fleet."""
     plan: Plan
+    """The run's first plan; ranks may change later (``rederivation``, ``plan_at``)."""
     strategy: Strategy
     objective: Objective
 
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
         return self.plan.by_index(self.tier_of[device])
+
+    @property
+    def rederivation(self) -> Rederivation:
+        """When ranks change during the run, and how."""
+        train = self.config.train
+        return Rederivation(
+            every=train.shrink_every,
+            threshold=train.shrink_threshold,
+            min_updates=train.shrink_min_updates,
+            learned=self.config.fleet.ranks == "learned",
+        )
+
+    @cached_property
+    def plan_at(self) -> Callable[[str], Plan]:
+        """``ranks -> plan``: the plan at the ranks that a message or a checkpoint names; the last one is kept."""
+        return lru_cache(maxsize=1)(lambda ranks: decode_ranks(self.plan, ranks) if ranks else self.plan)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,7 +94,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
     dataset = load_dataset(config.data.name, data_dir(config), progress=progress)
     architecture = Architecture(
         name=config.model.name,
-        image_shape=dataset.image_shape,
+        input_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
         keep_dense=config.model.keep_dense,
     )
@@ -88,6 +106,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         momentum=config.train.momentum > 0,
         passes=objective.passes,
     )
+    _check_ranks_can_change(config, plan)
     parts = cached_partition(
         dataset,
         scheme=config.data.partition,
@@ -106,6 +125,27 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         strategy=strategy,
         objective=objective,
     )
+
+
+def _check_ranks_can_change(config: ExperimentConfig, plan: Plan) -> None:
+    train = config.train
+    wanted: dict[str, Value] = {
+        "train.group-lasso": train.group_lasso,
+        "train.shrink-threshold": train.shrink_threshold,
+    }
+    if config.fleet.ranks == "learned":
+        wanted["fleet.ranks"] = config.fleet.ranks
+    for key, value in wanted.items():
+        if value and not plan.full.size.ranks:
+            raise UserError(
+                f"{key}={value} needs LoD layers, and under strategy {train.strategy!r} model {config.model.name!r} "
+                "has none: leave it out, or use another strategy or model.keep-dense"
+            )
+        if value and key != "train.group-lasso" and train.shrink_every >= train.rounds:
+            raise UserError(
+                f"{key}={value} has no effect: train.shrink-every={train.shrink_every} is not below "
+                f"train.rounds={train.rounds}: lower it, or train for more rounds"
+            )
 
 
 def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:

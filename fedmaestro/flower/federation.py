@@ -22,6 +22,7 @@ from fedmaestro.flower.environment import Environment
 from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts
 from fedmaestro.flower.strategy import TieredStrategy
 from fedmaestro.history import RoundRecord, RunFolder, summarize, write_atomically
+from fedmaestro.plan import Plan
 from fedmaestro.report import plot_partition, write_run_report
 
 
@@ -113,7 +114,7 @@ class Federation:
 
     def _rounds(self, checkpoint: Checkpoint) -> Checkpoint:
         train = self.env.config.train
-        strategy = TieredStrategy(self.env, checkpoint.server_memory)
+        strategy = TieredStrategy(self.env, checkpoint)
         arrays = wire.to_arrays(checkpoint.global_state)
         for server_round in range(checkpoint.round + 1, train.rounds + 1):
             started = time.monotonic()
@@ -123,6 +124,8 @@ class Federation:
                 round=server_round,
                 global_state=wire.to_state(arrays),
                 server_memory=strategy.server_memory,
+                updates=strategy.updates,
+                ranks=strategy.ranks,
                 fingerprint=self.env.fingerprint,
             )
             self.folder.append(record)
@@ -145,7 +148,16 @@ class Federation:
             messages = list(strategy.configure_evaluate(server_round, arrays, config, self.grid))
             scores = strategy.aggregate_evaluate(server_round, self._exchange(messages, server_round, "evaluate"))
             tiers = _by_tier(scores or MetricRecord())
-        return arrays, RoundRecord(round=server_round, tiers=tiers, **metrics)  # type: ignore[arg-type]
+        ranks = self._new_ranks(strategy.plan, server_round)
+        return arrays, RoundRecord(round=server_round, tiers=tiers, **ranks, **metrics)  # type: ignore[arg-type]
+
+    def _new_ranks(self, plan: Plan, server_round: int) -> dict[str, Any]:
+        """Return what a round's record says about ranks: nothing in most rounds, and where they cannot change."""
+        rule = self.env.rederivation
+        if not (rule.active and (server_round == 0 or rule.due(server_round, self.env.config.train.rounds))):
+            return {}
+        by_tier = {tier.tier.name: dict(tier.serves.size.ranks or {}) for tier in plan.tiers}
+        return {"ranks": by_tier, "full_ranks": dict(plan.full.size.ranks or {})}
 
     def _exchange(self, messages: list[Any], server_round: int, phase: str) -> list[Any]:
         done = 0
@@ -160,19 +172,19 @@ class Federation:
         return exchange(self.grid, messages, self.stop, on_reply, timeout)
 
     def _finish(self, checkpoint: Checkpoint, interrupted: bool) -> dict[str, Any]:
-        env = self.env
+        env, plan = self.env, self.env.plan_at(checkpoint.ranks)
         facts = run_facts(env) | ({"interrupted": True} if interrupted else {})
-        tiers = tier_facts(env)
+        tiers = tier_facts(env, plan)
         card = {
             "model": env.config.model.name,
-            "form": env.plan.architecture.form,
+            "form": plan.architecture.form,
             "keep_dense": env.config.model.keep_dense,
-            "image_shape": list(env.dataset.image_shape),
+            "input_shape": list(env.dataset.image_shape),
             "num_classes": env.dataset.num_classes,
             "mean": list(env.dataset.mean),
             "std": list(env.dataset.std),
-            "size": env.plan.architecture.full_size.to_json(),
-            "tiers": {tier.tier.name: tier.serves.size.to_json() for tier in env.plan.tiers},
+            "size": plan.full.size.to_json(),
+            "tiers": {tier.tier.name: tier.serves.size.to_json() for tier in plan.tiers},
             "round": checkpoint.round,
         }
         sha256 = write_model(self.folder.path, checkpoint.global_state, card)
@@ -202,8 +214,8 @@ def run_facts(env: Environment) -> dict[str, Any]:
     }
 
 
-def tier_facts(env: Environment) -> dict[str, dict[str, Any]]:
-    """Return the static figures of each tier's submodel, largest first."""
+def tier_facts(env: Environment, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return the figures of each tier's submodel under ``plan``, largest first."""
     return {
         tier.tier.name: {
             "devices": env.tier_of.count(tier.index),
@@ -215,7 +227,7 @@ def tier_facts(env: Environment) -> dict[str, dict[str, Any]]:
             "download_bytes": tier.serves.cost.download_bytes,
             "upload_bytes": tier.serves.cost.upload_bytes,
         }
-        for tier in env.plan.tiers
+        for tier in plan.tiers
     }
 
 

@@ -1,12 +1,11 @@
 """The work of a host, without Flower: train the devices of a cohort, evaluate a submodel on a part of the test set.
 
-Models stay resident per process and are reused, one per size; the environment is cached (``environment_of``).
+Models stay resident per process and are reused, one per size of a plan; the environment is cached (``environment_of``).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -17,8 +16,8 @@ from fedmaestro.clients.base import LocalTraining, Prefixes, train_device
 from fedmaestro.data import normalize
 from fedmaestro.evaluate import Score, score
 from fedmaestro.flower.environment import Environment
-from fedmaestro.models.architecture import Architecture, Size
-from fedmaestro.plan import Submodel, smaller_levels
+from fedmaestro.lod.suffix import Tail
+from fedmaestro.plan import Plan, Submodel, smaller_levels
 from fedmaestro.strategies.base import Block
 from fedmaestro.submodel import State, load
 
@@ -43,7 +42,7 @@ class CohortResult:
     """Reason by device."""
 
 
-def local_training(env: Environment, server_round: int) -> LocalTraining:
+def local_training(env: Environment, server_round: int, tails: Mapping[str, Tail] | None = None) -> LocalTraining:
     """Return the local optimiser's settings of a round: the learning rate decays along a cosine."""
     train = env.config.train
     done = (server_round - 1) / max(1, train.rounds - 1)
@@ -55,23 +54,41 @@ def local_training(env: Environment, server_round: int) -> LocalTraining:
         momentum=train.momentum,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        group_lasso=train.group_lasso,
+        tails=tails or {},
     )
 
 
 def train_cohort(
-    env: Environment, tier_name: str, devices: Sequence[int], start: State, server_round: int
+    env: Environment,
+    plan: Plan,
+    tier_name: str,
+    devices: Sequence[int],
+    start: State,
+    server_round: int,
+    tails: Sequence[float] = (),
 ) -> CohortResult:
     """Train ``devices``, all of one tier, from the submodel ``start`` and add up their results.
 
     A device whose training raises or gives NaN is reported as failed with its reason and left out.
+
+    Args:
+        env: the experiment.
+        plan: the tiers' submodels in this round.
+        tier_name: the tier of the devices.
+        devices: by number.
+        start: the tier's submodel.
+        server_round: from 1 on.
+        tails: for the group lasso, what the submodel lacks: two numbers for each LoD layer (``lod.suffix.Tail``).
     """
-    submodel = env.plan.by_name(tier_name).trains
+    submodel = plan.by_name(tier_name).trains
     if submodel is None:
         raise ValueError(f"devices of tier {tier_name!r} do not train under {env.strategy.name!r}")
-    prefixes = resident_prefixes(env, submodel)
+    prefixes = resident_prefixes(plan, submodel)
     aggregation = env.strategy.aggregation
     partial = aggregation.init(start)
-    settings = local_training(env, server_round)
+    pairs = zip(tails[::2], tails[1::2], strict=True)
+    settings = local_training(env, server_round, dict(zip(submodel.size.ranks or {}, pairs, strict=False)))
     reports: list[DeviceReport] = []
     failures: dict[int, str] = {}
     for device in devices:
@@ -90,40 +107,46 @@ def train_cohort(
     return CohortResult(block=block, reports=tuple(reports), failures=failures)
 
 
-def evaluate_part(env: Environment, tier_name: str, state: State, first: int, last: int) -> Score:
+def evaluate_part(env: Environment, plan: Plan, tier_name: str, state: State, first: int, last: int) -> Score:
     """Evaluate a tier's submodel on test examples ``first … last - 1``."""
-    model = _resident_model(env.plan.architecture, _key(env.plan.by_name(tier_name).serves.size))
+    model = _resident_model(plan, plan.by_name(tier_name).serves)
     load(model, state)
     return score(model.eval(), env.dataset, env.dataset.test_images[first:last], env.dataset.test_labels[first:last])
 
 
-def resident_prefixes(env: Environment, submodel: Submodel) -> Prefixes:
+def resident_prefixes(plan: Plan, submodel: Submodel) -> Prefixes:
     """Return the reused model of this size, with the serving sizes of all smaller tiers as its levels."""
-    model = _resident_model(env.plan.architecture, _key(submodel.size))
-    smaller = smaller_levels(submodel, (tier.serves for tier in env.plan.tiers))
-    return Prefixes(model, [(_template(env.plan.architecture, _key(x.size)), x.shapes) for x in smaller])
+    smaller = smaller_levels(submodel, (tier.serves for tier in plan.tiers))
+    return Prefixes(_resident_model(plan, submodel), [(_template(plan, x), x.shapes) for x in smaller])
 
 
-_Key = tuple[tuple[tuple[str, int], ...], Fraction | None]
+@dataclass(frozen=True, kw_only=True)
+class _Residents:
+    """Models of one plan by their parameters, which identify a size there."""
+
+    models: dict[int, nn.Module] = field(default_factory=dict)
+    templates: dict[int, nn.Module] = field(default_factory=dict)
 
 
-def _key(size: Size) -> _Key:
-    return tuple((size.ranks or {}).items()), size.width
+@lru_cache(maxsize=2)
+def _residents(plan: Plan) -> _Residents:  # noqa: ARG001
+    """Return the models that stay: when ranks change, those of the plan before the last one go."""
+    return _Residents()
 
 
-def _size(key: _Key) -> Size:
-    return Size(width=key[1]) if key[1] is not None else Size(ranks=dict(key[0]))
+def _resident_model(plan: Plan, submodel: Submodel) -> nn.Module:
+    models, params = _residents(plan).models, submodel.cost.params
+    if params not in models:
+        model = plan.architecture.materialize(submodel.size)
+        models[params] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return models[params]
 
 
-@lru_cache(maxsize=32)
-def _resident_model(architecture: Architecture, key: _Key) -> nn.Module:
-    model = architecture.materialize(_size(key))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-@lru_cache(maxsize=32)
-def _template(architecture: Architecture, key: _Key) -> nn.Module:
-    return architecture.build(_size(key))
+def _template(plan: Plan, submodel: Submodel) -> nn.Module:
+    templates, params = _residents(plan).templates, submodel.cost.params
+    if params not in templates:
+        templates[params] = plan.architecture.build(submodel.size)
+    return templates[params]
 
 
 def _to_model_layout(images: torch.Tensor) -> torch.Tensor:

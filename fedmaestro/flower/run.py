@@ -56,7 +56,7 @@ class Run:
         state, card = read_model(self.path)
         architecture = Architecture(
             name=card["model"],
-            image_shape=tuple(card["image_shape"]),
+            input_shape=tuple(card["input_shape"]),
             num_classes=card["num_classes"],
             form=card["form"],
             keep_dense=card["keep_dense"],

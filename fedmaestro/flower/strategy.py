@@ -12,13 +12,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedmaestro.checkpoint import Checkpoint
 from fedmaestro.errors import UserError
 from fedmaestro.evaluate import Score
 from fedmaestro.flower import wire
 from fedmaestro.flower.environment import Environment
 from fedmaestro.flower.host import CohortResult
 from fedmaestro.flower.hosts import one_line
-from fedmaestro.plan import Submodel, TierPlan
+from fedmaestro.plan import Submodel, TierPlan, encode_ranks
+from fedmaestro.rederive import Ranked, count_updates, no_updates, rederive, tails
 from fedmaestro.schedule import Cohort, Schedule, schedule_round
 from fedmaestro.submodel import State, cut
 
@@ -36,18 +38,32 @@ class TieredStrategy(FlowerStrategy):
 
     Args:
         env: the experiment.
-        server_memory: the server optimiser's state, ``{}`` or that of a checkpoint.
+        checkpoint: what to go on from; by default, the start of a run.
+
+    Attributes:
+        plan: who trains and is served what; its ranks follow the model where the experiment wants that.
+        server_memory: the server optimiser's state.
+        updates: device updates that have trained each column, where ranks can change.
     """
 
-    def __init__(self, env: Environment, server_memory: State | None = None) -> None:
+    def __init__(self, env: Environment, checkpoint: Checkpoint | None = None) -> None:
         self.env = env
-        self.server_memory: State = server_memory or {}
+        self.plan = env.plan_at(checkpoint.ranks if checkpoint else "")
+        self.server_memory: State = checkpoint.server_memory if checkpoint else {}
+        self.updates: State = checkpoint.updates if checkpoint else {}
+        if env.rederivation.active and not self.updates:
+            self.updates = no_updates(self.plan)
         self._experiment: Job = {"experiment": env.config.to_json(), "fingerprint": env.fingerprint}
         self._global: State = {}
         self._records: dict[int, ArrayRecord] = {}
         self._schedule: Schedule | None = None
         self._messages: list[tuple[Message, Cohort]] = []
         self._parts: list[tuple[Message, TierPlan]] = []
+
+    @property
+    def ranks(self) -> str:
+        """The current ranks for a message or a checkpoint: empty while they are those of the run's start."""
+        return "" if self.plan is self.env.plan else encode_ranks(self.plan)
 
     def configure_train(
         self,
@@ -60,7 +76,7 @@ class TieredStrategy(FlowerStrategy):
         env, train, fleet = self.env, self.env.config.train, self.env.config.fleet
         self._load(arrays)
         self._schedule = schedule_round(
-            plan=env.plan,
+            plan=self.plan,
             tier_of=env.tier_of,
             examples=[len(part) for part in env.parts],
             seed=env.config.seed,
@@ -80,9 +96,13 @@ class TieredStrategy(FlowerStrategy):
 
     def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
         job: Job = {"round": server_round, "tier": cohort.tier.tier.name, "devices": list(cohort.devices)}
+        if self.env.config.train.group_lasso:
+            job["tails"] = [x for tail in tails(self._global, cohort.submodel.size.ranks or {}) for x in tail]
         return self._message(cohort.submodel, job, MessageType.TRAIN, node)
 
     def _message(self, submodel: Submodel, job: Job, kind: str, node: int) -> Message:
+        if ranks := self.ranks:
+            job["ranks"] = ranks
         # Messages of one tier share one record, which is serialised once.
         if submodel.cost.params not in self._records:
             self._records[submodel.cost.params] = wire.to_arrays(cut(self._global, submodel.shapes))
@@ -112,6 +132,8 @@ class TieredStrategy(FlowerStrategy):
             failures |= result.failures
             losses += [(report.loss, report.examples) for report in result.reports]
             upload_bytes += cohort.submodel.cost.upload_bytes * len(result.reports)
+            if self.updates:
+                self.updates = count_updates(self.updates, cohort.submodel.size.ranks or {}, len(result.reports))
             if result.block is not None:
                 partial = aggregation.merge(partial, wire.as_partial(result.block))
         for reason in dict.fromkeys(failures.values()):
@@ -122,6 +144,8 @@ class TieredStrategy(FlowerStrategy):
             self._global, self.server_memory = self.env.strategy.server.step(
                 self._global, aggregated, self.server_memory
             )
+        if self.env.rederivation.due(server_round, self.env.config.train.rounds):
+            self._rederive(server_round)
         metrics: dict[str, Any] = {
             "devices": len(losses),
             "failed": len(failures),
@@ -134,6 +158,13 @@ class TieredStrategy(FlowerStrategy):
             examples = sum(n for _, n in losses)
             metrics["train_loss"] = sum(loss * n for loss, n in losses) / examples
         return wire.to_arrays(self._global), MetricRecord(metrics)
+
+    def _rederive(self, server_round: int) -> None:
+        now = Ranked(plan=self.plan, state=self._global, memory=self.server_memory, updates=self.updates)
+        new = rederive(self.env.plan, now, self.env.rederivation)
+        self.plan, self._global, self.server_memory, self.updates = new.plan, new.state, new.memory, new.updates
+        if new.plan.full is not now.plan.full:
+            log.info("round %d: the whole model's ranks are %s", server_round, new.plan.full.size.ranks)
 
     def configure_evaluate(
         self,
@@ -161,7 +192,7 @@ class TieredStrategy(FlowerStrategy):
 
     def _distinct(self) -> Sequence[TierPlan]:
         """Return one tier for each distinct serving submodel."""
-        return list({tier.serves.cost.params: tier for tier in self.env.plan.tiers}.values())
+        return list({tier.serves.cost.params: tier for tier in self.plan.tiers}.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""
@@ -178,7 +209,7 @@ class TieredStrategy(FlowerStrategy):
             part = Score(m["correct"], m["loss-sum"], m["examples"])
             scores[params] = scores.get(params, Score(0, 0.0, 0)) + part
         metrics: dict[str, Any] = {}
-        for tier in self.env.plan.tiers:
+        for tier in self.plan.tiers:
             if (params := tier.serves.cost.params) in scores and params not in broken:
                 metrics[f"accuracy.{tier.tier.name}"] = scores[params].accuracy
                 metrics[f"loss.{tier.tier.name}"] = scores[params].loss

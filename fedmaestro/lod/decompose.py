@@ -4,38 +4,53 @@ Shapes as in ``layers``: ``O`` out, ``I`` in, ``R = min(O, I·k·l)`` full rank,
 """
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.lod.attention import LoDMultiheadAttention, keep_off_fast_path
 from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, freeze_like, layers
+
+_DENSE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
-    """Return a copy of ``dense`` with every Linear and Conv2d in LoD form; the function is unchanged at full rank.
+    """Return a copy of ``dense`` with every linear, convolution and attention layer in LoD form.
+
+    The function is unchanged at full rank. ``nn.MultiheadAttention`` becomes ``LoDMultiheadAttention``, whose ``q``,
+    ``k``, ``v`` and ``out`` are factorised separately. What holds a LoD layer leaves PyTorch's fused evaluation of
+    ``nn.TransformerEncoder``, which also means that padding positions of its output are computed, not zeroed.
 
     Each weight ``W = P Σ Qᵀ`` becomes ``U = P √Σ``, ``V = √Σ Qᵀ`` (Maestro, section 3: balanced SVD); what is frozen
     stays so. A copy on the ``meta`` device gives the shapes without the work.
 
     Args:
         dense: any module; it is not changed.
-        skip: qualified names of Linear and Conv2d layers that stay dense.
+        skip: qualified names of layers that stay dense; an attention layer does so altogether, also if its
+            ``out_proj`` is named.
 
     Raises:
         UserError: an unknown name in ``skip``; a layer that is not in it and cannot be factorised: a grouped
-            convolution or one with padding other than zeros, a part of ``nn.MultiheadAttention``, a layer that shares
-            a parameter with another module.
+            convolution or one with padding other than zeros, an attention with added keys, a layer that shares a
+            parameter with another module.
     """
-    candidates = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    candidates = {n: m for n, m in dense.named_modules() if isinstance(m, _DENSE)}
+    whole = {
+        f"{name}.out_proj".lstrip("."): name
+        for name, module in candidates.items()
+        if isinstance(module, nn.MultiheadAttention)
+    }
     for name in skip:
         check_name("layer to keep dense", name, candidates)
-    chosen = {name: m for name, m in candidates.items() if name not in skip}
-    for name in chosen:
-        _check_outside_attention(dense, name)
-    _check_untied(dense, chosen)
-    return _replace(dense, {name: _factor_layer(name, m) for name, m in chosen.items()})
+    kept = {whole.get(name, name) for name in skip}
+    chosen = {name: m for name, m in candidates.items() if name not in kept and name not in whole}
+    _check_untied(dense, chosen, whole)
+    model = _replace(dense, {name: _factor_layer(name, m) for name, m in chosen.items()})
+    keep_off_fast_path(model)
+    return model
 
 
 def truncate(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
@@ -64,7 +79,7 @@ def recompose(model: nn.Module) -> nn.Module:
 
 
 def _dense_is_smaller(layer: LoDLayer) -> bool:
-    out, inner = layer.u.shape[0], layer.v[:1].numel()
+    out, inner = layer.u.shape[0], math.prod(layer.v.shape[1:])
     return out * inner <= layer.rank * (out + inner)
 
 
@@ -72,16 +87,14 @@ def _cut(layer: LoDLayer, rank: int) -> LoDLayer:
     return layer.replaced(layer.u.detach()[:, :rank].clone(), layer.v.detach()[:rank].clone())
 
 
-def _check_outside_attention(model: nn.Module, name: str) -> None:
-    # It reads the weights of its layers instead of calling them, and a LoD layer has none.
-    if name and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise UserError(f"layer {name!r} cannot be factorised (part of nn.MultiheadAttention): add its name to skip")
+def _check_untied(model: nn.Module, chosen: Collection[str], whole: Mapping[str, str]) -> None:
+    """Refuse a chosen layer that shares a parameter with another module: each would get factors of its own.
 
-
-def _check_untied(model: nn.Module, chosen: Collection[str]) -> None:
-    """Refuse a chosen layer that shares a parameter with another module: each would get factors of its own."""
+    ``whole`` names the layer that a part of it is replaced with.
+    """
     owners: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for part, module in model.named_modules():
+        name = whole.get(part, part)
         for parameter in module.parameters(recurse=False):
             first = owners.setdefault(id(parameter), name)
             if tied := [n for n in (first, name) if n in chosen and first != name]:
@@ -91,29 +104,67 @@ def _check_untied(model: nn.Module, chosen: Collection[str]) -> None:
                 )
 
 
-def _factor_layer(name: str, layer: nn.Linear | nn.Conv2d) -> LoDLayer:
-    return freeze_like(_factors(name, layer), u=layer.weight, v=layer.weight, bias=layer.bias)
-
-
-def _factors(name: str, layer: nn.Linear | nn.Conv2d) -> LoDLayer:
-    bias = None if layer.bias is None else layer.bias.detach().clone()
-    u, v = balanced_svd(layer.weight.detach().flatten(1))
+def _factor_layer(name: str, layer: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.MultiheadAttention):
+        return _factor_attention(name, layer)
     if isinstance(layer, nn.Linear):
-        return LoDLinear(u, v, bias)
+        new: LoDLayer = _factor_linear(layer.weight, layer.bias)
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        new = _factor_conv(name, layer)
+    return freeze_like(new, u=layer.weight, v=layer.weight, bias=layer.bias)
+
+
+def _factor_linear(weight: Tensor, bias: Tensor | None) -> LoDLinear:
+    u, v = balanced_svd(weight.detach())
+    return LoDLinear(u, v, _copied(bias))
+
+
+def _factor_conv(name: str, layer: nn.Conv2d) -> LoDConv2d:
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UserError(
-            f"layer {name!r} cannot be factorised (groups={layer.groups}, padding={layer.padding!r}, "
-            f"padding_mode={layer.padding_mode!r}): add its name to skip"
+        raise _unsupported(
+            name, f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
         )
-    kernel_v = v.reshape(-1, *layer.weight.shape[1:])
+    u, v = balanced_svd(layer.weight.detach().flatten(1))
     return LoDConv2d(
         u,
-        kernel_v,
-        bias,
+        v.reshape(-1, *layer.weight.shape[1:]),
+        _copied(layer.bias),
         stride=_pair(layer.stride),
         padding=_pair(layer.padding),
         dilation=_pair(layer.dilation),
     )
+
+
+def _factor_attention(name: str, layer: nn.MultiheadAttention) -> LoDMultiheadAttention:
+    if layer.bias_k is not None or layer.add_zero_attn:
+        raise _unsupported(name, "add_bias_kv=True" if layer.bias_k is not None else "add_zero_attn=True")
+    packed, packed_bias = layer.in_proj_weight, layer.in_proj_bias
+    owners = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if packed is None else (packed,) * 3
+    weights = owners if packed is None else packed.chunk(3)
+    biases = (None,) * 3 if packed_bias is None else packed_bias.chunk(3)
+    q, k, v = (
+        freeze_like(_factor_linear(weight, bias), u=owner, v=owner, bias=packed_bias)
+        for owner, weight, bias in zip(owners, weights, biases, strict=True)
+    )
+    out = _factor_linear(layer.out_proj.weight, layer.out_proj.bias)
+    return LoDMultiheadAttention(
+        q,
+        k,
+        v,
+        freeze_like(out, u=layer.out_proj.weight, v=layer.out_proj.weight, bias=layer.out_proj.bias),
+        num_heads=layer.num_heads,
+        dropout=layer.dropout,
+        batch_first=layer.batch_first,
+    )
+
+
+def _copied(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().clone()
+
+
+def _unsupported(name: str, why: str) -> UserError:
+    return UserError(f"layer {name!r} cannot be factorised ({why}): add its name to skip")
 
 
 def balanced_svd(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +180,9 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """Return a copy of ``model`` with the named submodules exchanged; those are not copied, nor what they replace."""
+    for name, new in modules.items():
+        new.train(model.get_submodule(name).training)
     if "" in modules:
-        return modules[""].train(model.training)
-    memo = {id(model.get_submodule(name)): new.train(model.training) for name, new in modules.items()}
+        return modules[""]
+    memo = {id(model.get_submodule(name)): new for name, new in modules.items()}
     return copy.deepcopy(model, memo)

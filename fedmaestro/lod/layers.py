@@ -29,6 +29,8 @@ class LoDLayer(nn.Module, ABC):
         u: ``(O, R)``.
         v: ``(R, I)`` or ``(R, I, k, l)``.
         bias: ``(O,)`` or None; it belongs to the U side and to every prefix.
+
+    ``state_dict`` carries the prefix, so loading it brings the rank back.
     """
 
     u: nn.Parameter
@@ -66,6 +68,18 @@ class LoDLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"u={tuple(self.u.shape)}, v={tuple(self.v.shape)}, rank={self._rank}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add ``rank`` (int64 scalar) below the full rank; without it, all columns are in use."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._rank < self.max_rank:
+            destination[f"{prefix}rank"] = torch.tensor(self._rank)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The caller's dictionary is a copy; what is left in it counts as unexpected.
+        rank: Any = state_dict.pop(f"{prefix}rank", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.rank = self.max_rank if rank is None else _plain(rank)
 
     @abstractmethod
     def replaced(self, u: Tensor, v: Tensor) -> "LoDLayer":
@@ -212,6 +226,10 @@ def _only_bias(zeros: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
     shape = [1] * zeros.dim()
     shape[dim] = -1
     return zeros + bias.view(shape)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _copy(bias: Tensor | None) -> Tensor | None:

@@ -9,16 +9,23 @@ from fedmaestro.models.cnn import cnn
 from fedmaestro.models.lenet import lenet
 from fedmaestro.models.mlp import mlp
 from fedmaestro.models.resnet import resnet18
+from fedmaestro.models.shape import InputShape, example_inputs
+from fedmaestro.models.transformer import transformer, transformer_small
+from fedmaestro.models.vgg import vgg19
 from fedmaestro.models.width import Scale
 
-ImageShape = tuple[int, int, int]
+__all__ = ["MODELS", "InputShape", "ModelSpec", "example_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One row of ``MODELS``: ``build(image_shape (C, H, W), num_classes, scale)`` returns the dense network."""
+    """One row of ``MODELS``: ``build(input_shape, num_classes, scale)`` returns the dense network.
 
-    build: Callable[[ImageShape, int, Scale], nn.Module]
+    It maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or source and target tokens ``(B, L)`` to logits
+    ``(B, L, num_classes)``.
+    """
+
+    build: Callable[[InputShape, int, Scale], nn.Module]
     summary: str
 
 
@@ -27,4 +34,7 @@ MODELS: dict[str, ModelSpec] = {
     "lenet": ModelSpec(build=lenet, summary="LeNet-5, 44,426 parameters dense (MNIST)"),
     "cnn": ModelSpec(build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)"),
     "resnet18": ModelSpec(build=resnet18, summary="ResNet-18 for CIFAR with GroupNorm"),
+    "vgg19": ModelSpec(build=vgg19, summary="VGG-19 for CIFAR with GroupNorm"),
+    "transformer": ModelSpec(build=transformer, summary="encoder-decoder Transformer, 6 + 6 layers of 512 (Multi30k)"),
+    "transformer-small": ModelSpec(build=transformer_small, summary="3 + 3 layers of 96 (Multi30k on a CPU)"),
 }

@@ -12,14 +12,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.errors import check_name
-from fedmaestro.models import MODELS, ImageShape
+from fedmaestro.models import MODELS, InputShape
 from fedmaestro.models.init import initialize
 from fedmaestro.models.width import Scale
-from fedmaestro.submodel import Shapes, State, shapes_of
+from fedmaestro.submodel import Shapes, State, load, shapes_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
@@ -49,15 +49,16 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model of ``MODELS`` for images ``(C, H, W)``.
+    """A model of ``MODELS`` for images ``(C, H, W)`` or token sequences ``(L,)``.
 
     Attributes:
+        num_classes: classes, or the size of the vocabulary.
         form: ``lod`` (factor pairs, sizes are ranks) or ``dense`` (plain layers, sizes are widths).
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
     """
 
     name: str
-    image_shape: ImageShape
+    input_shape: InputShape
     num_classes: int
     form: Form = "lod"
     keep_dense: str = "first-conv head"
@@ -109,6 +110,18 @@ class Architecture:
         """Return the model of this size on the CPU with uninitialised tensors: load a state before use."""
         return self.build(size).to_empty(device="cpu")
 
+    def size_of(self, state: Mapping[str, Tensor]) -> Size:
+        """Return the size that the factors of ``state`` have (a shrunken model's ranks); dense models are whole."""
+        if self.form == "dense":
+            return Size(width=FULL)
+        return Size(ranks={name: state[f"{name}.v"].shape[0] for name in lod.max_ranks(self.full)})
+
+    def with_state(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """Return the model, of whatever size, that holds ``state``."""
+        model = self.materialize(self.size_of(state))
+        load(model, state)
+        return model
+
     def shapes(self, size: Size) -> Shapes:
         """Return the shape of every tensor of the submodel of this size."""
         return shapes_of(self.build(size))
@@ -123,11 +136,11 @@ class Architecture:
                 return channels
 
         with torch.device("meta"):
-            MODELS[self.name].build(self.image_shape, self.num_classes, Recorder())
+            MODELS[self.name].build(self.input_shape, self.num_classes, Recorder())
         return counts
 
     def _dense(self, width: Fraction) -> nn.Module:
-        return MODELS[self.name].build(self.image_shape, self.num_classes, Scale(width))
+        return MODELS[self.name].build(self.input_shape, self.num_classes, Scale(width))
 
     def _formed(self, dense: nn.Module) -> nn.Module:
         return dense if self.form == "dense" else lod.factorize(dense, dense_layers(dense, self.keep_dense))

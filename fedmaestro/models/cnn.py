@@ -4,15 +4,13 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fedmaestro.errors import UserError
+from fedmaestro.models.shape import InputShape, image_dims
 from fedmaestro.models.width import Scale, group_norm
 
 
-def cnn(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
+def cnn(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
     """Three 3×3 convolutions (32, 64, 64 channels) with GroupNorm, pooling and ReLU, then 128 units."""
-    channels, height, width = image_shape
-    if min(height, width) < 8:
-        raise UserError(f"model.name='cnn' needs images of at least 8×8 pixels, got {height}×{width}")
+    channels, height, width = image_dims("cnn", input_shape, least=8)
     stages = (scale(32), scale(64), scale(64))
     layers: dict[str, nn.Module] = {}
     for i, (before, after) in enumerate(zip((channels, *stages), stages, strict=False), start=1):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fedmaestro.models.transformer import Transformer
 from fedmaestro.models.width import LeadingGroupNorm
 
 
@@ -14,11 +15,27 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
 
     PyTorch's own default has a sixth of that variance. A low prefix keeps only a part of a weight's energy, so under
     the default the small tiers' signals fade over the layers: on MNIST they stayed at chance for ten rounds.
+
+    A Transformer's weights are uniform with variance ``2 / (fan_in + fan_out)`` instead (Glorot and Bengio, AISTATS
+    2010, as PyTorch's own has it): its norms and residual sums keep signals from fading, and small output weights
+    start it at the loss of guessing, ``ln(vocabulary)``, where He's start one nat above. Its embeddings, which it
+    multiplies by ``√E``, are drawn from ``N(0, 1 / E)``.
     """
+    draw = _xavier if isinstance(model, Transformer) else _he
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm | LeadingGroupNorm):
+        if isinstance(module, nn.GroupNorm | LeadingGroupNorm | nn.LayerNorm):
             module.reset_parameters()
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            draw(module.weight, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _he(weight: torch.Tensor, generator: torch.Generator) -> None:
+    nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+
+
+def _xavier(weight: torch.Tensor, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(weight, generator=generator)

@@ -4,17 +4,13 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fedmaestro.errors import UserError
+from fedmaestro.models.shape import InputShape, image_dims
 from fedmaestro.models.width import Scale
 
 
-def lenet(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
+def lenet(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
     """Two 5×5 convolutions (6 and 16 channels), then 120 and 84 units (LeCun et al. 1998, as Maestro has it)."""
-    channels, height, width = image_shape
-    if min(height, width) < 16:
-        raise UserError(
-            f"model.name='lenet' needs images of at least 16×16 pixels, got {height}×{width}: use model.name='mlp'"
-        )
+    channels, height, width = image_dims("lenet", input_shape, least=16, advice="use model.name='mlp'")
     flat = scale(16) * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
     return nn.Sequential(
         OrderedDict(

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from fedmaestro.models.shape import InputShape, image_dims
 from fedmaestro.models.width import Scale, group_norm
 
 
@@ -28,12 +29,13 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
 
 
-def resnet18(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) -> nn.Module:
+def resnet18(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
     """3×3 stem without pooling, four stages of two blocks (64, 128, 256, 512 channels), global average pooling.
 
     The form used for CIFAR (11.17 M parameters, 0.56 GMACs at 32×32). GroupNorm needs no statistics, which a server
     without data could not recompute (Hsieh et al., ICML 2020).
     """
+    channels_in, _, _ = image_dims("resnet18", input_shape)
     stem = scale(64)
     blocks: dict[str, nn.Module] = {}
     before = stem
@@ -44,7 +46,7 @@ def resnet18(image_shape: tuple[int, int, int], num_classes: int, scale: Scale) 
         before = after
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(image_shape[0], stem, 3, padding=1, bias=False),
+            conv1=nn.Conv2d(channels_in, stem, 3, padding=1, bias=False),
             norm1=group_norm(stem),
             relu1=nn.ReLU(),
             **blocks,

@@ -51,6 +51,19 @@ def totals(run: RunRecord) -> dict[str, float]:
     return {"rounds": max((row["round"] for row in run.rounds), default=0), **sums}
 
 
+def rank_history(run: RunRecord) -> list[tuple[float, dict[str, dict[str, int]]]]:
+    """Return (round, ``{tier: {layer: rank}}``) where ranks could change; the last entry is the last round's."""
+    changes = [(float(row["round"]), row["ranks"]) for row in run.rounds if row.get("ranks")]
+    if changes and (last := float(run.rounds[-1]["round"])) > changes[-1][0]:
+        changes.append((last, changes[-1][1]))
+    return changes
+
+
+def full_ranks(run: RunRecord) -> dict[str, int]:
+    """Return the ranks of the whole model at the start; empty where ranks could not change."""
+    return next((row["full_ranks"] for row in run.rounds if row.get("full_ranks")), {})
+
+
 def mean_and_worst(run: RunRecord) -> tuple[float, float]:
     """Return the mean and the worst final accuracy over the tiers, as fractions; nan where there is none."""
     summary = run.summary or {}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fedmaestro.report.accuracy_plot import plot_tier_accuracy
 from fedmaestro.report.comparison import comparison, run_names
-from fedmaestro.report.facts import run_title
+from fedmaestro.report.facts import full_ranks, rank_history, run_title
 from fedmaestro.report.html import escape
+from fedmaestro.report.rank_plot import plot_tier_ranks
 from fedmaestro.report.records import RunRecord, read_run
 from fedmaestro.report.run_section import run_section
 from fedmaestro.report.theme import CSS, SCRIPT
@@ -33,9 +34,14 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
 
 
 def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
-    """Write ``plots/tier_accuracy.png``, ``.svg`` and ``report.html`` in a run folder; return these paths."""
+    """Write ``plots/tier_accuracy.png``, ``.svg`` and ``report.html`` in a run folder; return these paths.
+
+    Where ranks could change, ``plots/tier_ranks.png`` and ``.svg`` too.
+    """
     run = read_run(run_dir)
     png, svg = plot_tier_accuracy(run.rounds, run.path / "plots" / "tier_accuracy", run_title(run))
+    if history := rank_history(run):
+        plot_tier_ranks(history, run.path / "plots" / "tier_ranks", full=full_ranks(run), title=run_title(run))
     return png, svg, write_report([run.path], run.path / "report.html")
 
 

@@ -6,10 +6,20 @@ from typing import Any
 
 from fedmaestro.report.accuracy_plot import tier_accuracy_svg
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.facts import flat_config, headline, mean_and_worst, run_title, tier_facts, totals
+from fedmaestro.report.facts import (
+    flat_config,
+    full_ranks,
+    headline,
+    mean_and_worst,
+    rank_history,
+    run_title,
+    tier_facts,
+    totals,
+)
 from fedmaestro.report.figure import inline_svg
 from fedmaestro.report.format import MISSING, format_bytes, format_count, format_percent, format_seconds
 from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
+from fedmaestro.report.rank_plot import tier_rank_svg
 from fedmaestro.report.records import RunRecord
 
 # Column, key in the summary's tier, formatter. Memory and download are those of one device.
@@ -42,6 +52,7 @@ def run_section(run: RunRecord, name: str, anchor: str) -> str:
         _tier_table(run),
         "<h3>Test accuracy per tier</h3>",
         _accuracy_plot(run, anchor),
+        _rank_plot(run, anchor),
         _partition_plot(run),
         _config(run),
     ]
@@ -117,6 +128,14 @@ def _ranks(ranks: object) -> Content:
 def _accuracy_plot(run: RunRecord, anchor: str) -> str:
     label = escape(f"Test accuracy per tier over rounds and virtual time: {run_title(run)}")
     return f'<div class="plot">{inline_svg(tier_accuracy_svg(run.rounds), f"{anchor}-accuracy", label)}</div>'
+
+
+def _rank_plot(run: RunRecord, anchor: str) -> str:
+    if not (history := rank_history(run)):
+        return ""
+    svg = tier_rank_svg(history, full=full_ranks(run))
+    label = escape(f"Rank per layer and tier over rounds: {run_title(run)}")
+    return f'<h3>Rank per layer</h3>\n<div class="plot">{inline_svg(svg, f"{anchor}-ranks", label)}</div>'
 
 
 def _partition_plot(run: RunRecord) -> str:

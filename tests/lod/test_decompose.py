@@ -134,18 +134,6 @@ def test_unsupported_convolutions_are_refused_unless_skipped(options: dict[str, 
     assert not lod.layers(lod.factorize(model, skip=["stem"]))
 
 
-def test_layers_of_an_attention_are_refused_unless_skipped() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 3)})
-    with pytest.raises(UserError, match=r"'attention.out_proj' cannot be factorised .*nn.MultiheadAttention"):
-        lod.factorize(model)
-    with pytest.raises(UserError, match="'out_proj'"):
-        lod.factorize(nn.MultiheadAttention(4, 2))
-    kept = lod.factorize(model, skip=["attention.out_proj"])
-    assert list(lod.layers(kept)) == ["head"]
-    x = torch.randn(5, 4)
-    assert torch.equal(kept.get_submodule("attention")(x, x, x)[0], model["attention"](x, x, x)[0])
-
-
 class Tied(nn.Module):
     """Two linear layers and an embedding with one weight."""
 
@@ -212,7 +200,7 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
     model = lod.factorize(network().to(dtype))
     lod.set_ranks(model, {"0": 1, "3": 4})
     for other in (model, lod.truncate(model, {"3": 2}), lod.recompose(model)):
-        assert {tensor.dtype for tensor in other.state_dict().values()} == {dtype}
+        assert {parameter.dtype for parameter in other.parameters()} == {dtype}
         assert other(IMAGES.to(dtype)).dtype == dtype
 
 

@@ -14,21 +14,39 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.errors import UserError
-from fedmaestro.models import MODELS
+from fedmaestro.models import MODELS, example_inputs
 from fedmaestro.models.architecture import FULL, Architecture, Form, dense_layers
 from fedmaestro.models.width import Scale, group_norm
 from fedmaestro.submodel import cut, load, num_elements, shapes_of
 
-IMAGE_SHAPES = {"mlp": (2, 5, 4), "lenet": (2, 17, 16), "cnn": (2, 9, 8), "resnet18": (2, 8, 7)}
+INPUT_SHAPES: dict[str, tuple[int, ...]] = {
+    "mlp": (2, 5, 4),
+    "lenet": (2, 17, 16),
+    "cnn": (2, 9, 8),
+    "resnet18": (2, 8, 7),
+    "vgg19": (2, 33, 32),
+    "transformer": (4,),
+    "transformer-small": (6,),
+}
+WIDTHLESS = ("transformer", "transformer-small")  # dense, they have one size
+LARGE = ("resnet18", "vgg19", "transformer")  # their SVDs take half a minute
 FORMS: tuple[Form, ...] = ("lod", "dense")
-CELLS = [(name, form) for name in MODELS for form in FORMS]
-QUICK_CELLS = [cell for cell in CELLS if cell[0] != "resnet18"]  # its SVDs take half a minute
+CELLS = [(name, form) for name in MODELS for form in FORMS if form == "lod" or name not in WIDTHLESS]
+QUICK_CELLS = [cell for cell in CELLS if cell[0] not in LARGE]
 FRACTIONS = st.fractions(min_value=Fraction(1, 600), max_value=1, max_denominator=600)
 
 
 @cache
 def architecture(name: str, form: Form, keep_dense: str = "first-conv head") -> Architecture:
-    return Architecture(name=name, image_shape=IMAGE_SHAPES[name], num_classes=7, form=form, keep_dense=keep_dense)
+    return Architecture(name=name, input_shape=INPUT_SHAPES[name], num_classes=7, form=form, keep_dense=keep_dense)
+
+
+def examples(arch: Architecture, batch: int) -> tuple[Tensor, ...]:
+    """Random images, or random tokens that are no padding."""
+    generator = torch.Generator().manual_seed(1)
+    if len(arch.input_shape) == 1:
+        return tuple(torch.randint(1, 7, (batch, *arch.input_shape), generator=generator) for _ in range(2))
+    return (torch.randn(batch, *arch.input_shape, generator=generator),)
 
 
 @cache
@@ -43,15 +61,15 @@ def initial_state(name: str, form: Form) -> dict[str, Tensor]:
     return architecture(name, form).initial_state(0)
 
 
-def test_every_model_has_an_image_shape_here() -> None:
-    assert IMAGE_SHAPES.keys() == MODELS.keys()
+def test_every_model_has_an_input_shape_here() -> None:
+    assert INPUT_SHAPES.keys() == MODELS.keys()
 
 
 # ---------------------------------------------------------------- parameter counts
 
 
 @pytest.mark.parametrize(
-    ("name", "image_shape", "form", "keep_dense", "params"),
+    ("name", "input_shape", "form", "keep_dense", "params"),
     [
         ("lenet", (1, 28, 28), "dense", "none", 44_426),
         ("resnet18", (3, 32, 32), "dense", "none", 11_173_962),
@@ -62,9 +80,9 @@ def test_every_model_has_an_image_shape_here() -> None:
     ],
 )
 def test_parameters_at_full_size(
-    name: str, image_shape: tuple[int, int, int], form: Form, keep_dense: str, params: int
+    name: str, input_shape: tuple[int, ...], form: Form, keep_dense: str, params: int
 ) -> None:
-    arch = Architecture(name=name, image_shape=image_shape, num_classes=10, form=form, keep_dense=keep_dense)
+    arch = Architecture(name=name, input_shape=input_shape, num_classes=10, form=form, keep_dense=keep_dense)
     assert num_elements(arch.shapes(arch.full_size)) == params
 
 
@@ -86,7 +104,7 @@ def test_sizes_form_a_chain_of_leading_blocks(name: str, form: Form, pair: tuple
 @pytest.mark.parametrize(
     ("name", "form", "fraction"),
     [(*cell, fraction) for cell in QUICK_CELLS for fraction in (Fraction(1, 9), Fraction(3, 7), FULL)]
-    + [("resnet18", form, Fraction(1, 9)) for form in FORMS],
+    + [(name, form, Fraction(1, 9)) for name in LARGE for form in FORMS if (name, form) in CELLS],
 )
 def test_a_size_is_built_loaded_and_run(name: str, form: Form, fraction: Fraction) -> None:
     arch = architecture(name, form)
@@ -98,14 +116,14 @@ def test_a_size_is_built_loaded_and_run(name: str, form: Form, fraction: Fractio
     part = cut(random_state(arch), shapes)
     load(model, part)
     assert all(torch.equal(tensor, part[key]) for key, tensor in model.state_dict().items())
-    logits = model(torch.randn(2, *arch.image_shape))
-    assert logits.shape == (2, 7)
+    logits = model(*examples(arch, 2))
+    assert logits.shape == (2, *(arch.input_shape if name in WIDTHLESS else ()), 7)
     assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize(("name", "form"), CELLS)
 def test_full_and_built_models_hold_no_memory(name: str, form: Form) -> None:
-    arch = Architecture(name=name, image_shape=IMAGE_SHAPES[name], num_classes=7, form=form)
+    arch = Architecture(name=name, input_shape=INPUT_SHAPES[name], num_classes=7, form=form)
     for model in (arch.full, arch.build(arch.size_at(Fraction(1, 2)))):
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
@@ -114,13 +132,13 @@ def test_full_and_built_models_hold_no_memory(name: str, form: Form) -> None:
 def test_a_lod_submodel_is_the_prefix_of_the_whole_model(name: str) -> None:
     arch = architecture(name, "lod")
     size = arch.size_at(Fraction(1, 5))
-    whole, part = arch.materialize(arch.full_size), arch.materialize(size)
+    whole, part = arch.materialize(arch.full_size).eval(), arch.materialize(size).eval()
     state = random_state(arch)
     load(whole, state)
     load(part, cut(state, arch.shapes(size)))
     lod.set_ranks(whole, size.ranks)
-    images = torch.randn(2, *arch.image_shape, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(part(images), whole(images), rtol=1e-5, atol=1e-5)
+    inputs = examples(arch, 2)
+    torch.testing.assert_close(part(*inputs), whole(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
@@ -152,7 +170,7 @@ def test_ranks_are_the_floor_of_the_fraction_and_at_least_1(fraction: Fraction) 
 @pytest.mark.parametrize(("side", "R"), [(5, 25), (7, 49)])
 def test_fractions_are_exact(side: int, R: int) -> None:  # noqa: N803
     """In floating point, ``49 · (1 / 49)`` is below 1 and ``25 · (7 / 25)`` above 7."""
-    arch = Architecture(name="mlp", image_shape=(1, side, side), num_classes=3)
+    arch = Architecture(name="mlp", input_shape=(1, side, side), num_classes=3)
     assert arch.full_size.ranks["fc1"] == R
     for j in range(2, R + 1):
         assert arch.size_at(Fraction(j, R)).ranks["fc1"] == j
@@ -190,25 +208,25 @@ def test_the_initial_state_leaves_the_global_generator_alone() -> None:
 
 
 def assert_same_function(name: str) -> None:
-    images = torch.randn(3, *IMAGE_SHAPES[name], generator=torch.Generator().manual_seed(1))
     logits = []
     for form in FORMS:
         arch = architecture(name, form)
-        model = arch.materialize(arch.full_size)
+        model = arch.materialize(arch.full_size).eval()
         load(model, initial_state(name, form))
-        logits.append(model(images).detach())
+        logits.append(model(*examples(arch, 3)).detach())
     assert float(logits[0].std()) > 1e-3
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet18"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in LARGE])
 def test_both_forms_start_as_the_same_function(name: str) -> None:
     assert_same_function(name)
 
 
 @pytest.mark.slow
-def test_both_forms_of_a_resnet_start_as_the_same_function() -> None:
-    assert_same_function("resnet18")
+@pytest.mark.parametrize("name", LARGE)
+def test_both_forms_of_a_large_model_start_as_the_same_function(name: str) -> None:
+    assert_same_function(name)
 
 
 @pytest.mark.parametrize(("name", "form"), QUICK_CELLS)
@@ -219,7 +237,7 @@ def test_cuts_of_the_initial_state_load(name: str, form: Form) -> None:
         size = arch.size_at(fraction)
         model = arch.materialize(size)
         load(model, cut(state, arch.shapes(size)))
-        assert torch.isfinite(model(torch.zeros(1, *arch.image_shape))).all()
+        assert torch.isfinite(model(*example_inputs(arch.input_shape, 1))).all()
 
 
 # ---------------------------------------------------------------- keep_dense
@@ -311,7 +329,7 @@ def test_scaled_channels_round_up(fraction: Fraction, channels: int) -> None:
     assert scaled - 1 < fraction * channels <= scaled
 
 
-@pytest.mark.parametrize(("name", "least"), [("lenet", 16), ("cnn", 8)])
+@pytest.mark.parametrize(("name", "least"), [("lenet", 16), ("cnn", 8), ("vgg19", 32)])
 def test_images_that_are_too_small_are_refused(name: str, least: int) -> None:
     build: Callable[..., nn.Module] = MODELS[name].build
     for shape in ((1, least - 1, 40), (1, 40, least - 1)):

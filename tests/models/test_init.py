@@ -51,7 +51,7 @@ def test_the_generator_alone_decides() -> None:
 
 
 def test_the_number_of_threads_does_not_matter_and_is_kept() -> None:
-    arch = Architecture(name="mlp", image_shape=(1, 9, 8), num_classes=7)
+    arch = Architecture(name="mlp", input_shape=(1, 9, 8), num_classes=7)
     threads = torch.get_num_threads()
     states = []
     try:

@@ -1,0 +1,255 @@
+"""Group lasso, shrinking and learned ranks in whole federations on hosts in this process."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from fedmaestro.checkpoint import load_checkpoint, read_model
+from fedmaestro.config import load_config
+from fedmaestro.errors import UserError
+from fedmaestro.evaluate import score
+from fedmaestro.flower import host, wire
+from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower.run import Run
+from fedmaestro.history import RoundRecord
+from fedmaestro.strategies import STRATEGIES
+from fedmaestro.strategies.base import ServerOptimizer
+from fedmaestro.submodel import State, shapes_of
+
+Federate = Callable[..., Any]
+
+CHANGING = {
+    "train.rounds": 6,
+    "train.evaluate-every": 2,
+    "train.shrink-every": 2,
+    "train.shrink-min-updates": 1,
+    "train.shrink-threshold": 0.5,
+    "train.group-lasso": 0.01,
+    "fleet.ranks": "learned",
+}
+"""Strong enough for cuts within six rounds of the demo."""
+
+
+def _with_momentum(global_state: State, aggregated: State, memory: State) -> tuple[State, State]:
+    memory = {
+        f"momentum/{name}": 0.5 * memory.get(f"momentum/{name}", 0.0) + aggregated[name] - old
+        for name, old in global_state.items()
+    }
+    return {name: old + memory[f"momentum/{name}"] for name, old in global_state.items()}, memory
+
+
+@pytest.fixture
+def momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give ``nested`` a server optimiser with a memory."""
+    row = replace(STRATEGIES["nested"], server=ServerOptimizer(name="momentum", step=_with_momentum))
+    monkeypatch.setitem(STRATEGIES, "nested", row)
+
+
+def jobs(messages: list[Message], kind: str) -> list[dict[str, Any]]:
+    return [dict(m.content.config_records[wire.JOB]) for m in messages if m.metadata.message_type == kind]
+
+
+def without_time(records: list[RoundRecord]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in vars(record).items() if key != "wall_seconds"} for record in records]
+
+
+def test_ranks_become_learned_and_everything_follows_them(federate: Federate) -> None:
+    summary, folder, _ = federate(CHANGING)
+    records = folder.read_rounds()
+    assert [record.round for record in records if record.ranks] == [0, 2, 4], "none after the last round"
+    assert [record.round for record in records if record.full_ranks] == [0, 2, 4]
+    first, last = records[0], records[4]
+    assert set(last.full_ranks.values()) != set(first.full_ranks.values())
+    assert all(small <= large for small, large in zip(last.full_ranks.values(), first.full_ranks.values(), strict=True))
+    assert list(first.ranks) == list(summary["tiers"])
+    assert first.ranks["minimal"] == {"fc1": 4, "fc2": 8}
+    fractions = [rank / first.full_ranks[layer] for layer, rank in last.ranks["minimal"].items()]
+    assert len(set(fractions)) == 2, "not uniform any more"
+    for large, small in pairwise([last.full_ranks, *last.ranks.values()]):
+        assert all(1 <= small[layer] <= large[layer] for layer in large)
+
+    state, card = read_model(folder.path)
+    assert {layer: state[f"{layer}.v"].shape[0] for layer in last.full_ranks} == last.full_ranks
+    assert card["size"] == {"ranks": last.full_ranks}
+    assert {name: size["ranks"] for name, size in card["tiers"].items()} == last.ranks
+    assert {name: tier["ranks"] for name, tier in summary["tiers"].items()} == last.ranks
+    env = open_environment(load_config(None, CHANGING))
+    for name, tier in summary["tiers"].items():
+        model = Run(folder.path).model(name)
+        assert sum(p.numel() for p in model.parameters()) == tier["params"] == tier["download_bytes"] / 4
+        assert tier["macs_per_example"] <= env.plan.by_name(name).serves.cost.macs_per_example
+        result = score(model, env.dataset, env.dataset.test_images, env.dataset.test_labels)
+        assert result.accuracy == pytest.approx(tier["final_accuracy"])
+    assert shapes_of(Run(folder.path).model()) == shapes_of(state)
+
+
+def test_bytes_are_those_of_the_shapes_in_every_round(federate: Federate) -> None:
+    _, folder, grid = federate({**CHANGING, "train.cohort-size": 1})
+    ranks = {record.round: record.ranks for record in folder.read_rounds() if record.ranks}
+    down, up = dict.fromkeys(range(7), 0), dict.fromkeys(range(7), 0)
+    for message, reply in zip(grid.sent, grid.replies, strict=True):
+        if message.metadata.message_type != "train":
+            continue
+        job = message.content.config_records[wire.JOB]
+        sent = wire.to_state(message.content.array_records[wire.SUBMODEL])
+        received = wire.to_state(reply.content.array_records[wire.PARTIAL])
+        current = ranks[max(n for n in ranks if n < job["round"])]  # type: ignore[operator]
+        assert {x: sent[f"{x}.u"].shape[1] for x in ("fc1", "fc2")} == current[str(job["tier"])]
+        down[job["round"]] += 4 * sum(tensor.numel() for tensor in sent.values())  # type: ignore[index]
+        up[job["round"]] += 4 * sum(tensor.numel() for tensor in received.values())  # type: ignore[index]
+    for record in folder.read_rounds():
+        assert (record.download_bytes, record.upload_bytes) == (down[record.round], up[record.round])
+
+
+def test_messages_carry_ranks_once_they_have_changed(federate: Federate) -> None:
+    _, _, grid = federate(CHANGING)
+    for job in (*jobs(grid.sent, "train"), *jobs(grid.sent, "evaluate")):
+        told = "ranks" in job
+        assert told == (job["round"] > 2 or (job["round"] == 2 and "first" in job))
+        if told:
+            assert len(json.loads(job["ranks"])) == 6
+    assert all(len(job["tails"]) == 4 for job in jobs(grid.sent, "train"))
+
+
+def test_by_default_nothing_of_this_happens(federate: Federate) -> None:
+    _, folder, grid = federate()
+    assert all(record.ranks == record.full_ranks == {} for record in folder.read_rounds())
+    assert all("ranks" not in job and "tails" not in job for job in jobs(grid.sent, "train"))
+    checkpoint = load_checkpoint(folder.checkpoint)
+    assert checkpoint is not None
+    assert (checkpoint.ranks, checkpoint.updates) == ("", {})
+
+
+def test_number_of_hosts_changes_nothing(federate: Federate) -> None:
+    first, _, _ = federate(CHANGING, nodes=1)
+    second, _, _ = federate(CHANGING, nodes=7)
+    assert first["model_sha256"] == second["model_sha256"]
+
+
+@pytest.mark.parametrize("strategy", [name for name, row in STRATEGIES.items() if row.submodel.form == "lod"])
+def test_every_lod_strategy_runs_with_it(federate: Federate, strategy: str) -> None:
+    summary, folder, _ = federate({**CHANGING, "train.strategy": strategy, "train.rounds": 3})
+    assert folder.read_rounds()[2].ranks
+    for name, tier in summary["tiers"].items():
+        assert sum(p.numel() for p in Run(folder.path).model(name).parameters()) == tier["params"]
+
+
+@pytest.mark.usefixtures("momentum")
+def test_interrupted_and_resumed_gives_the_same_model(federate: Federate) -> None:
+    """Before a cut, after one, and between a cut and its evaluation: what was not complete is done again."""
+    overrides = {**CHANGING, "train.evaluate-every": 1}
+    whole, whole_folder, _ = federate(overrides)
+    for lost_round, kind in ((2, "train"), (2, "evaluate"), (4, "train")):
+        stop = threading.Event()
+
+        def interrupt(
+            message: Message, lost_round: int = lost_round, kind: str = kind, stop: threading.Event = stop
+        ) -> str | None:
+            job = message.content.config_records[wire.JOB]
+            if message.metadata.message_type == kind and job["round"] == lost_round:
+                stop.set()
+                return "lost"
+            return None
+
+        summary, folder, _ = federate(overrides, stop=stop, spoil=interrupt)
+        assert summary["rounds"] == lost_round - 1
+        for name, tier in summary["tiers"].items():
+            assert sum(p.numel() for p in Run(folder.path).model(name).parameters()) == tier["params"]
+        again, _, _ = federate(overrides, folder=folder.path)
+        assert again["model_sha256"] == whole["model_sha256"], (lost_round, kind)
+        assert without_time(folder.read_rounds()) == without_time(whole_folder.read_rounds())
+        assert again["tiers"] == whole["tiers"]
+
+
+@pytest.mark.usefixtures("momentum")
+def test_the_checkpoint_holds_memory_and_counts_of_the_models_size(federate: Federate) -> None:
+    _, folder, _ = federate(CHANGING)
+    checkpoint = load_checkpoint(folder.checkpoint)
+    assert checkpoint is not None
+    full = folder.read_rounds()[4].full_ranks
+    memory = {name.removeprefix("momentum/"): tensor for name, tensor in checkpoint.server_memory.items()}
+    assert shapes_of(memory) == shapes_of(checkpoint.global_state)
+    assert {layer: len(counts) for layer, counts in checkpoint.updates.items()} == full
+    for counts in checkpoint.updates.values():
+        assert int(counts[0]) == 60, "every device holds the first column"
+        assert all(int(a) >= int(b) for a, b in pairwise(counts))
+
+
+def test_failed_devices_count_no_update(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = host.train_device
+    calls = iter(range(10_000))
+
+    def every_third_raises(*args: Any) -> float:
+        if next(calls) % 3 == 0:
+            raise MemoryError("out of memory on the device")
+        return original(*args)
+
+    monkeypatch.setattr(host, "train_device", every_third_raises)
+    _, folder, _ = federate({**CHANGING, "train.rounds": 3})
+    checkpoint = load_checkpoint(folder.checkpoint)
+    assert checkpoint is not None
+    trained = sum(record.devices for record in folder.read_rounds())
+    assert 0 < trained < 30
+    assert int(checkpoint.updates["fc1"][0]) == trained
+
+
+def test_columns_that_few_devices_have_trained_stay(federate: Federate) -> None:
+    """The same run with a guard that the largest tier's columns cannot pass."""
+    _, folder, _ = federate({**CHANGING, "train.shrink-min-updates": 1000})
+    _, shrunk, _ = federate(CHANGING)
+    assert folder.read_rounds()[4].full_ranks == {"fc1": 64, "fc2": 128}
+    assert shrunk.read_rounds()[4].full_ranks != {"fc1": 64, "fc2": 128}
+
+
+def test_uniform_ranks_with_shrinking_only_lose_columns(federate: Federate) -> None:
+    _, folder, _ = federate({**CHANGING, "fleet.ranks": "uniform", "train.shrink-threshold": 1.0})
+    first, last = folder.read_rounds()[0], folder.read_rounds()[4]
+    assert last.full_ranks != first.full_ranks
+    for tier, ranks in last.ranks.items():
+        assert ranks == {x: min(rank, last.full_ranks[x]) for x, rank in first.ranks[tier].items()}
+
+
+# Settings that cannot work
+
+
+@pytest.mark.parametrize(
+    "setting", [{"train.group-lasso": 0.1}, {"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str
+)
+def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"needs LoD layers, and under strategy 'heterofl' model 'mlp' has none"
+    ) as error:
+        federate({**setting, "train.strategy": "heterofl", "train.rounds": 20}, folder=tmp_path / "run")
+    key, value = next(iter(setting.items()))
+    assert f"{key}={value}" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", [{"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str)
+def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"has no effect: train\.shrink-every=10 is not below train\.rounds=10"):
+        open_environment(load_config(None, {**setting, "train.rounds": 10}))
+    assert open_environment(load_config(None, {**setting, "train.rounds": 11})).rederivation.active
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.group-lasso", -0.1),
+        ("train.shrink-threshold", -1),
+        ("train.shrink-every", 0),
+        ("train.shrink-min-updates", -1),
+        ("fleet.ranks", "best"),
+    ],
+)
+def test_values_out_of_bounds_are_named(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"setting {key} = {value!r} in the overrides: "):
+        load_config(None, {key: value})

@@ -1,0 +1,158 @@
+import math
+import struct
+import xml.etree.ElementTree as ElementTree
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmaestro.report import accuracy_cost_svg, plot_accuracy_cost
+from fedmaestro.report.cost_plot import METRICS, Point, log_ticks, score_limits
+
+NAMES = [f"{method}, {choice} ranks" for method in ("Maestro", "dense + SVD") for choice in ("searched", "uniform")]
+BUDGETS = (1.0, 0.85, 0.7, 0.55, 0.45, 0.35, 0.27, 0.2, 0.15, 0.11, 0.08, 0.05)
+
+
+def make_curve(metric: str = "accuracy", *, latency: bool = True, macs: float = 281640) -> dict[str, Any]:
+    """Four series of twelve budgets; the later ones fall earlier."""
+
+    def value(strength: float, budget: float) -> float:
+        fall = (strength * (1 / budget - 1)) ** 2.2
+        return max(0.1, 1 - 0.02 - fall / 2) if metric == "accuracy" else min(27.5 * math.exp(fall), 5e4)
+
+    def point(strength: float, budget: float) -> dict[str, Any]:
+        return {
+            "macs": int(macs * budget),
+            "params": int(61706 * budget),
+            "latency_ms": 2 * (0.4 + 0.6 * budget) if latency else None,
+            "value": value(strength, budget),
+            "loss": 0.1,
+            "ranks": {"fc1": int(120 * budget)},
+        }
+
+    series = {
+        name: [point(strength, budget) for budget in BUDGETS]
+        for name, strength in zip(NAMES, (0.03, 0.06, 0.2, 0.4), strict=True)
+    }
+    dense = {"macs": macs, "latency_ms": 1.7 if latency else None, "value": 0.99 if metric == "accuracy" else 26.9}
+    return {"metric": metric, "device": "cpu, 1 thread, batch 64", "series": series, "dense": dense}
+
+
+def _texts(svg: str) -> list[str]:
+    root = ElementTree.fromstring(svg)
+    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_two_panels_with_units_every_series_and_the_dense_model(tmp_path: Path) -> None:
+    png, svg = plot_accuracy_cost(make_curve(), tmp_path / "plots" / "curve", "mnist & co")
+    texts = _texts(svg.read_text(encoding="utf-8"))
+    assert {"mnist & co", "Test accuracy (%)", "MACs per example (log scale)", "20 k", "100 k"} <= set(texts)
+    assert {"Measured latency (ms, log scale)", "cpu, 1 thread, batch 64", "dense model: 99.0 %"} <= set(texts)
+    assert [text for text in texts if text in NAMES] == NAMES
+    header = png.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", header[16:]) == (1800, 690)
+
+
+def test_a_series_that_collapses_is_cut_and_the_note_says_how_far() -> None:
+    texts = _texts(accuracy_cost_svg(make_curve()))
+    assert any(text.startswith("the y axis starts at") and "down to 10.0 %" in text for text in texts)
+    legend = [texts.index(name) for name in NAMES]
+    assert "cut off, down to 10.0 %" in texts[legend[-1] + 1], "the legend says which series goes on"
+    ticks = [float(text) for text in texts[: texts.index("Test accuracy (%)")] if text.replace(".", "").isdigit()]
+    assert 80 < min(ticks) < max(ticks) < 100
+
+
+def test_perplexity_is_logarithmic_and_lower_is_better() -> None:
+    texts = _texts(accuracy_cost_svg(make_curve("perplexity", macs=3.4e9)))
+    assert {"Test perplexity (log scale, lower is better)", "dense model: 26.9", "1 G", "500 M"} <= set(texts)
+    assert any(text.startswith("the y axis ends at") and "up to 50.0 k" in text for text in texts)
+
+
+def test_outputs_are_reproducible_and_leave_matplotlib_alone(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    first = plot_accuracy_cost(make_curve(), tmp_path / "a.b")
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9}):
+        second = plot_accuracy_cost(make_curve(), tmp_path / "c")
+    assert first == (tmp_path / "a.b.png", tmp_path / "a.b.svg")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert accuracy_cost_svg(make_curve()) == accuracy_cost_svg(make_curve())
+
+
+def test_without_latency_one_panel() -> None:
+    texts = _texts(accuracy_cost_svg(make_curve(latency=False)))
+    assert any("latency was not measured" in text for text in texts)
+    assert not any(text.startswith("Measured latency") for text in texts)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_point_of_a_series_without_family(metric: str) -> None:
+    curve = make_curve(metric)
+    svg = accuracy_cost_svg({**curve, "series": {"_a$b$": curve["series"][NAMES[0]][:1]}, "dense": None})
+    assert "_a$b$" in _texts(svg)
+    assert svg.count("<use ") >= 3
+
+
+def test_null_and_nan_values_leave_gaps() -> None:
+    curve = make_curve()
+    for index, odd in enumerate((None, math.nan, math.inf)):
+        curve["series"][NAMES[0]][2 + 3 * index]["value"] = odd
+    for row in curve["series"][NAMES[1]]:
+        row["value"] = None
+    curve["series"][NAMES[2]][0]["latency_ms"] = None
+    curve["dense"] = {"macs": None, "latency_ms": None, "value": 0.99}
+    texts = _texts(accuracy_cost_svg(curve))
+    assert texts[texts.index(NAMES[1]) + 1] == "not measured"
+    assert "dense model: 99.0 %" in texts
+
+
+@pytest.mark.parametrize("series", [{}, {"a": []}, {"a": [{"macs": 10, "value": None}]}])
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_measured_says_so(metric: str, series: dict[str, Any]) -> None:
+    svg = accuracy_cost_svg({"metric": metric, "device": "cpu", "series": series, "dense": None})
+    assert any("no model has been measured yet" in text for text in _texts(svg))
+
+
+def test_another_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of accuracy, perplexity, not 'bleu'"):
+        accuracy_cost_svg({**make_curve(), "metric": "bleu"})
+
+
+_MACS, _VALUES = st.floats(1e3, 1e10), {"accuracy": st.floats(0, 100), "perplexity": st.floats(1, 1e6)}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@given(st.data())
+def test_limits_never_hide_the_leading_models(metric: str, data: st.DataObject) -> None:
+    rule = METRICS[metric]
+    drawn = data.draw(st.lists(st.tuples(_MACS, _VALUES[metric]), min_size=1, max_size=20))
+    points = [Point(macs=m, latency_ms=math.nan, shown=v, score=rule.score(v)) for m, v in drawn]
+    low, high = score_limits(rule, points, None)
+    assert high - low >= rule.min_span
+    smallest, largest = min(drawn)[0], max(drawn)[0]
+    quarter = smallest * (largest / smallest) ** 0.25
+    for point in points:
+        assert point.score <= high
+    for budget in (quarter, largest):
+        assert low <= max(point.score for point in points if point.macs <= budget * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("dense", [5.0, 99.9])
+def test_limits_hold_the_dense_model(dense: float) -> None:
+    rule = METRICS["accuracy"]
+    points = [Point(macs=m, latency_ms=math.nan, shown=60.0, score=60.0) for m in (1e4, 1e5)]
+    low, high = score_limits(rule, points, Point(macs=1e5, latency_ms=math.nan, shown=dense, score=dense))
+    assert low < dense < high
+
+
+@given(st.floats(1e-3, 1e12), st.floats(1.05, 1e9))
+def test_ticks_are_few_round_and_inside(low: float, ratio: float) -> None:
+    ticks = log_ticks(low, low * ratio)
+    assert len(ticks) <= 8
+    assert all(low <= tick <= low * ratio for tick in ticks)
+    assert all(left < right for left, right in combinations(ticks, 2))
