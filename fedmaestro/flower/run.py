@@ -14,17 +14,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedmaestro.checkpoint import read_model
+from fedmaestro.artefact import load_model
 from fedmaestro.config import ExperimentConfig, from_flat, load_config
-from fedmaestro.errors import UserError, unknown_name
+from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.environment import Environment, open_environment
 from fedmaestro.flower.federation import Federation, Observer
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import available_cpus, simulate
 from fedmaestro.history import RoundRecord, RunFolder, holds_a_run
-from fedmaestro.models.architecture import Architecture, Size
-from fedmaestro.submodel import cut, load
 
 _FREE_ON_RESUME = {"out", "data.dir"}
 """Settings that may differ between a run and its continuation: they name places, not the experiment."""
@@ -53,20 +51,7 @@ class Run:
         Raises:
             UserError: an unknown tier, or a folder without a readable model.
         """
-        state, card = read_model(self.path)
-        architecture = Architecture(
-            name=card["model"],
-            input_shape=tuple(card["input_shape"]),
-            num_classes=card["num_classes"],
-            form=card["form"],
-            keep_dense=card["keep_dense"],
-        )
-        if tier is not None and tier not in card["tiers"]:
-            raise unknown_name("tier", tier, card["tiers"])
-        size = Size.from_json(card["size"] if tier is None else card["tiers"][tier])
-        model = architecture.materialize(size)
-        load(model, cut(state, architecture.shapes(size)))
-        return model.eval()
+        return load_model(self.path, tier)
 
 
 def run(
@@ -131,6 +116,8 @@ def _resolve(
         changes["data.dir"] = str(data_dir)
     if out is not None:
         changes["out"] = str(out)
+    if changes.get("out"):
+        changes["out"] = str(Path(str(changes["out"])).expanduser())
     if isinstance(experiment, ExperimentConfig):
         config = load_config(None, {**experiment.flat(), **changes})
     else:

@@ -6,7 +6,6 @@ here.
 
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import ray
 from flwr.app import Context
@@ -23,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from ray.exceptions import RayError
 
 from fedmaestro.errors import UserError
+from fedmaestro.interrupt import interrupt_sets
 
 NODES_PER_ACTOR = 4
 """Flower polls one message per node every 0.1 s: with some nodes more than actors a round's messages leave at once."""
@@ -61,7 +60,7 @@ def simulate(
 
         server_app = ServerApp()
         server_app.main()(server)
-        with _interrupt_sets(stop):
+        with interrupt_sets(stop):
             try:
                 run_simulation(
                     server_app=server_app,
@@ -151,21 +150,3 @@ def _quiet_flower() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handler(_signum: int, _frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

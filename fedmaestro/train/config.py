@@ -19,6 +19,7 @@ class TrainingData(Table):
     name: str = Field("digits", description="dataset (`fedmaestro list datasets`) or multi30k")
     dir: str = Field("", description="folder of local files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
     limit: int = Field(0, ge=0, description="use only this many training examples, drawn by the seed; 0: all")
+    test_limit: int = Field(0, ge=0, description="score only this many test examples, the first; 0: all (smoke runs)")
     validation: int = Field(
         0, ge=0, description="training examples held out and scored after each epoch; 0: the test set is"
     )

@@ -57,7 +57,7 @@ def _images(config: TrainingConfig, dataset: ImageDataset) -> Task:
             images, labels, chosen = dataset.train_images, dataset.train_labels, held_out
         else:
             images, labels = dataset.test_images, dataset.test_labels
-            chosen = np.arange(len(labels))
+            chosen = np.arange(len(labels))[: config.data.test_limit or None]
         for start in range(0, len(chosen), _SCORED_BATCH):
             part = chosen[start : start + _SCORED_BATCH]
             yield make(images[part], labels[part])
@@ -118,8 +118,8 @@ def _translation(config: TrainingConfig, folder: str) -> Task:
 
     def scored(name: Split) -> Iterable[Batch]:
         split = dataset.val if name == "validation" else dataset.test
-        by_length = np.argsort(split.source_lengths, kind="stable")
-        for start in range(0, len(split), _SCORED_PAIRS):
+        by_length = np.argsort(split.source_lengths[: config.data.test_limit or None], kind="stable")
+        for start in range(0, len(by_length), _SCORED_PAIRS):
             yield pairs(split, by_length[start : start + _SCORED_PAIRS])
 
     return Task(
