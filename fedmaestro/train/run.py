@@ -5,7 +5,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -128,7 +128,7 @@ def train(
     folder = RunFolder(Path(resolved.out).expanduser() if resolved.out else _default_folder(name, resolved))
     _check(resolved, folder, resume)
     other = None if compare is None else _read_curve(Path(compare))
-    progress = None if observer is None else lambda done, total: observer.on_note(f"decoding {done}/{total} images")
+    progress = None if observer is None else _decoding(observer)
     task = open_task(resolved, progress)
     session = _Session(resolved, task, folder, observer)
     stop = threading.Event()
@@ -139,6 +139,18 @@ def train(
         if complete:
             session.finish(other)
     return TrainingRun(folder.path)
+
+
+def _decoding(observer: Observer) -> Callable[[int, int], None]:
+    """Return what tells the observer about decoding, at every tenth of the images."""
+    tenths: set[int] = set()
+
+    def progress(done: int, total: int) -> None:
+        if (tenth := 10 * done // total) not in tenths:
+            tenths.add(tenth)
+            observer.on_note(f"decoding the images (once): {10 * tenth} %")
+
+    return progress
 
 
 class _Session:
