@@ -5,7 +5,7 @@ momentum on a batch of 32 images of 32×32; fractions are measured in turn withi
 table shows medians. A prefix runs on the whole model (``lod.set_ranks``), as in training; ``cut`` is the same prefix
 as a model of its own (``lod.truncate``), as on a device.
 
-    python experiments/lod_step_cost.py [--threads 2] [--repeats 5] [--models resnet18 vgg19]
+    python experiments/lod_step_cost.py [--threads N] [--repeats 5] [--models resnet18 vgg19]
 """
 
 import argparse
