@@ -15,14 +15,15 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmaestro.artefact import load_model
-from fedmaestro.config import ExperimentConfig, from_flat, load_config
+from fedmaestro.config import ExperimentConfig, from_flat
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.environment import Environment, open_environment
 from fedmaestro.flower.federation import Federation, Observer
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import available_cpus, simulate
-from fedmaestro.history import RoundRecord, RunFolder, holds_a_run
+from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.settings import prepare_folder, resolve
 
 _FREE_ON_RESUME = {"out", "data.dir"}
 """Settings that may differ between a run and its continuation: they name places, not the experiment."""
@@ -85,7 +86,7 @@ def run(
         UserError: anything wrong with the input; nothing was written then.
         KeyboardInterrupt: Ctrl-C before the first round (later, the run ends with what it has).
     """
-    config = _resolve(experiment, overrides, data_dir, out, resume)
+    config = resolve(ExperimentConfig, experiment, overrides, data_dir, out, resume)
     actors = available_cpus() if actors is None else actors
     if actors < 1:
         raise UserError(f"--actors {actors}: at least one is needed")
@@ -102,30 +103,6 @@ def run(
         # Before the first round: there is nothing to keep.
         raise KeyboardInterrupt from None
     return Run(folder.path)
-
-
-def _resolve(
-    experiment: str | Path | ExperimentConfig | None,
-    overrides: Mapping[str, Any] | None,
-    data_dir: str | Path | None,
-    out: str | Path | None,
-    resume: bool,
-) -> ExperimentConfig:
-    changes = dict(overrides or {})
-    if data_dir is not None:
-        changes["data.dir"] = str(data_dir)
-    if out is not None:
-        changes["out"] = str(out)
-    if changes.get("out"):
-        changes["out"] = str(Path(str(changes["out"])).expanduser())
-    if isinstance(experiment, ExperimentConfig):
-        config = load_config(None, {**experiment.flat(), **changes})
-    else:
-        own = RunFolder(Path(str(changes.get("out", "")))).config
-        config = load_config(own if resume and experiment is None and own.exists() else experiment, changes)
-    if resume and not config.out:
-        raise UserError("--resume needs the folder of the run: add --out DIR")
-    return config
 
 
 def prepare(
@@ -152,7 +129,7 @@ def prepare(
             flat[key] = str(Path(str(flat[key])).expanduser().absolute())
     config = from_flat(flat)
     folder = RunFolder(Path(config.out) if config.out else default_folder(name, config))
-    prepare_folder(folder, config, resume)
+    prepare_folder(folder, config, resume, _FREE_ON_RESUME)
     return folder, open_environment(config, on_data)
 
 
@@ -161,26 +138,3 @@ def default_folder(name: str, config: ExperimentConfig) -> Path:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path.cwd() / "runs" / f"{name}-{config.train.strategy}-seed{config.seed}-{now}"
-
-
-def prepare_folder(folder: RunFolder, config: ExperimentConfig, resume: bool) -> None:
-    """Check that the run may use ``folder``; nothing is written.
-
-    Raises:
-        UserError: it holds another run, cannot be written, or (resuming) holds none or one of another configuration.
-    """
-    folder.check_usable()
-    if not resume:
-        if folder.holds_run():
-            raise UserError(holds_a_run(folder.path))
-        return
-    if not folder.config.exists():
-        raise UserError(f"{folder.path} holds no run to resume: leave --resume out")
-    before, now = load_config(folder.config).flat(), config.flat()
-    changed = [key for key in now if key not in _FREE_ON_RESUME and before[key] != now[key]]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{folder.path} was run with {key}={before[key]!r}, not {now[key]!r}: "
-            "resume with the same settings, or start a new run"
-        )

@@ -16,14 +16,14 @@ from torch import nn
 
 from fedmaestro.budget import deployed_cost
 from fedmaestro.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
-from fedmaestro.config import flatten, load
 from fedmaestro.cost import Trace, trace
 from fedmaestro.errors import UserError, check_name
-from fedmaestro.history import RunFolder, append_line, holds_a_run, write_atomically
+from fedmaestro.history import RunFolder, append_line, write_atomically
 from fedmaestro.interrupt import interrupt_sets
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.report import plot_accuracy_cost, plot_ranks
+from fedmaestro.settings import prepare_folder, resolve
 from fedmaestro.train.config import TrainingConfig
 from fedmaestro.train.curve import accuracy_cost_curve, budget_fractions, factors_of
 from fedmaestro.train.task import Split, Task, evaluate
@@ -123,7 +123,7 @@ def train(
         UserError: anything wrong with the input; nothing was written then.
         TrainingFailedError: the loss is not finite; the last checkpoint stays.
     """
-    resolved = _resolve(config, overrides, data_dir, out, resume)
+    resolved = resolve(TrainingConfig, config, overrides, data_dir, out, resume)
     name = Path(config).stem if isinstance(config, str | Path) else resolved.data.name
     folder = RunFolder(Path(resolved.out).expanduser() if resolved.out else _default_folder(name, resolved))
     _check(resolved, folder, resume)
@@ -358,29 +358,6 @@ def _read_curve(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _resolve(
-    config: str | Path | TrainingConfig | None,
-    overrides: Mapping[str, Any] | None,
-    data_dir: str | Path | None,
-    out: str | Path | None,
-    resume: bool,
-) -> TrainingConfig:
-    changes = dict(overrides or {})
-    if data_dir is not None:
-        changes["data.dir"] = str(data_dir)
-    if out is not None:
-        changes["out"] = str(out)
-    if changes.get("out"):
-        changes["out"] = str(Path(str(changes["out"])).expanduser())
-    if isinstance(config, TrainingConfig):
-        return load(TrainingConfig, None, {**flatten(config.model_dump(by_alias=True)), **changes})
-    own = RunFolder(Path(str(changes.get("out", "")))).config
-    resolved = load(TrainingConfig, own if resume and config is None and own.exists() else config, changes)
-    if resume and not resolved.out:
-        raise UserError("--resume needs the folder of the run: add --out DIR")
-    return resolved
-
-
 def _default_folder(name: str, config: TrainingConfig) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path.cwd() / "runs" / f"{name}-{config.model.form}-seed{config.seed}-{now}"
@@ -391,21 +368,7 @@ def _check(config: TrainingConfig, folder: RunFolder, resume: bool) -> None:
     check_name("model.name", config.model.name, MODELS)
     budget_fractions(config.curve)
     _check_device(config.train.device)
-    folder.check_usable()
-    if not resume:
-        if folder.holds_run():
-            raise UserError(holds_a_run(folder.path))
-        return
-    if not folder.config.exists():
-        raise UserError(f"{folder.path} holds no run to resume: leave --resume out")
-    before = flatten(load(TrainingConfig, folder.config).model_dump(by_alias=True))
-    now = flatten(config.model_dump(by_alias=True))
-    if changed := [key for key in now if not key.startswith(_FREE_ON_RESUME) and before[key] != now[key]]:
-        key = changed[0]
-        raise UserError(
-            f"{folder.path} was trained with {key}={before[key]!r}, not {now[key]!r}: "
-            "resume with the same settings, or start a new run"
-        )
+    prepare_folder(folder, config, resume, _FREE_ON_RESUME)
 
 
 def _check_device(name: str) -> None:
