@@ -14,7 +14,7 @@ import torch
 
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.strategies import AGGREGATIONS
-from fedmaestro.strategies.base import Block, signature
+from fedmaestro.strategies.base import signature
 from fedmaestro.submodel import State, cut
 
 DEVICES, REPEATS = 100, 3
@@ -61,11 +61,10 @@ def reply_ratio() -> float:
     architecture = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10)
     reply, aggregation = random_state(architecture), AGGREGATIONS["coverage-mean"]
     key = signature(reply)
-    before = {key: Block(aggregation.reduction.scale({n: x.double() for n, x in reply.items()}, 3.0), 3.0, 1)}
+    partial = aggregation.receive(aggregation.init(reply), key, reply, 3.0, 1)
 
     def merge() -> None:
-        sums = aggregation.reduction.scale({name: x.double() for name, x in reply.items()}, 7.0)
-        aggregation.merge(before, {key: Block(sums, 7.0, 1)})
+        aggregation.receive(partial, key, reply, 7.0, 1)
 
     return seconds(merge, 7) / seconds(lambda: {name: x.clone() for name, x in reply.items()}, 7)
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from fedmaestro.report.compare_plots import tail_energy_figure
+from fedmaestro.report.compare_curves import tail_energy_figure
 from fedmaestro.report.figure import plot_style, save_figure
 
 

@@ -4,7 +4,7 @@ An aggregation is a record of pure functions on states (``dict[str, Tensor]``)::
 
     p = agg.init(global_state)
     p = agg.add(p, submodel_state, weight)      # once per device, on the host that trained it
-    p = agg.merge(p, q)                         # on the server, in cohort order
+    p = agg.merge(p, q)                         # on the server (``receive``), in cohort order
     new = agg.finish(p, global_state)
 
 Laws (tests/laws): ``merge`` is associative and commutative up to rounding in float64, ``merge(p, init(g)) == p``, and
@@ -64,6 +64,8 @@ class Reduction:
     """``(left, right, all sizes of the partial result) -> sums``; neither is changed."""
     scale: Callable[[State, float], State]
     """``(sums, factor) -> sums`` of devices whose weights are ``factor`` times as large."""
+    accumulate: Callable[[State, Mapping[str, Tensor], float], None] | None = None
+    """``(sums, mean, weight)``: ``sums += weight · mean`` in place, in one pass; None: ``scale``, then ``add``."""
 
 
 def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:  # noqa: ARG001
@@ -78,7 +80,12 @@ def _scale(sums: State, factor: float) -> State:
     return {name: tensor * factor for name, tensor in sums.items()}
 
 
-WEIGHTED_SUMS = Reduction(lift=_lift, add=_add, scale=_scale)
+def _accumulate(sums: State, mean: Mapping[str, Tensor], weight: float) -> None:
+    for name, tensor in mean.items():
+        sums[name].add_(tensor, alpha=weight)
+
+
+WEIGHTED_SUMS = Reduction(lift=_lift, add=_add, scale=_scale, accumulate=_accumulate)
 """``Σ weight · tensor``, for every rule that averages entries."""
 
 
@@ -138,6 +145,28 @@ class Aggregation:
         for key, block in right.items():
             merged[key] = self._sum(merged.get(key, Block()), block, sizes)
         return merged
+
+    def receive(
+        self, partial: Partial, size: Signature, mean: Mapping[str, Tensor], weight: float, devices: int
+    ) -> Partial:
+        """Return ``partial`` with a cohort's upload added, like ``merge``; ``partial`` must not be used any more.
+
+        For the server, which owns what it has received: it adds in place where the reduction can, since new float64
+        copies of the model for every reply would cost many times the copying of its bytes.
+
+        Args:
+            partial: what ``init`` or ``receive`` returned.
+            size: the cohort's.
+            mean: the reduction's sums over the cohort, scaled by ``1 / weight``; float32.
+            weight: ``Σ weight`` of the cohort.
+            devices: how many.
+        """
+        known = partial.get(size, Block())
+        if known.devices and self.reduction.accumulate is not None:
+            self.reduction.accumulate(known.sums, mean, weight)
+            return {**partial, size: Block(known.sums, known.weight + weight, known.devices + devices)}
+        sums = self.reduction.scale({name: tensor.double() for name, tensor in mean.items()}, weight)
+        return self.merge(partial, {size: Block(sums, weight, devices)})
 
     def _sum(self, left: Block, right: Block, sizes: Sequence[Signature]) -> Block:
         if not (left.devices and right.devices):

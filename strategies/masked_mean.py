@@ -15,11 +15,12 @@ was by chance is no vote for that value. Without ``start`` (it was not passed to
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedmaestro.strategies.base import WEIGHTED_SUMS, Aggregation, Partial, Reduction, add_to_leading_block, present
+from fedmaestro.strategies.base import WEIGHTED_SUMS, Aggregation, Partial, add_to_leading_block, present
 from fedmaestro.submodel import State
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,7 +47,7 @@ def _as_column(rows: Tensor, dimensions: int) -> Tensor:
     return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))
 
 
-CHANGED_ROWS = Reduction(lift=_lift, add=WEIGHTED_SUMS.add, scale=WEIGHTED_SUMS.scale)
+CHANGED_ROWS = replace(WEIGHTED_SUMS, lift=_lift)
 """``Σ weight · tensor`` over changed rows, and under ``rows/<name>`` the ``Σ weight`` of each row, ``(rows,)``."""
 
 

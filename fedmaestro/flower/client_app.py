@@ -50,7 +50,7 @@ def train(message: Message, _context: Context) -> Message:
     env, plan, job = _environment(message)
     start = wire.to_state(message.content.array_records[wire.SUBMODEL])
     result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()))
-    return Message(wire.cohort_reply(result, env.strategy.aggregation.reduction), reply_to=message)
+    return Message(wire.cohort_reply(result), reply_to=message)
 
 
 @app.evaluate()

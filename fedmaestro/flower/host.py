@@ -40,10 +40,12 @@ class DeviceReport:
 class CohortResult:
     """What one message brings back."""
 
-    block: Block | None
-    """Partial sum of the devices that succeeded; None when none did."""
-    probes: State | None = None
-    """``Σ weight · spectrum.probe`` of the same devices, with ``train.record-bias``."""
+    mean: State = field(default_factory=dict)
+    """What is uploaded: the reduction's sums over the devices that succeeded, by ``1 / weight``, in float32."""
+    weight: float = 0.0
+    """``Σ weight`` of these devices; 0 when none succeeded."""
+    probes: State = field(default_factory=dict)
+    """``Σ weight · spectrum.probe / weight`` of the same devices in float32, with ``train.record-bias``."""
     reports: tuple[DeviceReport, ...]
     failures: dict[int, str]
     """Reason by device."""
@@ -124,8 +126,15 @@ def train_cohort(
             weight = aggregation.weigh(sent, len(indices))
             probes = {x: weight * m + probes.get(x, 0.0) for x, m in spectrum.probe(state, ends).items()}
         reports.append(DeviceReport(device=device, examples=len(indices), loss=loss))
-    block = next(iter(partial.values()), None)
-    return CohortResult(block=block, probes=probes or None, reports=tuple(reports), failures=failures)
+    block = next(iter(partial.values()), Block())
+    scale = 1.0 / (block.weight or 1.0)
+    return CohortResult(
+        mean={name: x.float() for name, x in aggregation.reduction.scale(block.sums, scale).items()},
+        weight=block.weight,
+        probes={name: (x * scale).float() for name, x in probes.items()},
+        reports=tuple(reports),
+        failures=failures,
+    )
 
 
 def rank_segments(plan: Plan) -> dict[str, list[int]]:

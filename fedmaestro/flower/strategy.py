@@ -23,7 +23,7 @@ from fedmaestro.flower.hosts import one_line
 from fedmaestro.plan import Submodel, TierPlan, encode_ranks
 from fedmaestro.rederive import Ranked, count_updates, no_updates, rederive, tails
 from fedmaestro.schedule import Cohort, Schedule, schedule_round
-from fedmaestro.strategies.base import WEIGHTED_SUMS, Partial, Reduction, Signature
+from fedmaestro.strategies.base import WEIGHTED_SUMS, Partial, Signature
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.reordered import reorder, without_factors
 from fedmaestro.submodel import State, num_elements
@@ -135,17 +135,17 @@ class TieredStrategy(FlowerStrategy):
         losses: list[tuple[float, int]] = []
         upload_bytes = 0
         for cohort, reply in sorted(results, key=lambda pair: pair[0].index):
-            result = _read(cohort, reply, aggregation.reduction)
+            result = _read(cohort, reply)
             failures |= result.failures
             losses += [(report.loss, report.examples) for report in result.reports]
             upload_bytes += self._upload_bytes(cohort.submodel, server_round) * len(result.reports)
             if self.updates:
                 self.updates = count_updates(self.updates, cohort.submodel.size.ranks or {}, len(result.reports))
-            if result.block is not None:
+            if result.mean:
                 key = self._signatures(server_round)[cohort.submodel.cost.params]
-                partial = aggregation.merge(partial, {key: result.block})
-            if result.probes is not None:
-                probes = {name: tensor + probes.get(name, 0.0) for name, tensor in result.probes.items()}
+                partial = aggregation.receive(partial, key, result.mean, result.weight, len(result.reports))
+            for name, tensor in result.probes.items():
+                probes[name] = result.weight * tensor.double() + probes.get(name, 0.0)
         for reason in dict.fromkeys(failures.values()):
             devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == reason)
             log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
@@ -271,8 +271,8 @@ def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[
     return [(subject, by_id.get(message.metadata.message_id)) for message, subject in sent]
 
 
-def _read(cohort: Cohort, reply: Message | None, reduction: Reduction) -> CohortResult:
+def _read(cohort: Cohort, reply: Message | None) -> CohortResult:
     if reply is not None and not reply.has_error():
-        return wire.read_cohort_reply(reply.content, reduction)
+        return wire.read_cohort_reply(reply.content)
     reason = "no reply" if reply is None else f"host error: {one_line(reply)}"
-    return CohortResult(block=None, reports=(), failures=dict.fromkeys(cohort.devices, reason))
+    return CohortResult(reports=(), failures=dict.fromkeys(cohort.devices, reason))

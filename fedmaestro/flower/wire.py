@@ -13,7 +13,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedmaestro.flower.host import CohortResult, DeviceReport
-from fedmaestro.strategies.base import Block, Reduction
 from fedmaestro.submodel import State
 
 SUBMODEL, JOB, PARTIAL, PROBES = "submodel", "job", "partial", "probes"
@@ -34,22 +33,19 @@ def _writable(array: np.ndarray) -> np.ndarray:
     return array if array.flags.writeable else array.copy()
 
 
-def cohort_reply(result: CohortResult, reduction: Reduction) -> RecordDict:
-    """Pack a cohort's result: the weighted *mean* in float32, and the weight.
+def cohort_reply(result: CohortResult) -> RecordDict:
+    """Pack a cohort's result.
 
-    A mean (instead of the float64 sum) makes an upload exactly as large as the prefix, and for one device it is that
-    device's submodel bit for bit. Probes of the factor bias are instruments of the simulation, no part of an upload.
+    An upload is exactly as large as the prefix, and for one device it is that device's submodel bit for bit. Probes of
+    the factor bias are instruments of the simulation, no part of an upload.
     """
-    block, scale = result.block, 1.0 / (result.block.weight or 1.0) if result.block else 0.0
-    mean = {} if block is None else reduction.scale(block.sums, scale)
-    probes = {name: tensor * scale for name, tensor in (result.probes or {}).items()}
     return RecordDict(
         {
-            PARTIAL: to_arrays({name: tensor.to(torch.float32) for name, tensor in mean.items()}),
-            PROBES: to_arrays({name: tensor.to(torch.float32) for name, tensor in probes.items()}),
+            PARTIAL: to_arrays(result.mean),
+            PROBES: to_arrays(result.probes),
             METRICS: MetricRecord(
                 {
-                    "weight": 0.0 if block is None else block.weight,
+                    "weight": result.weight,
                     "device": [report.device for report in result.reports],
                     "examples": [report.examples for report in result.reports],
                     "loss": [report.loss for report in result.reports],
@@ -60,17 +56,15 @@ def cohort_reply(result: CohortResult, reduction: Reduction) -> RecordDict:
     )
 
 
-def read_cohort_reply(content: RecordDict, reduction: Reduction) -> CohortResult:
+def read_cohort_reply(content: RecordDict) -> CohortResult:
     """Unpack what ``cohort_reply`` packed."""
     metrics: dict[str, Any] = dict(content.metric_records[METRICS])
     failures: dict[str, Any] = dict(content.config_records[FAILURES])
-    weight: float = metrics["weight"]
-    mean = {name: tensor.double() for name, tensor in to_state(content.array_records[PARTIAL]).items()}
-    probes = {name: tensor.double() * weight for name, tensor in to_state(content.array_records[PROBES]).items()}
     rows = zip(metrics["device"], metrics["examples"], metrics["loss"], strict=True)
     return CohortResult(
-        block=Block(reduction.scale(mean, weight), weight, len(metrics["device"])) if mean else None,
-        probes=probes or None,
+        mean=to_state(content.array_records[PARTIAL]),
+        weight=metrics["weight"],
+        probes=to_state(content.array_records[PROBES]),
         reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
         failures=dict(zip(failures["device"], failures["reason"], strict=True)),
     )

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmaestro.report import compare_plots
+from fedmaestro.report import compare_curves, compare_plots
+from fedmaestro.report.compare_figure import ranked
 from fedmaestro.report.compare_table import (
     BUDGETS,
     SCORE_NOTE,
@@ -58,33 +59,33 @@ PLOTS = (
         name="accuracy_rounds",
         heading="Accuracy over rounds",
         caption="Mean over tiers, best final accuracy first.",
-        draw=compare_plots.accuracy_round_figure,
+        draw=compare_curves.accuracy_round_figure,
     ),
     Plot(
         name="accuracy_bytes",
         heading="Accuracy over traffic",
         caption="Mean over tiers, over what all devices have received and sent until then.",
-        draw=compare_plots.accuracy_bytes_figure,
+        draw=compare_curves.accuracy_bytes_figure,
     ),
     Plot(
         name="accuracy_time",
         heading="Accuracy over virtual time",
         caption="Mean over tiers, over the simulated time of the federation.",
-        draw=compare_plots.accuracy_time_figure,
+        draw=compare_curves.accuracy_time_figure,
     ),
     Plot(
         name="tail_energy",
         heading="Tail energy",
         caption="Share of the layers' energy beyond the smallest tier's ranks. Near zero, all tiers are one model. "
         "Strategies with LoD layers only; means and deviations of the logarithms.",
-        draw=compare_plots.tail_energy_figure,
+        draw=compare_curves.tail_energy_figure,
     ),
     Plot(
         name="factor_bias",
         heading="Factor bias",
         caption="What a round's update misses because factors are averaged, not their products. Strategies with LoD "
         "layers only.",
-        draw=compare_plots.factor_bias_figure,
+        draw=compare_curves.factor_bias_figure,
     ),
 )
 
@@ -219,7 +220,7 @@ def _cost_table(results: Results) -> str:
 
 
 def _plot(results: Results, plot: Plot, svg: str) -> str:
-    best = compare_plots.ranked(results)[0]
+    best = ranked(results)[0]
     text = overall_stat(best, "mean", "final").text
     summary = "" if text == MISSING else f" Best final mean of tiers: {best['name']}, {text} %."
     label = escape(f"{plot.heading} of {len(results['strategies'])} strategies. {plot.caption}{summary}")

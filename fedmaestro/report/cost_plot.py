@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.figure import MARKERS, MUTED, new_figure, plot_style, save_figure, short_name, svg_text
+from fedmaestro.report.figure import (
+    MARKERS,
+    MUTED,
+    SERIES_COLORS,
+    new_figure,
+    plot_style,
+    save_figure,
+    short_name,
+    svg_text,
+)
 from fedmaestro.report.format import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue, vermilion, pink, violet: any two stay 30 apart (CIELAB) for colour-blind readers, at least 3.4:1 on white.
-# The dense model is black.
-_COLORS = ("#0b5fa5", "#d9480f", "#c2708a", "#8800ee")
+# The dense model.
 _BLACK = "#222222"
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.8)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _SMALL = 0.25  # of the range of log MACs: the leading models from here up are always shown
@@ -224,7 +231,7 @@ def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
     methods, choices = (list(dict.fromkeys(part)) for part in zip(*keys, strict=True)) if keys else ([], [])
     styles = []
     for index, (method, choice) in enumerate(keys):
-        color = _COLORS[methods.index(method) % len(_COLORS)]
+        color = SERIES_COLORS[methods.index(method) % len(SERIES_COLORS)]
         marker = list(MARKERS)[index % len(MARKERS)]
         hollow = choices.index(choice) % 2 == 1
         styles.append(

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from fedmaestro.report import compare_plots
-from fedmaestro.report.compare_plots import accuracy_scale, failed, ranked
+from fedmaestro.report import compare_curves, compare_plots
+from fedmaestro.report.compare_figure import accuracy_scale, failed, ranked
 from fedmaestro.report.figure import place_labels, plot_style, save_figure, tier_colors
 
 # Test modules cannot import each other; the comparisons are made in one place all the same.
@@ -22,10 +22,15 @@ _MAKERS = runpy.run_path(str(Path(__file__).with_name("test_compare_table.py")))
 make_results: Callable[..., dict[str, Any]] = _MAKERS["make_results"]
 make_row: Callable[..., dict[str, Any]] = _MAKERS["make_row"]
 
-FIGURES = (
-    *("tier_accuracy", "worst_mean", "accuracy_round"),
-    *("accuracy_bytes", "accuracy_time", "tail_energy", "factor_bias"),
-)
+FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "tier_accuracy": compare_plots.tier_accuracy_figure,
+    "worst_mean": compare_plots.worst_mean_figure,
+    "accuracy_round": compare_curves.accuracy_round_figure,
+    "accuracy_bytes": compare_curves.accuracy_bytes_figure,
+    "accuracy_time": compare_curves.accuracy_time_figure,
+    "tail_energy": compare_curves.tail_energy_figure,
+    "factor_bias": compare_curves.factor_bias_figure,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def _style() -> Iterator[None]:
 
 
 def draw(name: str, results: dict[str, Any]) -> Figure:
-    figure: Figure = getattr(compare_plots, f"{name}_figure")(results)
+    figure = FIGURES[name](results)
     figure.draw_without_rendering()
     return figure
 
@@ -59,7 +64,7 @@ def curve(axes: Axes, index: int = 0) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [*((name, count) for name in FIGURES for count in (1, 5)), *((name, 20) for name in FIGURES[:3])],
+    [*((name, count) for name in FIGURES for count in (1, 5)), *((name, 20) for name in list(FIGURES)[:3])],
 )
 def test_every_picture_names_every_strategy(name: str, count: int) -> None:
     results = make_results(count)
@@ -158,7 +163,7 @@ def test_more_lines_have_a_panel_each_with_the_others_in_grey() -> None:
     ("count", "shape"), [(5, (1, 5)), (8, (2, 4)), (9, (3, 3)), (16, (4, 4)), (20, (4, 5)), (23, (5, 5))]
 )
 def test_panels_leave_few_gaps(count: int, shape: tuple[int, int]) -> None:
-    figure = compare_plots.accuracy_round_figure(make_results(count))
+    figure = compare_curves.accuracy_round_figure(make_results(count))
     spec = figure.axes[0].get_subplotspec()
     assert spec is not None
     assert spec.get_gridspec().get_geometry() == shape
@@ -293,7 +298,7 @@ def test_names_in_another_script_or_with_markup(name: str, count: int, tmp_path:
     names = ["旗舰", '<b>&"$x$', "_a name that is far too long to fit beside a plot", "d", "e", "f"]
     results = make_results([make_row(text, rank, tiers=["_t$", "旗"]) for rank, text in enumerate(names[:count])])
     results["experiment"] = "旗 <i>"
-    _, svg = save_figure(getattr(compare_plots, f"{name}_figure")(results), tmp_path / "plot")
+    _, svg = save_figure(FIGURES[name](results), tmp_path / "plot")
     text = svg.read_text(encoding="utf-8")
     assert "旗舰" in text
     assert "&lt;b&gt;&amp;" in text
