@@ -105,6 +105,8 @@ class Aggregation:
     """``(submodel, examples) -> weight`` of a device; its examples by default."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
+    changed_rows: Callable[[Block, str], Tensor] | None = None
+    """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
     summary: str
     source: str
 
@@ -228,7 +230,10 @@ def add_to_leading_block(total: Tensor, block: Tensor | float, shape: Shape) -> 
 
 
 def contributors(aggregation: Aggregation, partial: Partial, global_state: Mapping[str, Tensor]) -> State:
-    """Return how many devices each entry of the global state comes from: float32, the shapes of ``global_state``."""
+    """Return how many devices each entry of the global state comes from: float32, the shapes of ``global_state``.
+
+    Where a rule goes by changed rows, those of a size count with all of its devices when one of them changed them.
+    """
     counts = {name: torch.zeros_like(old, dtype=torch.float32) for name, old in global_state.items()}
     for shapes, block in present(partial):
         if aggregation.mixes:
@@ -239,5 +244,11 @@ def contributors(aggregation: Aggregation, partial: Partial, global_state: Mappi
                     counts[name] += block.devices
         else:
             for name, shape in shapes.items():
-                add_to_leading_block(counts[name], float(block.devices), shape)
+                rows = aggregation.changed_rows(block, name) if aggregation.changed_rows else torch.ones(shape[:1])
+                add_to_leading_block(counts[name], block.devices * as_column(rows, len(shape)).float(), shape)
     return counts
+
+
+def as_column(rows: Tensor, dimensions: int) -> Tensor:
+    """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions."""
+    return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))

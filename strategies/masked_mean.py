@@ -20,7 +20,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmaestro.strategies.base import WEIGHTED_SUMS, Aggregation, Partial, add_to_leading_block, present
+from fedmaestro.strategies.base import (
+    WEIGHTED_SUMS,
+    Aggregation,
+    Block,
+    Partial,
+    add_to_leading_block,
+    as_column,
+    present,
+)
 from fedmaestro.submodel import State
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,7 +38,7 @@ def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Ten
     sums: State = {}
     for name, tensor in submodel.items():
         rows = changed_rows(tensor, None if start is None else start[name]).double() * weight
-        sums |= {name: tensor.double() * _as_column(rows, tensor.dim()), f"rows/{name}": rows}
+        sums |= {name: tensor.double() * as_column(rows, tensor.dim()), f"rows/{name}": rows}
     return sums
 
 
@@ -41,10 +49,6 @@ def changed_rows(tensor: Tensor, start: Tensor | None) -> Tensor:
     bits = _BITS[tensor.element_size()]
     differs = tensor.view(bits) != start.view(bits)
     return differs.flatten(1).any(1) if tensor.dim() > 1 else differs
-
-
-def _as_column(rows: Tensor, dimensions: int) -> Tensor:
-    return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))
 
 
 CHANGED_ROWS = replace(WEIGHTED_SUMS, lift=_lift)
@@ -62,14 +66,19 @@ def _mean(name: str, partial: Partial, old: Tensor) -> Tensor:
     for shapes, block in present(partial):
         if name in shapes:
             add_to_leading_block(total, block.sums[name], shapes[name])
-            add_to_leading_block(weight, _as_column(block.sums[f"rows/{name}"], old.dim()), shapes[name])
+            add_to_leading_block(weight, as_column(block.sums[f"rows/{name}"], old.dim()), shapes[name])
     return torch.where(weight > 0, (total / weight.clamp(min=1e-300)).to(old.dtype), old)
+
+
+def _changed_rows(block: Block, name: str) -> Tensor:
+    return block.sums[f"rows/{name}"] > 0
 
 
 MASKED_MEAN = Aggregation(
     name="masked-mean",
     finish=finish,
     reduction=CHANGED_ROWS,
+    changed_rows=_changed_rows,
     summary="each row averaged over the devices that changed it, weighted by examples",
     source="HeteroFL (2010.01264), classifier rows of own labels only, for every tensor",
 )

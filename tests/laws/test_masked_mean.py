@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from fedmaestro.strategies.base import contributors
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.masked_mean import MASKED_MEAN, changed_rows
+from fedmaestro.strategies.server_optimizers import SERVER_OPTIMIZERS
 from fedmaestro.submodel import State, cut
 
 
@@ -79,3 +81,15 @@ def test_row_weights_are_scaled_with_the_sums(state: State) -> None:
     assert scaled["rows/head.weight"].tolist() == pytest.approx([0, 1, 0])
     assert scaled["rows/scale"].shape == ()
     torch.testing.assert_close(scaled["head.weight"][1], torch.full((4,), 2.0).double())
+
+
+def test_a_row_that_no_device_changed_keeps_its_value_under_server_momentum(state: State) -> None:
+    """Its holders do not count as contributors: its momentum of earlier rounds would move it otherwise."""
+    memory = {f"momentum/{name}": torch.ones_like(tensor) for name, tensor in state.items()}
+    partial = MASKED_MEAN.add(MASKED_MEAN.init(state), with_row(state, 1, 2.0), 30, start=state)
+    devices = contributors(MASKED_MEAN, partial, state)
+    new, _ = SERVER_OPTIMIZERS["momentum"].step(state, MASKED_MEAN.finish(partial, state), memory, devices)
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(new[name][[0, 2]], state[name][[0, 2]])
+        assert not torch.equal(new[name][1], state[name][1])
+    assert torch.equal(new["scale"], state["scale"])
