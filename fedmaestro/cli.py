@@ -21,25 +21,26 @@ app = typer.Typer(
     help="Simulate federations of unequal devices that share one low-rank ordered network.",
 )
 
+_Experiment = Annotated[Path | None, typer.Argument(help="Experiment TOML; without it the demo on embedded digits.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+]
+_DataDir = Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")]
+_Actors = Annotated[int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")]
+_RayAddress = Annotated[
+    str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
+]
+
 
 @app.command()
 def run(
-    experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment TOML; without it the demo on embedded digits.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated."),
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")] = None,
+    experiment: _Experiment = None,
+    set_: _Overrides = None,
+    data_dir: _DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
-    actors: Annotated[
-        int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")
-    ] = None,
+    actors: _Actors = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
-    ] = None,
+    ray_address: _RayAddress = None,
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
     from fedmaestro.config import parse_assignment
@@ -77,9 +78,7 @@ def run(
 
 @app.command()
 def compare(
-    experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment TOML; without it the demo on embedded digits.")
-    ] = None,
+    experiment: _Experiment = None,
     strategies: Annotated[
         str,
         typer.Option(
@@ -89,21 +88,14 @@ def compare(
         ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each strategy, counted from the experiment's.")] = 3,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of all cells; may be repeated."),
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")] = None,
+    set_: _Overrides = None,
+    data_dir: _DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Folder; a new one under runs/ by default.")] = None,
-    actors: Annotated[
-        int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")
-    ] = None,
+    actors: _Actors = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
     ] = False,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
-    ] = None,
+    ray_address: _RayAddress = None,
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
     from fedmaestro.config import parse_assignment
@@ -144,11 +136,8 @@ def compare(
 @app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="Training TOML; without it Maestro on embedded digits.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated."),
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")] = None,
+    set_: _Overrides = None,
+    data_dir: _DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out.")] = False,
     compare: Annotated[
