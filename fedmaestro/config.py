@@ -135,6 +135,13 @@ class TrainConfig(Table):
         description="rounds between re-orderings of all factor columns by SVD, after the server optimiser; 0: never; "
         "-1: the strategy's",
     )
+    tail_decay: float = Field(
+        -1.0,
+        ge=-1,
+        le=1,
+        description="share of a factor column that fades in a round in which no device holds it, less where some do; "
+        "0: none; -1: the strategy's",
+    )
     record_bias: bool = Field(
         False, description="estimate in every round what averaging factors instead of products does (`factor_bias`)"
     )

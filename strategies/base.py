@@ -193,6 +193,8 @@ class Strategy:
     """Factor that devices do not train: ``v`` always, or ``alternating``: V in odd rounds, U in even ones."""
     reorder_every: int = 0
     """Rounds between re-orderings of the factors' columns after the server optimiser (``reordered``); 0: never."""
+    tail_decay: float = 0.0
+    """Rate at which columns that few devices hold fade in every round (``tail_decay``), before the re-ordering."""
     defaults: Mapping[str, bool | str] = field(default_factory=dict)
     """Settings of the model that belong to the published method, where the experiment leaves them at ``default``."""
     summary: str

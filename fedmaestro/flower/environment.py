@@ -146,6 +146,7 @@ def _check_ranks_can_change(config: ExperimentConfig, plan: Plan, strategy: Stra
     wanted: dict[str, Value] = {
         "train.group-lasso": train.group_lasso,
         "train.shrink-threshold": train.shrink_threshold,
+        "train.tail-decay": max(train.tail_decay, 0.0),
     }
     if config.fleet.ranks == "learned":
         wanted["fleet.ranks"] = config.fleet.ranks
@@ -160,7 +161,7 @@ def _check_ranks_can_change(config: ExperimentConfig, plan: Plan, strategy: Stra
                 f"{key}={value} needs tiers that are prefixes of one model whose factors all devices train, and those "
                 f"of strategy {train.strategy!r} are not: leave it out, or use another strategy"
             )
-        if value and key != "train.group-lasso" and train.shrink_every >= train.rounds:
+        if value and key in ("train.shrink-threshold", "fleet.ranks") and train.shrink_every >= train.rounds:
             raise UserError(
                 f"{key}={value} has no effect: train.shrink-every={train.shrink_every} is not below "
                 f"train.rounds={train.rounds}: lower it, or train for more rounds"
@@ -197,7 +198,8 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     name = row.objective if train.objective == "default" else train.objective
     check_name("train.objective", name, [*OBJECTIVES, "default"])
     reorder_every = row.reorder_every if train.reorder_every < 0 else train.reorder_every
-    return replace(row, server=server, reorder_every=reorder_every), OBJECTIVES[name]
+    tail_decay = row.tail_decay if train.tail_decay < 0 else train.tail_decay
+    return replace(row, server=server, reorder_every=reorder_every, tail_decay=tail_decay), OBJECTIVES[name]
 
 
 def data_dir(config: ExperimentConfig) -> str:

@@ -26,6 +26,7 @@ from fedmaestro.schedule import Cohort, Schedule, schedule_round
 from fedmaestro.strategies.base import WEIGHTED_SUMS, Partial, Signature
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.reordered import reorder, without_factors
+from fedmaestro.strategies.tail_decay import decay_tails
 from fedmaestro.submodel import State, num_elements
 from fedmaestro.threads import one_thread
 
@@ -164,6 +165,8 @@ class TieredStrategy(FlowerStrategy):
                 metrics["factor_bias"] = bias
             aggregated, devices_of = sharing.aggregate(self.plan, aggregation, partial, self._global)
             state, memory = self.env.strategy.server.step(self._global, aggregated, self.server_memory, devices_of)
+            if not self.plan.setting.rule.separate:
+                state = decay_tails(state, partial, self.env.strategy.tail_decay)
             if (every := self.env.strategy.reorder_every) and server_round % every == 0:
                 state, memory = reorder(state), without_factors(memory)
             self._global, self.server_memory = sharing.advance(self.plan, state, memory)

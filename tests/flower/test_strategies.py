@@ -96,6 +96,32 @@ def test_reordering_is_the_switch_after_the_server_optimiser(federate: Federate)
     assert one["model_sha256"] == two["model_sha256"], "round 1 is not a multiple of 2"
 
 
+def test_tail_decay_is_a_switch_of_its_own(federate: Federate) -> None:
+    """Columns that all tiers hold are the same with and without it; all others have faded after one round."""
+    settings = {"train.strategy": "nested", "train.rounds": 1, "train.evaluate-every": 1}
+    states = {}
+    for rate in (0.0, 0.5):
+        _, folder, _ = federate(settings | {"train.tail-decay": rate})
+        states[rate], _ = read_model(folder.path)
+    smallest = open_environment(load_config(None, settings)).plan.tiers[-1].serves.size.ranks or {}
+    for layer, rank in smallest.items():
+        plain, faded = (states[rate][f"{layer}.u"] for rate in (0.0, 0.5))
+        assert torch.equal(faded[:, :rank], plain[:, :rank])
+        assert bool((faded[:, rank:].norm(dim=0) < 0.95 * plain[:, rank:].norm(dim=0)).all())
+
+
+def test_tail_decay_leaves_separate_models_and_widths_alone(federate: Federate) -> None:
+    for strategy in ("exclusive", "fjord"):
+        settings = {"train.strategy": strategy, "train.rounds": 1}
+        with pytest.raises(UserError, match=r"train\.tail-decay=0\.5 needs"):
+            federate(settings | {"train.tail-decay": 0.5})
+    # The default row's decay, under another submodel rule.
+    settings = {"train.strategy": "fedmaestro", "train.submodel": "separate", "train.rounds": 1}
+    one, _, _ = federate(settings)
+    two, _, _ = federate(settings | {"train.tail-decay": 0.0})
+    assert one["model_sha256"] == two["model_sha256"]
+
+
 def test_heterofl_switches_can_be_set_one_by_one() -> None:
     def architecture(**settings: str) -> Any:
         flat = {"train.strategy": "heterofl", "model.name": "cnn", "data.name": "digits"} | settings

@@ -1,0 +1,45 @@
+r"""Decay of the factor columns that few devices hold: what is not trained again fades.
+
+With ``p_j`` the weight share of a round's devices that hold column ``j`` and ``ε`` the rate, every round ends with
+``σ_j ← (1 - ε (1 - p_j)) σ_j``: both factors' columns are scaled by its root. ``ε = 0`` changes nothing, ``ε = 1`` is
+the rank collapse of ``product_svd``. In between, a tail lives as long as its holders train it faster than it fades.
+
+Why: where few devices hold the tail of a factor pair and their labels are skewed, it lags behind the columns before it,
+which everybody moves on, and costs the large tiers more than it gives them (experiments/README.md, comparison (b)). The
+rules that collapse are good there because they collapse. Source: FedMaestro; the shares are those of raFLoRA (arXiv
+2602.13486), which names the collapse.
+
+It breaks the law that idle rounds keep every tier's function, as weight decay does.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedmaestro.strategies.base import Partial, factor_layers, present
+from fedmaestro.submodel import State
+
+
+def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> State:
+    """Return ``state`` with the columns of every factor pair faded by their devices' share of the round.
+
+    Args:
+        state: after the server's step.
+        partial: the round's; devices may have sent one factor of a pair only. Without weight, nothing fades.
+        rate: ε, from 0 to 1.
+    """
+    new = dict(state)
+    total = sum(block.weight for _, block in present(partial))
+    if not (rate and total):
+        return new
+    for layer in factor_layers(state):
+        u, v = f"{layer}.u", f"{layer}.v"
+        share = torch.zeros(state[u].shape[1], dtype=torch.float64)
+        for shapes, block in present(partial):
+            rank = shapes[u][1] if u in shapes else shapes[v][0] if v in shapes else 0
+            share[:rank] += block.weight / total
+        root = (1 - rate * (1 - share.clamp(max=1))).sqrt()
+        new[u] = (state[u] * root).to(state[u].dtype)
+        new[v] = (state[v] * root.reshape(-1, *(1,) * (state[v].dim() - 1))).to(state[v].dtype)
+    return new
