@@ -140,7 +140,7 @@ class TrainConfig(Table):
         ge=-1,
         le=1,
         description="share of a factor column that fades in a round in which no device holds it, less where some do; "
-        "0: none; -1: the strategy's, in fleets with few devices that train the whole model",
+        "0: none; -1: the strategy's",
     )
     record_bias: bool = Field(
         False, description="estimate in every round what averaging factors instead of products does (`factor_bias`)"

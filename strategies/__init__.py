@@ -55,9 +55,8 @@ _ROWS = (
         objective="self-distillation",
         aggregation=COVERAGE_MEAN,
         reorder_every=1,
-        tail_decay=0.2,
         summary="own prefix learns from labels, a smaller one from its soft targets; per-column mean over holders, "
-        "then columns re-ordered by SVD; where capable devices are scarce, the columns that few hold fade",
+        "then columns re-ordered by SVD",
         source="FedMaestro: the switches that paid in our ablation (experiments/README.md)",
     ),
     Strategy(

@@ -194,8 +194,7 @@ class Strategy:
     reorder_every: int = 0
     """Rounds between re-orderings of the factors' columns after the server optimiser (``reordered``); 0: never."""
     tail_decay: float = 0.0
-    """Rate at which columns that few devices hold fade in every round (``tail_decay``), before the re-ordering, in
-    fleets of whose largest tier a round has less than one device on average. ``train.tail-decay`` overrides it."""
+    """Rate at which columns that few devices hold fade in every round (``tail_decay``), before the re-ordering."""
     defaults: Mapping[str, bool | str] = field(default_factory=dict)
     """Settings of the model that belong to the published method, where the experiment leaves them at ``default``."""
     summary: str

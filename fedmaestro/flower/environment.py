@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -116,7 +116,6 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         match_macs=config.fleet.match_macs,
     )
     _check_ranks_can_change(config, plan, strategy)
-    strategy = replace(strategy, tail_decay=_tail_decay(config, strategy, plan, tier_of))
     parts = cached_partition(
         dataset,
         scheme=config.data.partition,
@@ -199,17 +198,8 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     name = row.objective if train.objective == "default" else train.objective
     check_name("train.objective", name, [*OBJECTIVES, "default"])
     reorder_every = row.reorder_every if train.reorder_every < 0 else train.reorder_every
-    return replace(row, server=server, reorder_every=reorder_every), OBJECTIVES[name]
-
-
-def _tail_decay(config: ExperimentConfig, strategy: Strategy, plan: Plan, tier_of: Sequence[int]) -> float:
-    """Return ``train.tail-decay``, or what the strategy wants where devices that train the whole model are scarce."""
-    if config.train.tail_decay >= 0:
-        return config.train.tail_decay
-    trained = [plan.by_index(tier).trains for tier in tier_of]
-    whole = sum(x is not None and x.cost.params == plan.full.cost.params for x in trained)
-    scarce = config.train.devices_per_round * whole < config.data.devices
-    return strategy.tail_decay if scarce else 0.0
+    tail_decay = row.tail_decay if train.tail_decay < 0 else train.tail_decay
+    return replace(row, server=server, reorder_every=reorder_every, tail_decay=tail_decay), OBJECTIVES[name]
 
 
 def data_dir(config: ExperimentConfig) -> str:
