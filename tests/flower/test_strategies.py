@@ -110,16 +110,12 @@ def test_tail_decay_is_a_switch_of_its_own(federate: Federate) -> None:
         assert bool((faded[:, rank:].norm(dim=0) < 0.95 * plain[:, rank:].norm(dim=0)).all())
 
 
-def test_tail_decay_leaves_separate_models_and_widths_alone(federate: Federate) -> None:
-    for strategy in ("exclusive", "fjord"):
-        settings = {"train.strategy": strategy, "train.rounds": 1}
-        with pytest.raises(UserError, match=r"train\.tail-decay=0\.5 needs"):
-            federate(settings | {"train.tail-decay": 0.5})
-    # The default row's decay, under another submodel rule.
-    settings = {"train.strategy": "fedmaestro", "train.submodel": "separate", "train.rounds": 1}
-    one, _, _ = federate(settings)
-    two, _, _ = federate(settings | {"train.tail-decay": 0.0})
-    assert one["model_sha256"] == two["model_sha256"]
+@pytest.mark.parametrize("strategy", ["exclusive", "fjord", "alternating"])
+def test_tail_decay_needs_prefixes_of_one_model(strategy: str) -> None:
+    flat = {"train.strategy": strategy, "train.tail-decay": 0.5}
+    with pytest.raises(UserError, match=r"train\.tail-decay=0\.5 needs"):
+        open_environment(load_config(None, flat))
+    assert open_environment(load_config(None, flat | {"train.tail-decay": 0.0})).strategy.tail_decay == 0.0
 
 
 def test_heterofl_switches_can_be_set_one_by_one() -> None:
