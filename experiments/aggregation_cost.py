@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 
 from fedmaestro.models.architecture import Architecture
-from fedmaestro.strategies import AGGREGATIONS
+from fedmaestro.strategies import AGGREGATIONS, Aggregation
 from fedmaestro.strategies.base import signature
 from fedmaestro.submodel import State, cut
 
@@ -38,26 +38,33 @@ def random_state(architecture: Architecture) -> State:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def upload(aggregation: Aggregation, submodel: State, examples: int) -> tuple[State, float]:
+    """Return what one device sends: the reduction of its submodel by its weight in float32, and the weight."""
+    (block,) = aggregation.add(aggregation.init(submodel), submodel, examples).values()
+    sent = aggregation.reduction.scale(block.sums, 1 / block.weight)
+    return {name: tensor.float() for name, tensor in sent.items()}, block.weight
+
+
 def round_seconds(model: str, rule: str) -> float:
-    """Return the time to merge the replies of ``DEVICES`` devices and to finish."""
+    """Return the time to add the replies of ``DEVICES`` devices and to finish."""
     architecture = Architecture(name=model, input_shape=MODELS[model], num_classes=10)
     state, aggregation = random_state(architecture), AGGREGATIONS[rule]
     tiers = [architecture.shapes(architecture.size_at(Fraction(1, 2**i))) for i in range(5)]
     sizes = [tuple(tier.items()) for tier in tiers]
     submodels = [{name: x + 0.01 for name, x in cut(state, tiers[k % 5]).items()} for k in range(DEVICES)]
-    replies = [aggregation.add(aggregation.init(state), submodel, 100 + k) for k, submodel in enumerate(submodels)]
+    replies = [upload(aggregation, submodel, 100 + k) for k, submodel in enumerate(submodels)]
 
     def work() -> None:
         partial = aggregation.init(state, sizes)
-        for reply in replies:
-            partial = aggregation.merge(partial, reply)
+        for k, (mean, weight) in enumerate(replies):
+            partial = aggregation.receive(partial, sizes[k % 5], mean, weight, 1)
         aggregation.finish(partial, state)
 
     return seconds(work)
 
 
 def reply_ratio() -> float:
-    """Return the time to read and merge one reply of the whole ResNet-18 under the coverage mean, over copying it."""
+    """Return the time to add one reply of the whole ResNet-18 under the coverage mean, over copying it."""
     architecture = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10)
     reply, aggregation = random_state(architecture), AGGREGATIONS["coverage-mean"]
     key = signature(reply)

@@ -25,8 +25,8 @@ def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> S
     """Return ``state`` with the columns of every factor pair faded by their devices' share of the round.
 
     Args:
-        state: after the server's step.
-        partial: the round's; devices may have sent one factor of a pair only. Without weight, nothing fades.
+        state: after the server's step; a layer that no device of the round sent is kept.
+        partial: the round's, of devices that train both factors. Without weight, nothing fades.
         rate: ε, from 0 to 1.
     """
     new = dict(state)
@@ -36,10 +36,11 @@ def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> S
     for layer in factor_layers(state):
         u, v = f"{layer}.u", f"{layer}.v"
         share = torch.zeros(state[u].shape[1], dtype=torch.float64)
-        for shapes, block in present(partial):
-            rank = shapes[u][1] if u in shapes else shapes[v][0] if v in shapes else 0
-            share[:rank] += block.weight / total
-        root = (1 - rate * (1 - share.clamp(max=1))).sqrt()
-        new[u] = (state[u] * root).to(state[u].dtype)
-        new[v] = (state[v] * root.reshape(-1, *(1,) * (state[v].dim() - 1))).to(state[v].dtype)
+        sizes = [(shapes[u][1], block.weight) for shapes, block in present(partial) if u in shapes]
+        for rank, weight in sizes:
+            share[:rank] += weight / total
+        if sizes:
+            root = (1 - rate * (1 - share.clamp(max=1))).sqrt()
+            new[u] = (state[u] * root).to(state[u].dtype)
+            new[v] = (state[v] * root.reshape(-1, *(1,) * (state[v].dim() - 1))).to(state[v].dtype)
     return new

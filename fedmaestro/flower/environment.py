@@ -115,7 +115,7 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         passes=objective.passes,
         match_macs=config.fleet.match_macs,
     )
-    _check_ranks_can_change(config, plan, strategy)
+    _check_prefix_settings(config, plan, strategy)
     parts = cached_partition(
         dataset,
         scheme=config.data.partition,
@@ -141,7 +141,7 @@ def _switch(setting: str, strategy: Strategy, key: str, otherwise: str) -> Any:
     return strategy.defaults.get(key, otherwise) if setting == "default" else setting
 
 
-def _check_ranks_can_change(config: ExperimentConfig, plan: Plan, strategy: Strategy) -> None:
+def _check_prefix_settings(config: ExperimentConfig, plan: Plan, strategy: Strategy) -> None:
     train = config.train
     wanted: dict[str, Value] = {
         "train.group-lasso": train.group_lasso,

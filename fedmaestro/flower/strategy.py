@@ -165,8 +165,7 @@ class TieredStrategy(FlowerStrategy):
                 metrics["factor_bias"] = bias
             aggregated, devices_of = sharing.aggregate(self.plan, aggregation, partial, self._global)
             state, memory = self.env.strategy.server.step(self._global, aggregated, self.server_memory, devices_of)
-            if not self.plan.setting.rule.separate:
-                state = decay_tails(state, partial, self.env.strategy.tail_decay)
+            state = decay_tails(state, partial, self.env.strategy.tail_decay)
             if (every := self.env.strategy.reorder_every) and server_round % every == 0:
                 state, memory = reorder(state), without_factors(memory)
             self._global, self.server_memory = sharing.advance(self.plan, state, memory)
