@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,10 +24,13 @@ class Prefixes:
 
     classes: Tensor | None
     """Bool ``(num_classes,)``: the classes of the device in training, where its objective asks; None: unknown."""
+    offsets: Tensor | None
+    """``(num_classes,)``: what ``label_loss`` adds to the logits; None: nothing."""
 
     def __init__(self, model: nn.Module, smaller: Sequence[tuple[nn.Module, Shapes]]) -> None:
         self.model = model
         self.classes = None
+        self.offsets = None
         self._smaller = smaller
         self._parameters = dict(model.named_parameters())
 
@@ -42,6 +46,10 @@ class Prefixes:
         template, shapes = self._smaller[level - 1]
         views = {name: leading_block(self._parameters[name], shape) for name, shape in shapes.items()}
         return functional_call(template, views, (images,))  # type: ignore[no-any-return]
+
+    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of ``logits (B, classes)``, with the logit adjustment where that is on."""
+        return F.cross_entropy(logits if self.offsets is None else logits + self.offsets, labels)
 
 
 Loss = Callable[[Prefixes, Tensor, Tensor, np.random.Generator], Tensor]
@@ -79,6 +87,8 @@ class LocalTraining:
     weight_decay: float
     clip_norm: float = 0.0
     """Largest L2 norm of a step's gradient; 0: no clipping."""
+    logit_adjustment: float = 0.0
+    """τ of ``logit_offsets``; 0: the plain cross-entropy."""
     group_lasso: float = 0.0
     """Weight of ``lod.group_lasso`` of all columns that the device holds; 0: none."""
     tails: Mapping[str, Tail] = field(default_factory=dict)
@@ -119,7 +129,10 @@ def train_device(
     """
     model = prefixes.model.train()
     load(model, start)
-    prefixes.classes = _classes_of(model, images, labels) if objective.needs_classes else None
+    asked = objective.needs_classes or settings.logit_adjustment
+    counts = _class_counts(model, images, labels) if asked else None
+    prefixes.classes = counts > 0 if counts is not None and objective.needs_classes else None
+    prefixes.offsets = None if counts is None else logit_offsets(counts, settings.logit_adjustment)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in settings.frozen)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -146,13 +159,35 @@ def train_device(
     return mean
 
 
+def logit_offsets(counts: Tensor, strength: float) -> Tensor | None:
+    r"""Return ``τ log π_c`` ``(num_classes,)``, which a device adds to its logits in training only; None for τ = 0.
+
+    ``π_c = (n_c + 1) / Σ (n + 1)`` is the class frequency on the device. With ``τ = 1``, cross-entropy of ``z + log π``
+    is the likelihood of labels that come at the frequencies ``π``, so ``z`` itself learns what it would from balanced
+    labels: the skew of a device's labels stays on the device instead of entering the shared network.
+
+    Source: logit adjustment (Menon et al., ICLR 2021, equation 10), at ``τ = 1`` balanced softmax (Ren et al., NeurIPS
+    2020); FedLC (Zhang et al., ICML 2022) calibrates by each device's own counts too, with ``-τ n_c^{-1/4}`` instead of
+    the log frequency. Departure: one is added to every count, because devices lack classes, and without examples of a
+    class ``log π`` is infinite.
+
+    Args:
+        counts: ``(num_classes,)``, examples of each class on the device.
+        strength: τ.
+    """
+    if not strength:
+        return None
+    smoothed = counts + 1.0
+    return strength * (smoothed / smoothed.sum()).log()
+
+
 @torch.no_grad()
-def _classes_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return which of the model's classes are among ``labels``: bool ``(num_classes,)``."""
+def _class_counts(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return how many of ``labels`` each of the model's classes has: ``(num_classes,)``."""
     # One example tells how many classes there are; in evaluation mode, dropout draws nothing for it.
     logits = model.eval()(images[:1])
     model.train()
-    return torch.bincount(labels, minlength=logits.shape[1]) > 0
+    return torch.bincount(labels, minlength=logits.shape[1])
 
 
 def _penalised(loss: Tensor, model: nn.Module, settings: LocalTraining) -> Tensor:

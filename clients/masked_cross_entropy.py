@@ -15,7 +15,6 @@ aggregation that goes by labels, as HeteroFL's does, ignores that; one that goes
 """
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
@@ -27,7 +26,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
     logits = prefixes(images)
     if prefixes.classes is not None:
         logits = logits.masked_fill(~prefixes.classes, 0)
-    return F.cross_entropy(logits, labels)
+    return prefixes.label_loss(logits, labels)
 
 
 MASKED_CROSS_ENTROPY = Objective(

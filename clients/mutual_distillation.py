@@ -18,9 +18,9 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
     """
     own = prefixes(images)
     if prefixes.levels == 1:
-        return F.cross_entropy(own, labels)
+        return prefixes.label_loss(own, labels)
     smaller = prefixes(images, 1 + int(generator.integers(prefixes.levels - 1)))
-    of_labels = F.cross_entropy(own, labels) + F.cross_entropy(smaller, labels)
+    of_labels = prefixes.label_loss(own, labels) + prefixes.label_loss(smaller, labels)
     of_own, of_smaller = (logits.detach().softmax(dim=1) for logits in (own, smaller))
     return 0.5 * (of_labels + F.cross_entropy(smaller, of_own) + F.cross_entropy(own, of_smaller))
 

@@ -8,7 +8,6 @@ not absent.
 """
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
@@ -18,7 +17,7 @@ from fedmaestro.plan import Passes
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
     """Return ``CE(level(x), y)`` with the level uniform over the own and all smaller tiers."""
     level = int(generator.integers(prefixes.levels))
-    return F.cross_entropy(prefixes(images, level), labels)
+    return prefixes.label_loss(prefixes(images, level), labels)
 
 
 ORDERED_PREFIXES = Objective(

@@ -1,7 +1,6 @@
 """Train the tier's own prefix only: cross-entropy on the device's model."""
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
@@ -10,7 +9,7 @@ from fedmaestro.plan import OWN_PASS
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001
     """Return ``CE(own(x), y)``."""
-    return F.cross_entropy(prefixes(images), labels)
+    return prefixes.label_loss(prefixes(images), labels)
 
 
 OWN_PREFIX = Objective(

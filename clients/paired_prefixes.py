@@ -5,7 +5,6 @@ universally slimmable networks (Yu and Huang, ICCV 2019) train the largest width
 """
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
@@ -13,10 +12,10 @@ from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
     """Return ``CE(own(x), y) + CE(smaller(x), y)``; the smallest tier has the first term only."""
-    value = F.cross_entropy(prefixes(images), labels)
+    value = prefixes.label_loss(prefixes(images), labels)
     if prefixes.levels > 1:
         level = 1 + int(generator.integers(prefixes.levels - 1))
-        value = value + F.cross_entropy(prefixes(images, level), labels)
+        value = value + prefixes.label_loss(prefixes(images, level), labels)
     return value
 
 

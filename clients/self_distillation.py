@@ -13,7 +13,7 @@ from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
     """Return ``CE(own(x), y) + CE(smaller(x), softmax(own(x)))``; the smallest tier has the first term only."""
     own = prefixes(images)
-    value = F.cross_entropy(own, labels)
+    value = prefixes.label_loss(own, labels)
     if prefixes.levels > 1:
         level = 1 + int(generator.integers(prefixes.levels - 1))
         value = value + F.cross_entropy(prefixes(images, level), own.detach().softmax(dim=1))

@@ -142,6 +142,18 @@ class TrainConfig(Table):
         description="share of a factor column that fades in a round in which no device holds it, less where some do; "
         "0: none; -1: the strategy's",
     )
+    tail_start: float = Field(
+        -1.0,
+        ge=-1,
+        description="factor columns that fewer devices of a round hold, in expectation, start with smaller singular "
+        "values; 0: none; -1: the strategy's",
+    )
+    logit_adjustment: float = Field(
+        -1.0,
+        ge=-1,
+        description="devices add this times the log frequency of their classes to the logits in training; 0: plain "
+        "cross-entropy; -1: the strategy's",
+    )
     record_bias: bool = Field(
         False, description="estimate in every round what averaging factors instead of products does (`factor_bias`)"
     )

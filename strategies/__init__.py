@@ -55,8 +55,10 @@ _ROWS = (
         objective="self-distillation",
         aggregation=COVERAGE_MEAN,
         reorder_every=1,
-        summary="own prefix learns from labels, a smaller one from its soft targets; per-column mean over holders, "
-        "then columns re-ordered by SVD",
+        tail_start=4.0,
+        logit_adjustment=1.0,
+        summary="own prefix learns from labels (logit-adjusted), a smaller one from its soft targets; per-column mean "
+        "over holders, then columns re-ordered by SVD; columns of few holders start small",
         source="FedMaestro: the switches that paid in our ablation (experiments/README.md)",
     ),
     Strategy(

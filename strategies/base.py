@@ -193,6 +193,10 @@ class Strategy:
     """Factor that devices do not train: ``v`` always, or ``alternating``: V in odd rounds, U in even ones."""
     reorder_every: int = 0
     """Rounds between re-orderings of the factors' columns after the server optimiser (``reordered``); 0: never."""
+    logit_adjustment: float = 0.0
+    """τ of the devices' logit adjustment (``clients.base.logit_offsets``); 0: plain cross-entropy."""
+    tail_start: float = 0.0
+    """Devices of a round, in expectation, below which a column starts smaller (``tail_start``); 0: none does."""
     tail_decay: float = 0.0
     """Rate at which columns that few devices hold fade in every round (``tail_decay``), before the re-ordering."""
     defaults: Mapping[str, bool | str] = field(default_factory=dict)

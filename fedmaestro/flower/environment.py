@@ -147,6 +147,7 @@ def _check_prefix_settings(config: ExperimentConfig, plan: Plan, strategy: Strat
         "train.group-lasso": train.group_lasso,
         "train.shrink-threshold": train.shrink_threshold,
         "train.tail-decay": max(train.tail_decay, 0.0),
+        "train.tail-start": max(train.tail_start, 0.0),
     }
     if config.fleet.ranks == "learned":
         wanted["fleet.ranks"] = config.fleet.ranks
@@ -197,9 +198,20 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
         server = replace(server, damping=train.server_damping)
     name = row.objective if train.objective == "default" else train.objective
     check_name("train.objective", name, [*OBJECTIVES, "default"])
-    reorder_every = row.reorder_every if train.reorder_every < 0 else train.reorder_every
-    tail_decay = row.tail_decay if train.tail_decay < 0 else train.tail_decay
-    return replace(row, server=server, reorder_every=reorder_every, tail_decay=tail_decay), OBJECTIVES[name]
+    row = replace(
+        row,
+        server=server,
+        reorder_every=row.reorder_every if train.reorder_every < 0 else train.reorder_every,
+        tail_decay=_set(train.tail_decay, row.tail_decay),
+        tail_start=_set(train.tail_start, row.tail_start),
+        logit_adjustment=_set(train.logit_adjustment, row.logit_adjustment),
+    )
+    return row, OBJECTIVES[name]
+
+
+def _set(setting: float, of_row: float) -> float:
+    """Return a setting; where it is negative, the strategy's own."""
+    return of_row if setting < 0 else setting
 
 
 def data_dir(config: ExperimentConfig) -> str:

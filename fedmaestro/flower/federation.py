@@ -24,6 +24,7 @@ from fedmaestro.flower.strategy import TieredStrategy
 from fedmaestro.history import RoundRecord, RunFolder, summarize, write_atomically
 from fedmaestro.plan import Plan
 from fedmaestro.report import plot_partition, write_run_report
+from fedmaestro.strategies.tail_start import expected_holders, start_tails
 from fedmaestro.submodel import State
 
 
@@ -106,6 +107,9 @@ class Federation:
             self._plot_partition()
         seed = rng.derived_seed(env.config.seed, "init")
         state = sharing.stored(env.plan, env.plan.architecture.initial_state(seed))
+        if threshold := env.strategy.tail_start:
+            holders = expected_holders(env.plan, env.tier_of, env.config.train.devices_per_round)
+            state = start_tails(state, holders, threshold)
         return Checkpoint(round=-1, global_state=state, server_memory={}, fingerprint=env.fingerprint)
 
     def _plot_partition(self) -> None:

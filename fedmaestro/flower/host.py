@@ -68,6 +68,7 @@ def local_training(
         momentum=train.momentum,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        logit_adjustment=env.strategy.logit_adjustment,
         group_lasso=train.group_lasso,
         tails=tails or {},
         frozen=frozen,
