@@ -110,12 +110,47 @@ def test_tail_decay_is_a_switch_of_its_own(federate: Federate) -> None:
         assert bool((faded[:, rank:].norm(dim=0) < 0.95 * plain[:, rank:].norm(dim=0)).all())
 
 
+@pytest.mark.parametrize("key", ["train.tail-decay", "train.tail-start"])
 @pytest.mark.parametrize("strategy", ["exclusive", "fjord", "alternating"])
-def test_tail_decay_needs_prefixes_of_one_model(strategy: str) -> None:
-    flat = {"train.strategy": strategy, "train.tail-decay": 0.5}
-    with pytest.raises(UserError, match=r"train\.tail-decay=0\.5 needs"):
+def test_tails_need_prefixes_of_one_model(strategy: str, key: str) -> None:
+    flat = {"train.strategy": strategy, key: 0.5}
+    with pytest.raises(UserError, match=rf"{key}=0\.5 needs".replace(".", r"\.", 1)):
         open_environment(load_config(None, flat))
-    assert open_environment(load_config(None, flat | {"train.tail-decay": 0.0})).strategy.tail_decay == 0.0
+    strategy_of = open_environment(load_config(None, flat | {key: 0.0})).strategy
+    assert strategy_of.tail_decay == strategy_of.tail_start == 0.0
+
+
+def test_tail_start_is_a_switch_of_its_own(federate: Federate) -> None:
+    """It takes energy from the columns of few holders before the first round, and the smallest tier is as it was."""
+    energies, accuracies = {}, {}
+    for threshold in (0.0, 3.0, 9.0):
+        settings = {"train.strategy": "nested", "train.rounds": 1, "train.tail-start": threshold}
+        _, folder, _ = federate(settings)
+        start = folder.read_rounds()[0]
+        energies[threshold] = start.tail_energy
+        accuracies[threshold] = [scores["accuracy"] for scores in start.tiers.values()]
+    assert energies[0.0] > energies[3.0] > energies[9.0] > 0
+    assert accuracies[0.0] != accuracies[3.0] != accuracies[9.0]
+
+
+@pytest.mark.parametrize("strategy", ["nested", "fjord-kd", "heterofl", "exclusive", "alternating"])
+def test_logit_adjustment_is_a_switch_of_every_row(federate: Federate, strategy: str) -> None:
+    settings = {"train.strategy": strategy, "train.rounds": 1}
+    plain, adjusted, zero = (
+        federate(settings | more)[0]["model_sha256"]
+        for more in ({}, {"train.logit-adjustment": 1.0}, {"train.logit-adjustment": 0.0})
+    )
+    assert plain == zero != adjusted
+
+
+def test_the_default_row_has_both_switches_on_and_they_can_be_set() -> None:
+    row = open_environment(load_config(None, {})).strategy
+    assert (row.name, row.tail_start, row.logit_adjustment) == ("fedmaestro", 4.0, 1.0)
+    off = {"train.tail-start": 0.0, "train.logit-adjustment": 0.0}
+    row = open_environment(load_config(None, off)).strategy
+    assert (row.tail_start, row.logit_adjustment) == (0.0, 0.0)
+    for submodel in ("separate", "width", "smallest"):
+        assert open_environment(load_config(None, {"train.submodel": submodel})).strategy.tail_start == 4.0
 
 
 def test_heterofl_switches_can_be_set_one_by_one() -> None:

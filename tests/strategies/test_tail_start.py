@@ -1,0 +1,108 @@
+"""Columns of few holders start with smaller singular values."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmaestro.fleet import assign_tiers, load_tiers
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.plan import Plan, make_plan
+from fedmaestro.strategies import SUBMODELS
+from fedmaestro.strategies.tail_start import expected_holders, start_tails
+from fedmaestro.submodel import State, cut
+
+TIERS = load_tiers("skewed")
+ARCHITECTURE = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10)
+
+
+def plan_of(submodel: str = "own", availability: float = 1.0) -> Plan:
+    """Availability is the smallest tier's."""
+    tiers = (*TIERS[:-1], TIERS[-1].model_copy(update={"availability": availability}))
+    return make_plan(ARCHITECTURE, tiers, SUBMODELS[submodel], batch_size=8)
+
+
+def segments(plan: Plan, holders: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """The figure of the last column of every tier, smallest first: columns of a segment have one figure."""
+    result = {}
+    for layer, figures in holders.items():
+        ends = [0, *((tier.serves.size.ranks or {})[layer] for tier in reversed(plan.tiers))]
+        parts = [figures[first:last] for first, last in pairwise(ends)]
+        assert all(bool((part == part[0]).all()) for part in parts)
+        result[layer] = [float(part[0]) for part in parts]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("submodel", "availability", "expected"),
+    [
+        # 100 devices in shares of 60, 25, 10 and 5 %, ten of them in a round.
+        ("own", 1.0, [10, 4, 1.5, 0.5]),
+        # Only 30 of the 60 small devices can be reached, on average: 40 of 70 hold more than they do.
+        ("own", 0.5, [10, 40 / 7, 15 / 7, 5 / 7]),
+        ("full", 1.0, [10, 10, 10, 10]),
+        # Five devices train, all of them the whole model.
+        ("capable", 1.0, [10, 10, 10, 10]),
+    ],
+)
+def test_holders_are_the_sampled_devices_that_train_a_column(
+    submodel: str, availability: float, expected: list[float]
+) -> None:
+    plan = plan_of(submodel, availability)
+    tier_of = assign_tiers(TIERS, 100, 3)
+    for figures in segments(plan, expected_holders(plan, tier_of, 10)).values():
+        assert figures == pytest.approx(expected)
+
+
+def test_nobody_holds_what_is_beyond_the_one_small_model() -> None:
+    plan = plan_of("smallest")
+    for layer, figures in expected_holders(plan, assign_tiers(TIERS, 100, 3), 10).items():
+        rank = (plan.tiers[-1].serves.size.ranks or {})[layer]
+        assert figures[:rank].tolist() == pytest.approx([10.0] * rank)
+        assert not figures[rank:].any()
+
+
+def initial() -> State:
+    return ARCHITECTURE.initial_state(0)
+
+
+def singular_values(state: State, layer: str) -> torch.Tensor:
+    return torch.linalg.svdvals(state[f"{layer}.u"].double() @ state[f"{layer}.v"].flatten(1).double())
+
+
+def test_singular_values_start_at_the_square_of_the_share() -> None:
+    plan = plan_of()
+    state = initial()
+    new = start_tails(state, expected_holders(plan, assign_tiers(TIERS, 100, 3), 10), 4.0)
+    for layer in plan.full.size.ranks or {}:
+        low, mid, high, flagship = ((tier.serves.size.ranks or {})[layer] for tier in reversed(plan.tiers))
+        widths = (low, mid - low, high - mid, flagship - high)
+        factors = torch.cat([torch.full((n,), x) for n, x in zip(widths, (1, 1, 0.375**2, 0.125**2), strict=True)])
+        before, after = singular_values(state, layer), singular_values(new, layer)
+        torch.testing.assert_close(after[: len(factors)], factors * before[: len(factors)], rtol=1e-4, atol=1e-6)
+        u, v = new[f"{layer}.u"], new[f"{layer}.v"].flatten(1)
+        torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1), rtol=1e-4, atol=1e-6)  # still balanced
+    smallest = plan.tiers[-1].serves.shapes
+    assert all(torch.equal(x, cut(state, smallest)[name]) for name, x in cut(new, smallest).items())
+    assert {name: (x.shape, x.dtype) for name, x in new.items()} == {n: (x.shape, x.dtype) for n, x in state.items()}
+
+
+@given(st.floats(0.0, 20.0), st.floats(0.1, 20.0))
+def test_a_column_starts_no_larger_than_it_was_and_never_at_zero(holders: float, threshold: float) -> None:
+    state = {"a.u": torch.ones(3, 2), "a.v": torch.ones(2, 5)}
+    new = start_tails(state, {"a": torch.tensor([20.0, holders], dtype=torch.float64)}, threshold)
+    share = min(1.0, holders / threshold) if holders else 1.0
+    assert torch.equal(new["a.u"][:, 0], state["a.u"][:, 0])
+    torch.testing.assert_close(new["a.u"][:, 1], torch.full((3,), share))
+    torch.testing.assert_close(new["a.v"][1], torch.full((5,), share))
+
+
+def test_without_a_threshold_and_in_layers_of_other_models_nothing_changes() -> None:
+    state = initial()
+    plan = plan_of()
+    holders = expected_holders(plan, assign_tiers(TIERS, 100, 3), 10)
+    separate = {f"flagship/{name}": tensor for name, tensor in state.items()}
+    for before, new in ((state, start_tails(state, holders, 0.0)), (separate, start_tails(separate, holders, 4.0))):
+        assert all(torch.equal(tensor, new[name]) for name, tensor in before.items())
