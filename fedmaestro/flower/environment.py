@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmaestro import rng
 from fedmaestro.clients import OBJECTIVES, Objective
 from fedmaestro.config import ExperimentConfig, Value, from_flat
 from fedmaestro.data import (
@@ -22,11 +23,14 @@ from fedmaestro.data import (
 )
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet import assign_tiers, load_tiers
+from fedmaestro.flower import sharing
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.plan import Plan, TierPlan, decode_ranks, make_plan
 from fedmaestro.rederive import Rederivation
 from fedmaestro.strategies import AGGREGATIONS, SERVER_OPTIMIZERS, STRATEGIES, SUBMODELS, Strategy
+from fedmaestro.strategies.tail_start import expected_holders, start_tails
+from fedmaestro.submodel import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,13 @@ class Environment:
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
         return self.plan.by_index(self.tier_of[device])
+
+    def initial_state(self) -> State:
+        """Return the global state before the first round, as the server stores it."""
+        seed = rng.derived_seed(self.config.seed, "init")
+        state = sharing.stored(self.plan, self.plan.architecture.initial_state(seed))
+        holders = expected_holders(self.plan, self.tier_of, self.config.train.devices_per_round)
+        return start_tails(state, holders, self.strategy.tail_start)
 
     @property
     def rederivation(self) -> Rederivation:

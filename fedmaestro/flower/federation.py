@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedmaestro import rng
 from fedmaestro.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
 from fedmaestro.data import class_counts
 from fedmaestro.errors import UserError
@@ -24,7 +23,6 @@ from fedmaestro.flower.strategy import TieredStrategy
 from fedmaestro.history import RoundRecord, RunFolder, summarize, write_atomically
 from fedmaestro.plan import Plan
 from fedmaestro.report import plot_partition, write_run_report
-from fedmaestro.strategies.tail_start import expected_holders, start_tails
 from fedmaestro.submodel import State
 
 
@@ -105,12 +103,7 @@ class Federation:
         write_atomically(self.folder.config, env.config.to_toml())
         if self.report:
             self._plot_partition()
-        seed = rng.derived_seed(env.config.seed, "init")
-        state = sharing.stored(env.plan, env.plan.architecture.initial_state(seed))
-        if threshold := env.strategy.tail_start:
-            holders = expected_holders(env.plan, env.tier_of, env.config.train.devices_per_round)
-            state = start_tails(state, holders, threshold)
-        return Checkpoint(round=-1, global_state=state, server_memory={}, fingerprint=env.fingerprint)
+        return Checkpoint(round=-1, global_state=env.initial_state(), server_memory={}, fingerprint=env.fingerprint)
 
     def _plot_partition(self) -> None:
         env = self.env

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedmaestro import rng
 from fedmaestro.checkpoint import read_model
 from fedmaestro.config import load_config
 from fedmaestro.errors import UserError
@@ -335,7 +334,7 @@ def test_flowers_own_loop_runs_the_strategy(federate: Federate) -> None:
     _, folder, grid = federate({"train.rounds": 1})
     env = open_environment(load_config(None, {"train.rounds": 1, "train.evaluate-every": 2}))
     strategy = TieredStrategy(env)
-    arrays = wire.to_arrays(env.plan.architecture.initial_state(rng.derived_seed(0, "init")))
+    arrays = wire.to_arrays(env.initial_state())
     messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
     ids = grid.push_messages(messages)
     arrays, metrics = strategy.aggregate_train(1, grid.pull_messages(ids))
