@@ -122,7 +122,8 @@ def train_device(
         generator: order of the examples and whatever the objective draws.
 
     Returns:
-        The mean loss of a step, weighted by examples; without the group lasso, so that runs of any weight compare.
+        The mean loss of a step, weighted by examples; without the group lasso, so that runs of any weight compare, but
+        with the logit adjustment, whose strengths do not.
 
     Raises:
         TrainingFailedError: the loss or a parameter is not finite.
@@ -160,7 +161,7 @@ def train_device(
 
 
 def logit_offsets(counts: Tensor, strength: float) -> Tensor | None:
-    r"""Return ``τ log π_c`` ``(num_classes,)``, which a device adds to its logits in training only; None for τ = 0.
+    """Return ``τ log π_c`` ``(num_classes,)``, which a device adds to its logits in training only; None for τ = 0.
 
     ``π_c = (n_c + 1) / Σ (n + 1)`` is the class frequency on the device. With ``τ = 1``, cross-entropy of ``z + log π``
     is the likelihood of labels that come at the frequencies ``π``, so ``z`` itself learns what it would from balanced
@@ -168,8 +169,8 @@ def logit_offsets(counts: Tensor, strength: float) -> Tensor | None:
 
     Source: logit adjustment (Menon et al., ICLR 2021, equation 10), at ``τ = 1`` balanced softmax (Ren et al., NeurIPS
     2020); FedLC (Zhang et al., ICML 2022) calibrates by each device's own counts too, with ``-τ n_c^{-1/4}`` instead of
-    the log frequency. Departure: one is added to every count, because devices lack classes, and without examples of a
-    class ``log π`` is infinite.
+    the log frequency, and leaves the label out of the denominator. Departure: one is added to every count, because
+    devices lack classes, and without examples of a class ``log π`` is infinite.
 
     Args:
         counts: ``(num_classes,)``, examples of each class on the device.

@@ -12,6 +12,9 @@ SGD then leaves these rows as they were sent, also with momentum, which starts a
 not: it is added to every gradient, so each step shrinks them by ``lr · weight_decay``, as it does all parameters. An
 aggregation that goes by labels, as HeteroFL's does, ignores that; one that goes by which rows have changed
 (``masked_mean``) takes every device for a holder of every class then.
+
+With a logit adjustment (``train.logit-adjustment``) the constant is ``τ log π_c`` instead of 0: the smaller it is, the
+less a device with one class learns.
 """
 
 import numpy as np

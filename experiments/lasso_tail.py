@@ -15,7 +15,6 @@ from statistics import mean
 from typing import Any
 
 import fedmaestro
-from fedmaestro import rng
 from fedmaestro.checkpoint import read_model
 from fedmaestro.config import load_config, parse_assignment
 from fedmaestro.flower.environment import open_environment
@@ -58,8 +57,7 @@ def main() -> None:
     names = [tier.tier.name for tier in env.plan.tiers]
     print(f"| λ | {' | '.join(names)} | {' | '.join(f'beyond {name}' for name in names[1:])} |")
     print("|---" * (2 * len(names)) + "|")
-    start = env.plan.architecture.initial_state(rng.derived_seed(env.config.seed, "init"))
-    print(row("start", ["–"] * len(names), tail_shares(start, env.plan)), flush=True)
+    print(row("start", ["–"] * len(names), tail_shares(env.initial_state(), env.plan)), flush=True)
     for weight in args.lasso:
         with tempfile.TemporaryDirectory() as out:
             changes = {**overrides, "train.group-lasso": weight}

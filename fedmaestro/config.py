@@ -145,8 +145,8 @@ class TrainConfig(Table):
     tail_start: float = Field(
         -1.0,
         ge=-1,
-        description="factor columns that fewer devices of a round hold, in expectation, start with smaller singular "
-        "values; 0: none; -1: the strategy's",
+        description="factor columns that fewer than this many devices of a round hold, in expectation, start with "
+        "smaller singular values; 0: none; -1: the strategy's",
     )
     logit_adjustment: float = Field(
         -1.0,

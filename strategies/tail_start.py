@@ -1,8 +1,9 @@
-r"""Factor columns that hardly anybody will train start small.
+"""Factor columns that hardly anybody will train start small.
 
-With ``N_j`` the devices of a round that hold column ``j``, in expectation, and ``T`` the threshold, training starts
-from ``σ_j ← min(1, N_j / T)² σ_j``; both factors' columns are scaled by the root of that. Unlike ``tail_decay`` it
-happens once, before the first round, and nothing collapses later: what holders learn stays.
+With ``N_j`` the devices of a round that hold column ``j``, in expectation, and ``T`` the threshold (or the largest
+``N`` of the layer, if that is less), training starts from ``σ_j ← min(1, N_j / T)² σ_j``; both factors' columns are
+scaled by the root of that. Unlike ``tail_decay`` it happens once, before the first round, and nothing collapses later:
+what holders learn stays.
 
 Why: a random initial weight has most of its energy beyond the smallest tiers' ranks. Columns with many holders soon
 replace theirs; where a round has one holder, or none, the random tail stays for a long time, and the large tiers carry
@@ -10,6 +11,10 @@ it on top of everything that the others have learnt. Small instead of zero, beca
 factors has no gradient, and re-ordering balances the factors (LoRA's start, one zero factor, would not survive it).
 
 Source: FedMaestro (ablation in experiments/README.md). The square was compared with the first power and with zero.
+
+Known limits: ``N`` counts whom a round samples, not whom over-commit or a deadline leaves out; learned ranks read the
+energies of the columns (``rederive``), so a small start would decide about them, and the default row leaves it off
+there.
 """
 
 from collections import Counter
@@ -29,16 +34,20 @@ def expected_holders(plan: Plan, tier_of: Sequence[int], devices_per_round: int)
     Args:
         plan: what each tier trains, and how often its devices can be reached.
         tier_of: tier of every device, as an index into the fleet.
-        devices_per_round: devices whose work a round waits for.
+        devices_per_round: devices whose work a round waits for; fewer where fewer can be reached.
     """
     counts = Counter(tier_of)
-    tiers = [(tier, counts[tier.index] * tier.tier.availability) for tier in plan.tiers if tier.trains is not None]
-    total = sum(weight for _, weight in tiers)
+    trained = [
+        (counts[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
+        for tier in plan.tiers
+        if tier.trains is not None
+    ]
+    reachable = sum(devices for devices, _ in trained)
+    sampled = min(devices_per_round, reachable) / reachable
     holders = {layer: torch.zeros(rank, dtype=torch.float64) for layer, rank in (plan.full.size.ranks or {}).items()}
-    for tier, weight in tiers:
-        assert tier.trains is not None
-        for layer, rank in (tier.trains.size.ranks or {}).items():
-            holders[layer][:rank] += devices_per_round * weight / total
+    for devices, ranks in trained:
+        for layer, rank in ranks.items():
+            holders[layer][:rank] += sampled * devices
     return holders
 
 
@@ -46,18 +55,19 @@ def start_tails(state: Mapping[str, Tensor], holders: Mapping[str, Tensor], thre
     """Return ``state`` with the columns of few holders scaled down.
 
     Args:
-        state: the initial one, factors ``<layer>.u (O, R)`` and ``<layer>.v (R, I…)``.
-        holders: ``(R,)`` by layer; columns that nobody holds are kept, for nobody is served them either.
+        state: the initial one, factors ``<layer>.u (O, R)`` and ``<layer>.v (R, I…)``. Layers that ``holders`` does not
+            name are kept: those of separate models, all of whose columns their own devices hold.
+        holders: ``(R,)`` by layer. Columns that nobody holds go with the fewest that somebody does: larger ones would
+            come first at the next re-ordering, and be served untrained.
         threshold: ``T``; 0: nothing changes.
     """
     new = dict(state)
     for layer in factor_layers(state) if threshold else ():
-        if layer not in holders:  # A separate model's, all of whose columns its own devices hold.
-            continue
-        # Both factors by the root of the square.
-        share = (holders[layer] / threshold).clamp(max=1)
-        root = torch.where(holders[layer] > 0, share, 1.0)
-        u, v = state[f"{layer}.u"], state[f"{layer}.v"]
-        new[f"{layer}.u"] = (u * root).to(u.dtype)
-        new[f"{layer}.v"] = (v * root.reshape(-1, *(1,) * (v.dim() - 1))).to(v.dtype)
+        if layer in holders:
+            held = holders[layer].clamp(min=float(holders[layer][holders[layer] > 0].min()))
+            # On both factors: the singular values get its square.
+            share = (held / min(threshold, float(held.max()))).clamp(max=1)
+            u, v = state[f"{layer}.u"], state[f"{layer}.v"]
+            new[f"{layer}.u"] = (u * share).to(u.dtype)
+            new[f"{layer}.v"] = (v * share.reshape(-1, *(1,) * (v.dim() - 1))).to(v.dtype)
     return new

@@ -213,14 +213,15 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
         row,
         server=server,
         reorder_every=row.reorder_every if train.reorder_every < 0 else train.reorder_every,
-        tail_decay=_set(train.tail_decay, row.tail_decay),
-        tail_start=_set(train.tail_start, row.tail_start),
-        logit_adjustment=_set(train.logit_adjustment, row.logit_adjustment),
+        tail_decay=_or_row(train.tail_decay, row.tail_decay),
+        # Learned ranks would read the small start as a spectrum.
+        tail_start=_or_row(train.tail_start, 0.0 if config.fleet.ranks == "learned" else row.tail_start),
+        logit_adjustment=_or_row(train.logit_adjustment, row.logit_adjustment),
     )
     return row, OBJECTIVES[name]
 
 
-def _set(setting: float, of_row: float) -> float:
+def _or_row(setting: float, of_row: float) -> float:
     """Return a setting; where it is negative, the strategy's own."""
     return of_row if setting < 0 else setting
 

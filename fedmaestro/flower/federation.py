@@ -223,6 +223,10 @@ def run_facts(env: Environment) -> dict[str, Any]:
     return {
         "strategy": env.strategy.name,
         "objective": env.objective.name,
+        "reorder_every": env.strategy.reorder_every,
+        "tail_start": env.strategy.tail_start,
+        "tail_decay": env.strategy.tail_decay,
+        "logit_adjustment": env.strategy.logit_adjustment,
         "seed": env.config.seed,
         "dataset": env.dataset.name,
         "model": env.config.model.name,

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from fedmaestro.fleet import assign_tiers, load_tiers
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.plan import Plan, make_plan
+from fedmaestro.schedule import schedule_round
 from fedmaestro.strategies import SUBMODELS
+from fedmaestro.strategies.reordered import reorder
 from fedmaestro.strategies.tail_start import expected_holders, start_tails
 from fedmaestro.submodel import State, cut
 
@@ -43,8 +45,8 @@ def segments(plan: Plan, holders: dict[str, torch.Tensor]) -> dict[str, list[flo
         # Only 30 of the 60 small devices can be reached, on average: 40 of 70 hold more than they do.
         ("own", 0.5, [10, 40 / 7, 15 / 7, 5 / 7]),
         ("full", 1.0, [10, 10, 10, 10]),
-        # Five devices train, all of them the whole model.
-        ("capable", 1.0, [10, 10, 10, 10]),
+        # There are five devices that train, all of them the whole model.
+        ("capable", 1.0, [5, 5, 5, 5]),
     ],
 )
 def test_holders_are_the_sampled_devices_that_train_a_column(
@@ -89,14 +91,63 @@ def test_singular_values_start_at_the_square_of_the_share() -> None:
     assert {name: (x.shape, x.dtype) for name, x in new.items()} == {n: (x.shape, x.dtype) for n, x in state.items()}
 
 
-@given(st.floats(0.0, 20.0), st.floats(0.1, 20.0))
-def test_a_column_starts_no_larger_than_it_was_and_never_at_zero(holders: float, threshold: float) -> None:
-    state = {"a.u": torch.ones(3, 2), "a.v": torch.ones(2, 5)}
-    new = start_tails(state, {"a": torch.tensor([20.0, holders], dtype=torch.float64)}, threshold)
-    share = min(1.0, holders / threshold) if holders else 1.0
-    assert torch.equal(new["a.u"][:, 0], state["a.u"][:, 0])
-    torch.testing.assert_close(new["a.u"][:, 1], torch.full((3,), share))
-    torch.testing.assert_close(new["a.v"][1], torch.full((5,), share))
+@given(st.lists(st.floats(0.01, 20.0), min_size=3, max_size=3), st.floats(0.1, 1e6))
+def test_columns_keep_their_order_none_grows_or_vanishes_and_the_most_held_stays(
+    holders: list[float], threshold: float
+) -> None:
+    state = {"a.u": torch.ones(3, 3), "a.v": torch.ones(3, 5, 2, 2)}
+    new = start_tails(state, {"a": torch.tensor(sorted(holders, reverse=True), dtype=torch.float64)}, threshold)
+    columns, rows = new["a.u"][0], new["a.v"][:, 0, 0, 0]
+    assert torch.equal(columns, rows)
+    assert columns[0] == 1
+    assert bool((columns.diff() <= 0).all())
+    assert bool((columns > 0).all())
+    assert all(torch.equal(new["a.u"][i], columns) for i in range(3))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 10, 100])
+def test_the_smallest_tier_starts_as_ever_however_few_devices_a_round_has(devices: int) -> None:
+    plan = plan_of()
+    new = start_tails(initial(), expected_holders(plan, assign_tiers(TIERS, 100, 3), devices), 4.0)
+    shapes = plan.tiers[-1].serves.shapes
+    assert all(torch.equal(x, cut(initial(), shapes)[name]) for name, x in cut(new, shapes).items())
+
+
+def test_re_ordering_serves_nothing_that_nobody_holds() -> None:
+    """Where no tier affords the whole model, its last columns are nobody's: they must not come first."""
+    tiers = tuple(tier.model_copy(update={"rank_fraction": (tier.rank_fraction or 1) / 2}) for tier in TIERS)
+    plan = make_plan(ARCHITECTURE, tiers, SUBMODELS["own"], batch_size=8)
+    start = start_tails(initial(), expected_holders(plan, assign_tiers(tiers, 100, 3), 10), 4.0)
+    again = reorder(start)
+    for tier in plan.tiers:
+        before, after = (cut(state, tier.serves.shapes) for state in (start, again))
+        for layer in plan.full.size.ranks or {}:
+            products = [x[f"{layer}.u"] @ x[f"{layer}.v"].flatten(1) for x in (before, after)]
+            torch.testing.assert_close(products[1], products[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rounds", [300])
+@pytest.mark.parametrize(
+    ("submodel", "devices", "availability"), [("own", 10, 1.0), ("own", 10, 0.3), ("capable", 10, 1.0)]
+)
+def test_holders_are_what_the_schedule_draws(submodel: str, devices: int, availability: float, rounds: int) -> None:
+    plan = plan_of(submodel, availability)
+    tier_of = assign_tiers(TIERS, 100, 3)
+    layer, counts = next(iter(plan.full.size.ranks or {})), torch.zeros(plan.full.shapes["fc1.u"][1])
+    for server_round in range(1, rounds + 1):
+        drawn = schedule_round(
+            plan=plan,
+            tier_of=tier_of,
+            examples=[1] * 100,
+            seed=0,
+            server_round=server_round,
+            devices_per_round=devices,
+            cohort_size=5,
+        )
+        for cohort in drawn.cohorts:
+            counts[: (cohort.submodel.size.ranks or {})[layer]] += len(cohort.devices)
+    expected = expected_holders(plan, tier_of, devices)[layer]
+    torch.testing.assert_close(counts.double() / rounds, expected, rtol=0.1, atol=0.1)
 
 
 def test_without_a_threshold_and_in_layers_of_other_models_nothing_changes() -> None:
