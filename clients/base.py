@@ -48,7 +48,10 @@ class Prefixes:
         return functional_call(template, views, (images,))  # type: ignore[no-any-return]
 
     def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of ``logits (B, classes)``, with the logit adjustment where that is on."""
+        """Return the cross-entropy of ``logits (B, classes)``, with the logit adjustment where that is on.
+
+        What the formulas of the objectives call ``CE(·, y)``.
+        """
         return F.cross_entropy(logits if self.offsets is None else logits + self.offsets, labels)
 
 

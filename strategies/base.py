@@ -255,6 +255,12 @@ def contributors(aggregation: Aggregation, partial: Partial, global_state: Mappi
     return counts
 
 
+def scaled_columns(state: Mapping[str, Tensor], layer: str, factors: Tensor) -> State:
+    """Return the factor pair of ``layer`` with column ``j`` of U and row ``j`` of V times ``factors (R,)``."""
+    u, v = state[f"{layer}.u"], state[f"{layer}.v"]
+    return {f"{layer}.u": (u * factors).to(u.dtype), f"{layer}.v": (v * as_column(factors, v.dim())).to(v.dtype)}
+
+
 def as_column(rows: Tensor, dimensions: int) -> Tensor:
     """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions."""
     return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))

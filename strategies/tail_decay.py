@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmaestro.strategies.base import Partial, factor_layers, present
+from fedmaestro.strategies.base import Partial, factor_layers, present, scaled_columns
 from fedmaestro.submodel import State
 
 
@@ -34,13 +34,11 @@ def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> S
     if not (rate and total):
         return new
     for layer in factor_layers(state):
-        u, v = f"{layer}.u", f"{layer}.v"
+        u = f"{layer}.u"
         share = torch.zeros(state[u].shape[1], dtype=torch.float64)
         sizes = [(shapes[u][1], block.weight) for shapes, block in present(partial) if u in shapes]
         for rank, weight in sizes:
             share[:rank] += weight / total
         if sizes:
-            root = (1 - rate * (1 - share.clamp(max=1))).sqrt()
-            new[u] = (state[u] * root).to(state[u].dtype)
-            new[v] = (state[v] * root.reshape(-1, *(1,) * (state[v].dim() - 1))).to(state[v].dtype)
+            new |= scaled_columns(state, layer, (1 - rate * (1 - share.clamp(max=1))).sqrt())
     return new

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedmaestro.plan import Plan
-from fedmaestro.strategies.base import factor_layers
+from fedmaestro.strategies.base import factor_layers, scaled_columns
 from fedmaestro.submodel import State
 
 
@@ -67,7 +67,5 @@ def start_tails(state: Mapping[str, Tensor], holders: Mapping[str, Tensor], thre
             held = holders[layer].clamp(min=float(holders[layer][holders[layer] > 0].min()))
             # On both factors: the singular values get its square.
             share = (held / min(threshold, float(held.max()))).clamp(max=1)
-            u, v = state[f"{layer}.u"], state[f"{layer}.v"]
-            new[f"{layer}.u"] = (u * share).to(u.dtype)
-            new[f"{layer}.v"] = (v * share.reshape(-1, *(1,) * (v.dim() - 1))).to(v.dtype)
+            new |= scaled_columns(state, layer, share)
     return new

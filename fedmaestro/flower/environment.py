@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from fedmaestro.rederive import Rederivation
 from fedmaestro.strategies import AGGREGATIONS, SERVER_OPTIMIZERS, STRATEGIES, SUBMODELS, Strategy
 from fedmaestro.strategies.tail_start import expected_holders, start_tails
 from fedmaestro.submodel import State
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +214,7 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     row = replace(
         row,
         server=server,
-        reorder_every=row.reorder_every if train.reorder_every < 0 else train.reorder_every,
+        reorder_every=_or_row(train.reorder_every, row.reorder_every),
         tail_decay=_or_row(train.tail_decay, row.tail_decay),
         # Learned ranks would read the small start as a spectrum.
         tail_start=_or_row(train.tail_start, 0.0 if config.fleet.ranks == "learned" else row.tail_start),
@@ -221,7 +223,7 @@ def choose(config: ExperimentConfig) -> tuple[Strategy, Objective]:
     return row, OBJECTIVES[name]
 
 
-def _or_row(setting: float, of_row: float) -> float:
+def _or_row(setting: Number, of_row: Number) -> Number:
     """Return a setting; where it is negative, the strategy's own."""
     return of_row if setting < 0 else setting
 
