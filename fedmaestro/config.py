@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from fedmaestro.errors import UserError, check_name
 
 Value = bool | int | float | str
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _zero_or_more_or_unset(value: float) -> float:
+    if -1 < value < 0:
+        raise PydanticCustomError("per_strategy", "input should be 0 or more, or -1 for the strategy's")
+    return value
+
+
+PerStrategy = Annotated[float, Field(ge=-1), AfterValidator(_zero_or_more_or_unset)]
+"""A switch that each strategy sets; -1 leaves it so."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -101,8 +112,8 @@ class TrainConfig(Table):
         0.0, ge=0, description="learning rate of the server optimiser; 0: 1 for momentum, 0.03 for adam and yogi"
     )
     server_momentum: float = Field(0.9, ge=0, lt=1, description="β₁ of the server optimiser")
-    server_damping: float = Field(
-        -1.0, ge=-1, description="devices at which a block takes half a server step; 0: whole steps; -1: the strategy's"
+    server_damping: PerStrategy = Field(
+        -1.0, description="devices at which a block takes half a server step; 0: whole steps; -1: the strategy's"
     )
     devices_per_round: Positive = Field(10, description="devices whose work a round waits for")
     cohort_size: Positive = Field(5, description="devices of one tier per message; 1 is classic Flower")
@@ -135,22 +146,19 @@ class TrainConfig(Table):
         description="rounds between re-orderings of all factor columns by SVD, after the server optimiser; 0: never; "
         "-1: the strategy's",
     )
-    tail_decay: float = Field(
+    tail_decay: PerStrategy = Field(
         -1.0,
-        ge=-1,
         le=1,
         description="share of a factor column that fades in a round in which no device holds it, less where some do; "
         "0: none; -1: the strategy's",
     )
-    tail_start: float = Field(
+    tail_start: PerStrategy = Field(
         -1.0,
-        ge=-1,
         description="factor columns that fewer than this many devices of a round hold, in expectation, start with "
         "smaller singular values; 0: none; -1: the strategy's",
     )
-    logit_adjustment: float = Field(
+    logit_adjustment: PerStrategy = Field(
         -1.0,
-        ge=-1,
         description="devices add this times the log frequency of their classes to the logits in training; 0: plain "
         "cross-entropy; -1: the strategy's",
     )

@@ -229,6 +229,20 @@ def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.submodel": "width"}, r"under train\.submodel='width' model 'mlp' has none"),
+        ({"train.submodel": "separate"}, r"those of train\.submodel='separate' are not"),
+        ({"train.strategy": "alternating", "train.submodel": "smallest"}, r"those of strategy 'alternating' are not"),
+    ],
+    ids=str,
+)
+def test_the_switch_that_is_in_the_way_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.tail-start=4\.0 needs .*{named}"):
+        open_environment(load_config(None, {**changes, "train.tail-start": 4.0}))
+
+
 @pytest.mark.parametrize("setting", [{"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str)
 def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"has no effect: train\.shrink-every=10 is not below train\.rounds=10"):
