@@ -164,19 +164,19 @@ def _check_prefix_settings(config: ExperimentConfig, plan: Plan, strategy: Strat
     }
     if config.fleet.ranks == "learned":
         wanted["fleet.ranks"] = config.fleet.ranks
-    rows_own = train.submodel == "default"
-    chosen = f"strategy {train.strategy!r}" if rows_own else f"train.submodel={train.submodel!r}"
+    row = f"strategy {train.strategy!r}"
+    cuts = row if train.submodel == "default" else f"train.submodel={train.submodel!r}"
     for key, value in wanted.items():
         if value and not plan.full.size.ranks:
             raise UserError(
-                f"{key}={value} needs LoD layers, and under {chosen} model {config.model.name!r} has none: leave it "
+                f"{key}={value} needs LoD layers, and under {cuts} model {config.model.name!r} has none: leave it "
                 "out, or use another strategy, train.submodel or model.keep-dense"
             )
         if value and (plan.setting.rule.separate or strategy.freezes):
-            frozen = f"strategy {train.strategy!r}" if strategy.freezes else chosen
             raise UserError(
                 f"{key}={value} needs tiers that are prefixes of one model whose factors all devices train, and those "
-                f"of {frozen} are not: leave it out, or use another strategy or train.submodel"
+                f"of {row if strategy.freezes else cuts} are not: leave it out, or use another strategy "
+                "or train.submodel"
             )
         if value and key in ("train.shrink-threshold", "fleet.ranks") and train.shrink_every >= train.rounds:
             raise UserError(
