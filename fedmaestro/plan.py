@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedmaestro.cost import Cost, Trace, cost, trace
 from fedmaestro.errors import UserError
-from fedmaestro.fleet import Tier, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.fleet import Tier, budgets, fit, with_macs_budget, within_ranks, without_fraction
 from fedmaestro.match import matched_sizes
 from fedmaestro.models.architecture import Architecture, Form, Size
 from fedmaestro.submodel import Shapes
@@ -190,6 +190,51 @@ def affordable(plan: Plan, chain: Sequence[Size]) -> list[Size]:
 
     reach = [len(chain)] * len(tiers)
     return [chain[i] for i in _fit_all(tiers, reach, cost_at, plan.full.cost, plan.setting.together)]
+
+
+def filled(plan: Plan, sizes: Sequence[Size], full: Size, worth: Callable[[str, int], float]) -> list[Size]:
+    """Add to sizes of one chain the single columns that every tier still affords; they stay nested.
+
+    One path suits no budget exactly: where its next column is dear (a convolution's), cheap ones of other layers still
+    fit. Larger tiers first, for a tier may only have the columns of the next larger one.
+
+    Args:
+        plan: as for ``affordable``.
+        sizes: what ``affordable`` returned.
+        full: the whole model.
+        worth: of a layer's next column, at its rank so far: the one of the highest worth is added first.
+    """
+    planned = sorted(plan.tiers, key=lambda tier: tier.index)
+    limits = [budgets(without_fraction(x.tier, x.serves.cost), plan.full.cost) for x in planned]
+    ranks = [dict(size.ranks or {}) for size in sizes]
+    costs = [_cost(plan.architecture, size, plan.setting) for size in sizes]
+    # Where sizes are equal, first who afforded more uniform ranks.
+    order = sorted(range(len(sizes)), key=lambda i: (-costs[i].params, -planned[i].serves.cost.params))
+
+    def fits(i: int) -> bool:
+        own = costs[i]
+        if plan.setting.together:
+            below = max((x.activation_bytes for x in costs if x.params < own.params), default=0)
+            own = replace(own, train_memory_bytes=own.train_memory_bytes + below)
+        return not any(budget.excess(own) for budget in limits[i])
+
+    most = full.ranks or {}
+    for place, i in enumerate(order):
+        left = {x for x in most if ranks[i][x] < most[x]}
+        while left:
+            layer = max(sorted(left), key=lambda x: worth(x, ranks[i][x]))
+            before = costs[i]
+            ranks[i][layer] += 1
+            costs[i] = _cost(plan.architecture, Size(ranks=ranks[i]), plan.setting)
+            # Larger tiers too: they may have to hold this one's activations beside their own.
+            if not all(fits(j) for j in order[: place + 1]):
+                ranks[i][layer] -= 1
+                costs[i] = before
+                left.remove(layer)
+            elif ranks[i][layer] == most[layer]:
+                left.remove(layer)
+        most = ranks[i]
+    return [Size(ranks=x) for x in ranks]
 
 
 def replan(plan: Plan, full: Size, sizes: Sequence[Size]) -> Plan:

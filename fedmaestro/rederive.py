@@ -9,7 +9,8 @@ them after its optimiser and before the evaluation. Two steps, each optional:
    the last columns have few holders, and what hardly anybody has trained yet says nothing.
 2. *Learned ranks.* One path of nested sizes leads from all columns down to one per layer (``lod.search.greedy_path``,
    after Maestro, section 4.4); each tier takes the largest size on it that fits its budgets (``plan.affordable``: a
-   rank fraction binds as MACs and bytes of its uniform ranks). One path, so the tiers stay nested layer by layer.
+   rank fraction binds as MACs and bytes of its uniform ranks), and of the next larger tier's columns the single ones
+   that its budgets still hold (``plan.filled``). So the tiers stay nested layer by layer.
 
 The path's loss is ``-Σ_layers log(kept share)``, a share being that of the layer's energy ``Σ_b (‖u_b‖·‖v_b‖)²``, for
 orthogonal columns of its squared Frobenius norm. Shares, because the scale of a layer means nothing: a norm layer or
@@ -30,7 +31,7 @@ from fedmaestro.lod import kept_ranks
 from fedmaestro.lod.search import Ranks, greedy_path
 from fedmaestro.lod.suffix import Tail, factor_importance, factor_strengths, tail_of
 from fedmaestro.models.architecture import Size
-from fedmaestro.plan import Plan, affordable, encode_ranks, replan, trace_of
+from fedmaestro.plan import Plan, affordable, encode_ranks, filled, replan, trace_of
 from fedmaestro.submodel import Shapes, State, cut, leading_block
 from fedmaestro.threads import one_thread
 
@@ -98,8 +99,14 @@ def rederive(first: Plan, now: Ranked, rule: Rederivation) -> Ranked:
 
 def _planned(first: Plan, last: Plan, state: State, full: Ranks, rule: Rederivation) -> Plan:
     if rule.learned:
-        chain = [Size(ranks=ranks) for ranks in rank_path(state, full, trace_of(first.architecture))]
-        plan = replan(first, Size(ranks=full), affordable(first, chain))
+        losses, prices = _losses(state, full), _prices(full, trace_of(first.architecture))
+
+        def worth(layer: str, rank: int) -> float:
+            return (losses[layer][rank] - losses[layer][rank + 1]) / prices[layer]
+
+        whole = Size(ranks=full)
+        on_path = affordable(first, [Size(ranks=ranks) for ranks in _path(losses, prices)])
+        plan = replan(first, whole, filled(first, on_path, whole, worth))
         if any(tier.trains is not None for tier in plan.tiers):
             return plan
         # Where only tiers that afford the whole model train, the activations of a smaller tier may now be too many.
@@ -126,11 +133,13 @@ def rank_path(state: Mapping[str, Tensor], full: Ranks, traced: Trace) -> list[R
 
     From the top down, each step drops the column that costs the least for what it saves.
     """
-    losses = {x: _losses(factor_strengths(state[f"{x}.u"].double(), state[f"{x}.v"].double())) for x in full}
-    price = _prices(full, traced)
+    return _path(_losses(state, full), _prices(full, traced))
+
+
+def _path(losses: Mapping[str, list[float]], prices: Mapping[str, float]) -> list[Ranks]:
     steps = greedy_path(
-        {x: range(rank, 0, -1) for x, rank in full.items()},
-        lambda x, rank: rank * price[x],
+        {x: range(len(of_rank) - 1, 0, -1) for x, of_rank in losses.items()},
+        lambda x, rank: rank * prices[x],
         lambda ranks: sum(losses[x][rank] for x, rank in ranks.items()),
     )
     return [step.ranks for step in steps][::-1]
@@ -151,10 +160,14 @@ def _prices(full: Ranks, traced: Trace) -> dict[str, float]:
     return {x: macs[x] / all_macs + params[x] / all_params for x in full}
 
 
-def _losses(strengths: Tensor) -> list[float]:
-    """Return ``-log(share of the energy of strengths (R,) that the prefix keeps)`` for every rank ``0 … R``."""
-    kept = strengths.square().cumsum(0).clamp(min=1e-300)
-    return [math.inf, *(kept[-1] / kept).log().tolist()]
+def _losses(state: Mapping[str, Tensor], full: Ranks) -> dict[str, list[float]]:
+    """Return ``-log(share of the layer's energy that the prefix keeps)`` for every layer and rank ``0 … R``."""
+
+    def losses(strengths: Tensor) -> list[float]:
+        kept = strengths.square().cumsum(0).clamp(min=1e-300)
+        return [math.inf, *(kept[-1] / kept).log().tolist()]
+
+    return {x: losses(factor_strengths(state[f"{x}.u"].double(), state[f"{x}.v"].double())) for x in full}
 
 
 def cut_memory(memory: Mapping[str, Tensor], state: Mapping[str, Tensor], shapes: Shapes) -> State:
