@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedmaestro.cost import Trace
+from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
 
 TOLERANCE = 0.03
@@ -56,19 +57,14 @@ def ranks_of_macs(ranked: Trace, target: int, least: Mapping[str, int]) -> dict[
     A uniform fraction of every layer's rank first; then single columns, always of the layer that is furthest behind in
     its share of columns and still affords one.
     """
-    full, price = _full_ranks(ranked), {layer.name: layer.macs(1) for layer in ranked.layers}
+    full = _full_ranks(ranked)
     ranks = dict(least)
     for fraction in sorted({Fraction(j, rank) for rank in full.values() for j in range(1, rank + 1)}):
         candidate = {x: max(least[x], int(fraction * full[x])) for x in full}
         if _macs(ranked, candidate) > target:
             break
         ranks = candidate
-    left = target - _macs(ranked, ranks)
-    while affordable := [x for x in ranks if ranks[x] < full[x] and price[x] <= left]:
-        layer = min(affordable, key=lambda x: ranks[x] / full[x])
-        ranks[layer] += 1
-        left -= price[layer]
-    return ranks
+    return add_columns(ranks, full, lambda layer, rank: -rank / full[layer], lambda more: _macs(ranked, more) <= target)
 
 
 def _full_ranks(ranked: Trace) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Literal
 from fedmaestro.cost import Cost, Trace, cost, trace
 from fedmaestro.errors import UserError
 from fedmaestro.fleet import Tier, budgets, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.lod.search import add_columns
 from fedmaestro.match import matched_sizes
 from fedmaestro.models.architecture import Architecture, Form, Size
 from fedmaestro.submodel import Shapes
@@ -173,68 +174,47 @@ def make_plan(
     return plan
 
 
-def affordable(plan: Plan, chain: Sequence[Size]) -> list[Size]:
-    """Return the largest size of another chain that fits every budget of each tier, by position in the fleet.
+def affordable(plan: Plan, chain: Sequence[Size], worth: Callable[[str, int], float]) -> list[Size]:
+    """Return what every tier affords of another chain's last size, by position in the fleet; the sizes are nested.
 
-    A rank fraction binds as the MACs and the traffic of the tier's size in ``plan``.
+    First the largest size of the chain that fits every budget of the tier. It suits no budget exactly: where the
+    chain's next column is dear (a convolution's), cheap ones of other layers still fit. So then single columns, as far
+    as the next larger tier has them. A rank fraction binds as the MACs and the traffic of the tier's size in ``plan``.
 
     Args:
         plan: the tiers with their budgets and uniform ranks.
         chain: nested LoD sizes, ascending from rank 1 everywhere.
+        worth: of a layer's next column, at its rank so far: the one of the highest worth is added first.
     """
     planned = sorted(plan.tiers, key=lambda tier: tier.index)
     tiers = [without_fraction(x.tier, x.serves.cost) for x in planned]
 
-    def cost_at(position: int) -> Cost:
-        return _cost(plan.architecture, chain[position], plan.setting)
+    def cost_of(size: Size) -> Cost:
+        return _cost(plan.architecture, size, plan.setting)
 
-    reach = [len(chain)] * len(tiers)
-    return [chain[i] for i in _fit_all(tiers, reach, cost_at, plan.full.cost, plan.setting.together)]
+    reach, together = [len(chain)] * len(tiers), plan.setting.together
+    fitted = _fit_all(tiers, reach, lambda position: cost_of(chain[position]), plan.full.cost, together)
+    sizes, limits = [chain[i] for i in fitted], [budgets(tier, plan.full.cost) for tier in tiers]
+    costs = [cost_of(size) for size in sizes]
 
-
-def filled(plan: Plan, sizes: Sequence[Size], full: Size, worth: Callable[[str, int], float]) -> list[Size]:
-    """Add to sizes of one chain the single columns that every tier still affords; they stay nested.
-
-    One path suits no budget exactly: where its next column is dear (a convolution's), cheap ones of other layers still
-    fit. Larger tiers first, for a tier may only have the columns of the next larger one.
-
-    Args:
-        plan: as for ``affordable``.
-        sizes: what ``affordable`` returned.
-        full: the whole model.
-        worth: of a layer's next column, at its rank so far: the one of the highest worth is added first.
-    """
-    planned = sorted(plan.tiers, key=lambda tier: tier.index)
-    limits = [budgets(without_fraction(x.tier, x.serves.cost), plan.full.cost) for x in planned]
-    ranks = [dict(size.ranks or {}) for size in sizes]
-    costs = [_cost(plan.architecture, size, plan.setting) for size in sizes]
-    # Where sizes are equal, first who afforded more uniform ranks.
-    order = sorted(range(len(sizes)), key=lambda i: (-costs[i].params, -planned[i].serves.cost.params))
-
-    def fits(i: int) -> bool:
-        own = costs[i]
-        if plan.setting.together:
-            below = max((x.activation_bytes for x in costs if x.params < own.params), default=0)
-            own = replace(own, train_memory_bytes=own.train_memory_bytes + below)
+    def fits(i: int, costs: Sequence[Cost]) -> bool:
+        own = _beside(costs[i], [x for x in costs if together and x.params < costs[i].params])
         return not any(budget.excess(own) for budget in limits[i])
 
-    most = full.ranks or {}
+    # Larger tiers first; where sizes are equal, first who afforded more uniform ranks.
+    order = sorted(range(len(tiers)), key=lambda i: (-fitted[i], -planned[i].serves.cost.params))
+    most = chain[-1].ranks or {}
     for place, i in enumerate(order):
-        left = {x for x in most if ranks[i][x] < most[x]}
-        while left:
-            layer = max(sorted(left), key=lambda x: worth(x, ranks[i][x]))
-            before = costs[i]
-            ranks[i][layer] += 1
-            costs[i] = _cost(plan.architecture, Size(ranks=ranks[i]), plan.setting)
+
+        def fit_with(ranks: dict[str, int], i: int = i, place: int = place) -> bool:
+            now = [*costs[:i], cost_of(Size(ranks=ranks)), *costs[i + 1 :]]
             # Larger tiers too: they may have to hold this one's activations beside their own.
-            if not all(fits(j) for j in order[: place + 1]):
-                ranks[i][layer] -= 1
-                costs[i] = before
-                left.remove(layer)
-            elif ranks[i][layer] == most[layer]:
-                left.remove(layer)
-        most = ranks[i]
-    return [Size(ranks=x) for x in ranks]
+            return all(fits(j, now) for j in order[: place + 1])
+
+        most = add_columns(sizes[i].ranks or {}, most, worth, fit_with)
+        sizes[i] = Size(ranks=most)
+        costs[i] = cost_of(sizes[i])
+    return sizes
 
 
 def replan(plan: Plan, full: Size, sizes: Sequence[Size]) -> Plan:
@@ -357,13 +337,17 @@ def _fit_all(
     fitted: dict[int, int] = {}
 
     def with_smaller(position: int) -> Cost:
-        own = cost_at(position)
-        below = [cost_at(other).activation_bytes for other in fitted.values() if other < position]
-        return replace(own, train_memory_bytes=own.train_memory_bytes + max(below, default=0))
+        return _beside(cost_at(position), [cost_at(other) for other in fitted.values() if other < position])
 
     for i in sorted(range(len(tiers)), key=lambda i: alone[i]):
         fitted[i] = fit(tiers[i], range(reach[i]), with_smaller, full)
     return [fitted[i] for i in range(len(tiers))]
+
+
+def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
+    """Return ``own`` with the memory for the activations of the largest of ``smaller`` too."""
+    below = max((x.activation_bytes for x in smaller), default=0)
+    return replace(own, train_memory_bytes=own.train_memory_bytes + below)
 
 
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:

@@ -8,9 +8,9 @@ them after its optimiser and before the evaluation. Two steps, each optional:
    everywhere. Departure for a federation: a column is not judged before enough device updates have trained it, because
    the last columns have few holders, and what hardly anybody has trained yet says nothing.
 2. *Learned ranks.* One path of nested sizes leads from all columns down to one per layer (``lod.search.greedy_path``,
-   after Maestro, section 4.4); each tier takes the largest size on it that fits its budgets (``plan.affordable``: a
-   rank fraction binds as MACs and bytes of its uniform ranks), and of the next larger tier's columns the single ones
-   that its budgets still hold (``plan.filled``). So the tiers stay nested layer by layer.
+   after Maestro, section 4.4); each tier takes the largest size on it that fits its budgets, and single columns of the
+   next larger tier that they still hold (``plan.affordable``: a rank fraction binds as MACs and bytes of its uniform
+   ranks). So the tiers stay nested layer by layer.
 
 The path's loss is ``-Σ_layers log(kept share)``, a share being that of the layer's energy ``Σ_b (‖u_b‖·‖v_b‖)²``, for
 orthogonal columns of its squared Frobenius norm. Shares, because the scale of a layer means nothing: a norm layer or
@@ -31,7 +31,7 @@ from fedmaestro.lod import kept_ranks
 from fedmaestro.lod.search import Ranks, greedy_path
 from fedmaestro.lod.suffix import Tail, factor_importance, factor_strengths, tail_of
 from fedmaestro.models.architecture import Size
-from fedmaestro.plan import Plan, affordable, encode_ranks, filled, replan, trace_of
+from fedmaestro.plan import Plan, affordable, encode_ranks, replan, trace_of
 from fedmaestro.submodel import Shapes, State, cut, leading_block
 from fedmaestro.threads import one_thread
 
@@ -99,14 +99,13 @@ def rederive(first: Plan, now: Ranked, rule: Rederivation) -> Ranked:
 
 def _planned(first: Plan, last: Plan, state: State, full: Ranks, rule: Rederivation) -> Plan:
     if rule.learned:
-        losses, prices = _losses(state, full), _prices(full, trace_of(first.architecture))
+        losses, prices = losses_of(state, full), prices_of(full, trace_of(first.architecture))
+        chain = [Size(ranks=ranks) for ranks in rank_path(losses, prices)]
 
         def worth(layer: str, rank: int) -> float:
             return (losses[layer][rank] - losses[layer][rank + 1]) / prices[layer]
 
-        whole = Size(ranks=full)
-        on_path = affordable(first, [Size(ranks=ranks) for ranks in _path(losses, prices)])
-        plan = replan(first, whole, filled(first, on_path, whole, worth))
+        plan = replan(first, Size(ranks=full), affordable(first, chain, worth))
         if any(tier.trains is not None for tier in plan.tiers):
             return plan
         # Where only tiers that afford the whole model train, the activations of a smaller tier may now be too many.
@@ -128,15 +127,15 @@ def _last(flags: Tensor) -> int:
     return int(flags.nonzero().max()) + 1 if bool(flags.any()) else 0
 
 
-def rank_path(state: Mapping[str, Tensor], full: Ranks, traced: Trace) -> list[Ranks]:
-    """Return nested ranks, ascending from one column in every layer to ``full``, in steps of one column.
+def rank_path(losses: Mapping[str, list[float]], prices: Mapping[str, float]) -> list[Ranks]:
+    """Return nested ranks, ascending from one column in every layer to all of them, in steps of one column.
 
     From the top down, each step drops the column that costs the least for what it saves.
+
+    Args:
+        losses: by layer, for every rank ``0 … R`` (``losses_of``).
+        prices: of a column, by layer (``prices_of``).
     """
-    return _path(_losses(state, full), _prices(full, traced))
-
-
-def _path(losses: Mapping[str, list[float]], prices: Mapping[str, float]) -> list[Ranks]:
     steps = greedy_path(
         {x: range(len(of_rank) - 1, 0, -1) for x, of_rank in losses.items()},
         lambda x, rank: rank * prices[x],
@@ -145,7 +144,7 @@ def _path(losses: Mapping[str, list[float]], prices: Mapping[str, float]) -> lis
     return [step.ranks for step in steps][::-1]
 
 
-def _prices(full: Ranks, traced: Trace) -> dict[str, float]:
+def prices_of(full: Ranks, traced: Trace) -> dict[str, float]:
     """Return what one column of each layer costs: its share of all columns' MACs plus that of their parameters.
 
     Both, for both bind (``fleet.without_fraction``): on a path by MACs alone, the layers that are dear in MACs would
@@ -160,7 +159,7 @@ def _prices(full: Ranks, traced: Trace) -> dict[str, float]:
     return {x: macs[x] / all_macs + params[x] / all_params for x in full}
 
 
-def _losses(state: Mapping[str, Tensor], full: Ranks) -> dict[str, list[float]]:
+def losses_of(state: Mapping[str, Tensor], full: Ranks) -> dict[str, list[float]]:
     """Return ``-log(share of the layer's energy that the prefix keeps)`` for every layer and rank ``0 … R``."""
 
     def losses(strengths: Tensor) -> list[float]:

@@ -21,7 +21,9 @@ from fedmaestro.rederive import (
     columns_to_keep,
     count_updates,
     cut_memory,
+    losses_of,
     no_updates,
+    prices_of,
     rank_path,
     rederive,
     tails,
@@ -52,6 +54,10 @@ def model(seed: int, decay: Mapping[str, float] | float = 0.0) -> State:
         state[f"{layer}.u"] *= fade
         state[f"{layer}.v"] *= fade.view(-1, *[1] * (state[f"{layer}.v"].dim() - 1))
     return state
+
+
+def path_of(state: State) -> list[dict[str, int]]:
+    return rank_path(losses_of(state, full_ranks()), prices_of(full_ranks(), trace_of(LENET)))
 
 
 def start(plan: Plan, state: State, memory: State | None = None, updates: State | None = None) -> Ranked:
@@ -119,7 +125,7 @@ def test_updates_are_counted_by_column() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_path_is_one_chain_from_all_columns_to_one_per_layer(seed: int) -> None:
-    path = rank_path(model(seed, 0.05), full_ranks(), trace_of(LENET))
+    path = path_of(model(seed, 0.05))
     assert path[-1] == full_ranks()
     assert path[0] == dict.fromkeys(full_ranks(), 1)
     for small, large in pairwise(path):
@@ -130,21 +136,21 @@ def test_the_path_is_one_chain_from_all_columns_to_one_per_layer(seed: int) -> N
 def test_the_scale_of_a_layer_means_nothing() -> None:
     state = model(1, 0.05)
     scaled = {name: tensor * (8.0 if name == "fc1.u" else 1.0) for name, tensor in state.items()}
-    path = rank_path(state, full_ranks(), trace_of(LENET))
-    assert rank_path(scaled, full_ranks(), trace_of(LENET)) == path
+    path = path_of(state)
+    assert path_of(scaled) == path
 
 
 def test_a_layer_whose_columns_fade_gives_up_more_of_them() -> None:
     for fading in full_ranks():
         decay = {layer: 0.3 if layer == fading else 0.01 for layer in full_ranks()}
-        path = rank_path(model(2, decay), full_ranks(), trace_of(LENET))
+        path = path_of(model(2, decay))
         kept = {layer: rank / full_ranks()[layer] for layer, rank in path[len(path) // 2].items()}
         assert min(kept, key=kept.__getitem__) == fading
 
 
 def test_a_model_of_zeros_has_a_path() -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model(0).items()}
-    assert len(rank_path(zeros, full_ranks(), trace_of(LENET))) == 1 + sum(full_ranks().values()) - len(full_ranks())
+    assert len(path_of(zeros)) == 1 + sum(full_ranks().values()) - len(full_ranks())
 
 
 # Tiers on the path
@@ -202,7 +208,7 @@ def test_learned_ranks_are_nested_and_keep_every_budget(tiers: tuple[Tier, ...],
 def test_no_tier_leaves_out_a_column_that_costs_no_more_than_its_uniform_ranks(seed: int) -> None:
     """On the path alone, a dear column (conv2's) that comes next keeps a tier from cheap ones of other layers."""
     uniform, state = planned(), model(seed, 0.03)
-    path = rank_path(state, full_ranks(), trace_of(LENET))
+    path = path_of(state)
     learned = tiers_on_path(uniform, state)
     assert learned.tiers[0].serves.size == uniform.tiers[0].serves.size
     for above, now in pairwise(learned.tiers):

@@ -77,3 +77,30 @@ def greedy_path(
         yield Step(ranks=ranks, loss=loss)
         if position + 1 < len(levels[name]):
             heapq.heappush(heap, candidate(name, position + 1))
+
+
+def add_columns(
+    ranks: Mapping[str, int],
+    most: Mapping[str, int],
+    worth: Callable[[str, int], float],
+    fits: Callable[[Ranks], bool],
+) -> Ranks:
+    """Return ``ranks`` with single columns added until no layer's next one fits.
+
+    Args:
+        ranks: what to start from.
+        most: the rank at which each layer ends.
+        worth: of a layer's next column, at its rank so far: the one of the highest worth is tried first.
+        fits: whether ranks can be afforded. A column that does not fit is not tried again: costs only grow.
+    """
+    grown = dict(ranks)
+    left = [layer for layer in grown if grown[layer] < most[layer]]
+    while left:
+        layer = max(left, key=lambda x: worth(x, grown[x]))
+        more = {**grown, layer: grown[layer] + 1}
+        affordable = fits(more)
+        if affordable:
+            grown = more
+        if not affordable or grown[layer] == most[layer]:
+            left.remove(layer)
+    return grown

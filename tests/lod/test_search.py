@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmaestro.lod.search import Ranks, Step, greedy_path, levels
+from fedmaestro.lod.search import Ranks, Step, add_columns, greedy_path, levels
 
 # ---------------------------------------------------------------- levels
 
@@ -205,3 +205,37 @@ def test_it_is_lazy_and_a_budget_stops_it() -> None:
 def test_a_model_of_one_level_is_its_own_path() -> None:
     assert list(greedy_path({"a": [3]}, lambda name, rank: 1.0, lambda ranks: 0.5)) == [Step(ranks={"a": 3}, loss=0.5)]
     assert list(greedy_path({}, lambda name, rank: 1.0, lambda ranks: 0.5)) == [Step(ranks={}, loss=0.5)]
+
+
+# ---------------------------------------------------------------- single columns
+
+
+@given(
+    limits=st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1),
+    prices=st.fixed_dictionaries({layer: st.integers(1, 9) for layer in "abcd"}),
+    budget=st.integers(0, 120),
+)
+def test_columns_are_added_until_no_layer_affords_another(
+    limits: dict[str, tuple[int, int]], prices: dict[str, int], budget: int
+) -> None:
+    ranks = {layer: start for layer, (start, _) in limits.items()}
+    most = {layer: start + room for layer, (start, room) in limits.items()}
+
+    def fits(more: Ranks) -> bool:
+        return sum(prices[layer] * rank for layer, rank in more.items()) <= budget
+
+    grown = add_columns(ranks, most, lambda layer, rank: -rank, fits)
+    assert all(ranks[layer] <= grown[layer] <= most[layer] for layer in ranks)
+    assert grown == ranks or fits(grown)
+    assert not any(fits({**grown, layer: rank + 1}) for layer, rank in grown.items() if rank < most[layer])
+
+
+def test_the_column_of_the_highest_worth_is_added_first() -> None:
+    worth = {"a": [9.0, 5.0, 1.0], "b": [9.0, 4.0, 3.0]}
+    columns = [
+        add_columns(
+            {"a": 1, "b": 1}, {"a": 3, "b": 3}, lambda x, rank: worth[x][rank], lambda r, n=n: sum(r.values()) <= n
+        )
+        for n in range(2, 7)
+    ]
+    assert columns == [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 3, "b": 3}]
