@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import tomllib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -242,6 +241,25 @@ def test_budgets_below_the_smallest_model_show_just_that(tmp_path: Path) -> None
     searched, uniform = result.curve["series"].values()
     assert [point["ranks"] for point in searched] == [dict.fromkeys(("fc1", "fc2", "fc3"), 1)]
     assert [point["ranks"] for point in uniform] == [{"fc1": 1, "fc2": 3, "fc3": 1}]
+
+
+def test_epochs_are_scored_on_the_validation_split(tmp_path: Path, quick: Train) -> None:
+    result = quick({"data.validation": 100, "train.epochs": 1}, out=tmp_path)
+    task = open_task(load(TrainingConfig, None, {"data.limit": 320, "data.validation": 100}))
+    assert result.summary["split"] == "validation"
+    scored = evaluate(result.model(), task, task.scored("validation"))
+    assert result.summary["final_value"] == scored.accuracy == result.epochs[-1].value
+    tested = evaluate(result.model(), task, task.scored("test"))
+    first = result.curve["series"]["Maestro, searched ranks"][0]
+    assert (first["value"], first["validation_value"]) == (tested.accuracy, scored.accuracy)
+
+
+def test_architecture_of_the_card(finished: TrainingRun) -> None:
+    card = json.loads((finished.path / "model.json").read_text())
+    assert (card["input_shape"], card["num_classes"], card["tiers"]) == ([1, 8, 8], 10, {})
+    assert card["size"] == {"ranks": {"fc1": 64, "fc2": 128, "fc3": 10}}
+    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10, keep_dense=card["keep_dense"])
+    assert lod.max_ranks(architecture.full) == card["size"]["ranks"]
 
 
 # Repetition
@@ -603,106 +621,3 @@ def test_comparison_of_two_trainings_of_the_same_form(tmp_path: Path, drawn: lis
     shown = list(drawn[1]["series"].values())
     assert all(points in shown for points in ours.curve["series"].values())
     assert len(shown) == 4
-
-
-# Data
-
-
-def examples(task: Task, split: str) -> Counter[bytes]:
-    """The multiset of examples of a split (``train``, ``validation``, ``test``)."""
-    batches = [task.plain(np.arange(task.examples))] if split == "train" else task.scored(split)  # type: ignore[arg-type]
-    return Counter(
-        image.numpy().tobytes() + bytes([int(label)])
-        for batch in batches
-        for image, label in zip(batch.inputs[0], batch.targets, strict=True)
-    )
-
-
-def task_of(**data: Any) -> Task:
-    flat = {f"data.{key}": value for key, value in data.items() if key != "seed"}
-    return open_task(load(TrainingConfig, None, {**flat, "seed": data.get("seed", 0)}))
-
-
-def test_training_and_validation_examples_are_disjoint() -> None:
-    everything = examples(task_of(), "train")
-    assert everything.total() == 1437
-    split = task_of(validation=300)
-    assert (split.examples, split.has_validation) == (1137, True)
-    assert examples(split, "train") + examples(split, "validation") == everything
-    assert examples(split, "test") == examples(task_of(), "test")
-    limited = task_of(validation=300, limit=200)
-    assert examples(limited, "validation") == examples(split, "validation")
-    assert examples(limited, "train") <= examples(split, "train")
-    assert examples(limited, "train").total() == limited.examples == 200
-    assert examples(task_of(validation=300, seed=1), "validation") != examples(split, "validation")
-    assert examples(task_of(limit=200, seed=1), "train") != examples(task_of(limit=200), "train")
-
-
-def test_without_validation_the_test_set_is_scored() -> None:
-    task = task_of()
-    assert not task.has_validation
-    assert examples(task, "validation") == examples(task, "test")
-
-
-def test_epochs_are_scored_on_the_validation_split(tmp_path: Path, quick: Train) -> None:
-    result = quick({"data.validation": 100, "train.epochs": 1}, out=tmp_path)
-    task = task_of(limit=320, validation=100)
-    assert result.summary["split"] == "validation"
-    scored = evaluate(result.model(), task, task.scored("validation"))
-    assert result.summary["final_value"] == scored.accuracy == result.epochs[-1].value
-    tested = evaluate(result.model(), task, task.scored("test"))
-    first = result.curve["series"]["Maestro, searched ranks"][0]
-    assert (first["value"], first["validation_value"]) == (tested.accuracy, scored.accuracy)
-
-
-def test_crops_and_mirror_images_are_those_of_a_loop() -> None:
-    plain, task = task_of(), task_of(augment="crop-flip")
-    indices = np.array([5, 900, 3, 3, *range(60)])
-    images = plain.plain(indices).inputs[0]
-    batch = task.batch(indices, np.random.default_rng(11))
-    generator = np.random.default_rng(11)
-    top, left = (generator.integers(9, size=(len(indices), 1))[:, 0] for _ in range(2))
-    mirrored = generator.random((len(indices), 1))[:, 0] < 0.5
-    expected = torch.zeros_like(images)
-    for i, image in enumerate(images):
-        for y in range(8):
-            for x in range(8):
-                row, column = y + int(top[i]) - 4, (7 - x if mirrored[i] else x) + int(left[i]) - 4
-                if 0 <= row < 8 and 0 <= column < 8:
-                    expected[i, :, y, x] = image[:, row, column]
-    assert batch.inputs[0].shape == images.shape == (64, 1, 8, 8)
-    assert batch.inputs[0].equal(expected)
-    assert batch.targets.equal(plain.plain(indices).targets)
-    assert {len(np.unique(draw)) for draw in (top, left, mirrored)} == {9, 2}
-    again = task.batch(indices, np.random.default_rng(11))
-    assert again.inputs[0].equal(expected)
-    assert not task.batch(indices, np.random.default_rng(12)).inputs[0].equal(expected)
-
-
-def test_only_training_batches_are_augmented() -> None:
-    plain, task = task_of(), task_of(augment="crop-flip")
-    assert examples(task, "train") == examples(plain, "train")
-    assert examples(task, "test") == examples(plain, "test")
-    for ours, theirs in zip(task.calibration(0, 100), plain.calibration(0, 100), strict=True):
-        assert ours.inputs[0].equal(theirs.inputs[0])
-
-
-def test_calibration_takes_distinct_training_examples() -> None:
-    task = task_of(limit=100)
-    batches = task.calibration(3, 70, batch_size=32)
-    assert [len(batch.targets) for batch in batches] == [32, 32, 6]
-    assert sum(len(batch.targets) for batch in task.calibration(3, 2048)) == 100
-    everything = Counter(
-        image.numpy().tobytes() + bytes([int(label)])
-        for batch in task.calibration(3, 2048)
-        for image, label in zip(batch.inputs[0], batch.targets, strict=True)
-    )
-    assert everything == examples(task, "train")
-
-
-def test_architecture_of_the_card(finished: TrainingRun) -> None:
-    card = json.loads((finished.path / "model.json").read_text())
-    assert (card["input_shape"], card["num_classes"], card["tiers"]) == ([1, 8, 8], 10, {})
-    assert card["size"] == {"ranks": {"fc1": 64, "fc2": 128, "fc3": 10}}
-    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10, keep_dense=card["keep_dense"])
-    assert lod.max_ranks(architecture.full) == card["size"]["ranks"]
