@@ -143,7 +143,8 @@ class ComparisonDisplay(LiveDisplay):
 def comparison_table(results: dict[str, Any]) -> Table:
     """Return the closing table of a comparison: final accuracy, mean ± standard deviation over seeds, in %."""
     seeds = ", ".join(map(str, results["seeds"]))
-    table = Table(title=f"{results['experiment']} · final accuracy % · seeds {seeds}", box=box.SIMPLE, pad_edge=False)
+    title = f"{results['experiment']} · final accuracy % · seeds {seeds}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", no_wrap=True)
     for heading in (*results["tiers"], "mean", "worst"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -156,7 +157,8 @@ def comparison_table(results: dict[str, Any]) -> Table:
 def _stat(stat: dict[str, Any] | None) -> str:
     if not stat or stat["mean"] is None:
         return "–"
-    return _percent(stat["mean"]) + ("" if stat["std"] is None else f" ± {_percent(stat['std'])}")
+    # Below the mean, so that five tiers fit into eighty columns.
+    return _percent(stat["mean"]) + ("" if stat["std"] is None else f"\n±{_percent(stat['std'])}")
 
 
 def tier_table(summary: dict[str, Any]) -> Table:
