@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedmaestro.fleet.plan import Passes
 from fedmaestro.lod import group_lasso
 from fedmaestro.lod.suffix import Tail
-from fedmaestro.plan import Passes
 from fedmaestro.submodel import Shapes, State, leading_block, load
 
 

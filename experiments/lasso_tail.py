@@ -15,11 +15,11 @@ from statistics import mean
 from typing import Any
 
 import fedmaestro
-from fedmaestro.checkpoint import read_model
-from fedmaestro.config import load_config, parse_assignment
-from fedmaestro.flower.environment import open_environment
+from fedmaestro.config.experiment import load_config, parse_assignment
+from fedmaestro.fleet.plan import Plan
 from fedmaestro.lod.suffix import factor_strengths
-from fedmaestro.plan import Plan
+from fedmaestro.rounds.environment import open_environment
+from fedmaestro.runs.checkpoint import read_model
 from fedmaestro.submodel import State
 
 DIGITS = {"train.strategy": "nested", "data.devices": 40}

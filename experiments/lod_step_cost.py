@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from fedmaestro import lod
-from fedmaestro.cost import cost, trace
+from fedmaestro.fleet.cost import cost, trace
 from fedmaestro.models.architecture import Architecture
 
 FRACTIONS = [Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8), Fraction(1, 16)]

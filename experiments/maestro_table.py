@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmaestro.report import plot_accuracy_cost
-from fedmaestro.train import TrainingRun
+from fedmaestro.training import TrainingRun
 
 Groups = dict[str, list[dict[str, Any]]]
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import fedmaestro
-from fedmaestro.config import ExperimentConfig, load_config
+from fedmaestro.config.experiment import ExperimentConfig, load_config
 from fedmaestro.data import normalize
-from fedmaestro.flower.environment import Environment, open_environment
+from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.submodel import cut, load
 
 PROCESSES = 2

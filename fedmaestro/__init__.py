@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmaestro.config import ExperimentConfig
+    from fedmaestro.config.experiment import ExperimentConfig
     from fedmaestro.flower.run import Run
 
 # flwr and flwr-datasets read this once, when they are first imported; their events would go to their makers.

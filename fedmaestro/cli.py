@@ -43,9 +43,9 @@ def run(
     ray_address: _RayAddress = None,
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
-    from fedmaestro.config import parse_assignment
-    from fedmaestro.display import LiveDisplay, print_closing
+    from fedmaestro.config.experiment import parse_assignment
     from fedmaestro.flower.run import run as run_experiment
+    from fedmaestro.terminal.display import LiveDisplay, print_closing
 
     console = Console()
     overrides = dict(parse_assignment(text) for text in set_ or [])
@@ -98,9 +98,9 @@ def compare(
     ray_address: _RayAddress = None,
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
-    from fedmaestro.config import parse_assignment
-    from fedmaestro.display import ComparisonDisplay, comparison_table
+    from fedmaestro.config.experiment import parse_assignment
     from fedmaestro.flower.compare import compare as run_comparison
+    from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
 
     console = Console()
     overrides = dict(parse_assignment(text) for text in set_ or [])
@@ -145,10 +145,10 @@ def train(
     ] = None,
 ) -> None:
     """Train one model with Maestro on this machine and draw accuracy over cost."""
-    from fedmaestro.config import parse_assignment
-    from fedmaestro.train import train as run_training
-    from fedmaestro.train.display import TrainingDisplay, curve_table
-    from fedmaestro.train.trainer import TrainingFailedError
+    from fedmaestro.config.experiment import parse_assignment
+    from fedmaestro.terminal.training import TrainingDisplay, curve_table
+    from fedmaestro.training import train as run_training
+    from fedmaestro.training.trainer import TrainingFailedError
 
     console = Console()
     overrides = dict(parse_assignment(text) for text in set_ or [])
@@ -195,10 +195,10 @@ def extract(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets; that of the run by default.")] = None,
 ) -> None:
     """Write the model for a tier or a budget, with a card of what it costs and how accurate it is."""
-    from fedmaestro.extract import Target
-    from fedmaestro.extract import extract as extract_model
+    from fedmaestro.deploy.extract import Target
+    from fedmaestro.deploy.extract import extract as extract_model
     from fedmaestro.report import format_count
-    from fedmaestro.train.display import show
+    from fedmaestro.terminal.training import show
 
     console = Console()
     target = Target(tier=tier, max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms)
@@ -332,25 +332,25 @@ def _datasets() -> Table:
 
 
 def _fleets() -> Table:
-    from fedmaestro.fleet import FLEETS
+    from fedmaestro.fleet.tiers import FLEETS
 
     return _filled(_table("fleet", "tiers"), [(n, f.summary) for n, f in FLEETS.items()])
 
 
 def _settings() -> Table:
-    from fedmaestro.config import ExperimentConfig
+    from fedmaestro.config.experiment import ExperimentConfig
 
     return _described(ExperimentConfig)
 
 
 def _training_settings() -> Table:
-    from fedmaestro.train.config import TrainingConfig
+    from fedmaestro.config.training import TrainingConfig
 
     return _described(TrainingConfig)
 
 
 def _described(schema: type["BaseModel"]) -> Table:
-    from fedmaestro.config import describe_settings
+    from fedmaestro.config.experiment import describe_settings
 
     rows = [(key, repr(default), text) for key, default, text in describe_settings(schema)]
     return _filled(_table("setting", "default", "meaning"), rows)

@@ -8,7 +8,7 @@ keeps. To add a method: one row in ``STRATEGIES``.
 if __name__ != "fedmaestro.strategies":
     raise ImportError("import fedmaestro.strategies, not strategies")
 
-from fedmaestro.plan import SubmodelRule
+from fedmaestro.fleet.plan import SubmodelRule
 from fedmaestro.strategies.base import Aggregation, Partial, Strategy
 from fedmaestro.strategies.block_product import BLOCK_PRODUCT
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmaestro.plan import SubmodelRule
+from fedmaestro.fleet.plan import SubmodelRule
 from fedmaestro.strategies.server_optimizers import REPLACE, ServerOptimizer
 from fedmaestro.submodel import Shape, State, leading_block
 

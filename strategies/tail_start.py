@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedmaestro.plan import Plan
+from fedmaestro.fleet.plan import Plan
 from fedmaestro.strategies.base import factor_layers, scaled_columns
 from fedmaestro.submodel import State
 

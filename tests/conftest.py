@@ -93,10 +93,10 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
 
     Returns (summary, run folder, grid).
     """
-    from fedmaestro.config import load_config
-    from fedmaestro.flower.environment import open_environment
+    from fedmaestro.config.experiment import load_config
     from fedmaestro.flower.federation import Federation
-    from fedmaestro.history import RunFolder
+    from fedmaestro.rounds.environment import open_environment
+    from fedmaestro.runs.folder import RunFolder
 
     count = iter(range(1000))
 

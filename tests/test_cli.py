@@ -11,9 +11,9 @@ import ray
 
 from fedmaestro.cli import main
 from fedmaestro.clients import OBJECTIVES
-from fedmaestro.config import ExperimentConfig
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.data import DATASETS
-from fedmaestro.fleet import FLEETS
+from fedmaestro.fleet.tiers import FLEETS
 from fedmaestro.models import MODELS
 from fedmaestro.strategies import STRATEGIES
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from torch.utils import benchmark
 
-from fedmaestro.artefact import load_model
 from fedmaestro.cli import main
 from fedmaestro.report import format_count
-from fedmaestro.train import run
-from fedmaestro.train.display import TrainingDisplay
+from fedmaestro.runs.model import load_model
+from fedmaestro.terminal.training import TrainingDisplay
+from fedmaestro.training import run
 
 QUICK = [
     "data.limit=320",
@@ -294,6 +294,6 @@ def test_the_entry_point_shows_programming_errors(fedmaestro: Command, monkeypat
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fedmaestro.extract.extract", broken)
+    monkeypatch.setattr("fedmaestro.deploy.extract.extract", broken)
     with pytest.raises(ZeroDivisionError):
         fedmaestro("extract", "run", "--max-macs", "5")

@@ -25,7 +25,7 @@ from rich.table import Table
 from svd_recovery import recover_svd
 from theory_figure import plot_theory
 
-from fedmaestro.history import write_atomically
+from fedmaestro.runs.folder import write_atomically
 from fedmaestro.threads import one_thread
 
 Result = Recovery | PcaRecovery

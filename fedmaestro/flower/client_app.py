@@ -9,10 +9,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedmaestro.fleet.plan import Plan
 from fedmaestro.flower import wire
-from fedmaestro.flower.environment import Environment, environment_of
-from fedmaestro.flower.host import evaluate_part, train_cohort
-from fedmaestro.plan import Plan
+from fedmaestro.rounds.device import evaluate_part, train_cohort
+from fedmaestro.rounds.environment import Environment, environment_of
 
 app = ClientApp()
 

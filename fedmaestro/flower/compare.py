@@ -20,17 +20,17 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedmaestro.config import ExperimentConfig, Value, from_flat, load, parse_assignment
+from fedmaestro.config.experiment import ExperimentConfig, Value, from_flat, load, parse_assignment
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.environment import choose
 from fedmaestro.flower.federation import Federation, Observer
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.run import FREE_ON_RESUME, prepare
 from fedmaestro.flower.simulation import available_cpus, simulate
-from fedmaestro.history import RunFolder, write_atomically
-from fedmaestro.results import FinishedCell, strategy_results
-from fedmaestro.settings import prepare_folder, resolve
+from fedmaestro.rounds.environment import choose
+from fedmaestro.runs.folder import RunFolder, write_atomically
+from fedmaestro.runs.results import FinishedCell, strategy_results
+from fedmaestro.runs.settings import prepare_folder, resolve
 
 _FIXED = ("seed", "out", "data.", "train.strategy", "fleet.preset", "fleet.file", "fleet.match-macs", "model.name")
 """What all variants of a comparison share: settings, or tables with a dot at the end."""

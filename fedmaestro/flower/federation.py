@@ -13,16 +13,17 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedmaestro.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
 from fedmaestro.data import class_counts
 from fedmaestro.errors import UserError
-from fedmaestro.flower import sharing, spectrum, wire
-from fedmaestro.flower.environment import Environment
+from fedmaestro.fleet.plan import Plan
+from fedmaestro.flower import wire
 from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts
 from fedmaestro.flower.strategy import TieredStrategy
-from fedmaestro.history import RoundRecord, RunFolder, summarize, write_atomically
-from fedmaestro.plan import Plan
 from fedmaestro.report import plot_partition, write_run_report
+from fedmaestro.rounds import spectrum, storage
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
+from fedmaestro.runs.folder import RoundRecord, RunFolder, summarize, write_atomically
 from fedmaestro.submodel import State
 
 
@@ -195,7 +196,7 @@ class Federation:
             "round": checkpoint.round,
         }
         if plan.setting.rule.separate:
-            card["separate"] = {tier.tier.name: sharing.owner_of(plan, tier.serves) for tier in plan.tiers}
+            card["separate"] = {tier.tier.name: storage.owner_of(plan, tier.serves) for tier in plan.tiers}
         sha256 = write_model(self.folder.path, checkpoint.global_state, card)
         summary = summarize(self.records, tiers, facts, sha256)
         write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from fedmaestro.errors import UserError
 from fedmaestro.flower import wire
 from fedmaestro.flower.client_app import DESCRIBE
-from fedmaestro.flower.environment import Environment
+from fedmaestro.rounds.environment import Environment
 
 REGISTRATION_SECONDS = 120.0
 """How long to wait for all hosts to register (Flower starts the ServerApp before they have)."""

@@ -14,16 +14,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedmaestro.artefact import load_model
-from fedmaestro.config import ExperimentConfig, from_flat
+from fedmaestro.config.experiment import ExperimentConfig, from_flat
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.environment import Environment, open_environment
 from fedmaestro.flower.federation import Federation, Observer
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import available_cpus, simulate
-from fedmaestro.history import RoundRecord, RunFolder
-from fedmaestro.settings import prepare_folder, resolve
+from fedmaestro.rounds.environment import Environment, open_environment
+from fedmaestro.runs.folder import RoundRecord, RunFolder
+from fedmaestro.runs.model import load_model
+from fedmaestro.runs.settings import prepare_folder, resolve
 
 FREE_ON_RESUME = {"out", "data.dir"}
 """Settings that may differ between a run and its continuation: they name places, not the experiment."""

@@ -7,11 +7,11 @@ import threading
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmaestro.config import from_flat
+from fedmaestro.config.experiment import from_flat
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.run import prepare
-from fedmaestro.history import RoundRecord, RunFolder
 from fedmaestro.report import format_percent
+from fedmaestro.runs.folder import RoundRecord, RunFolder
 
 app = ServerApp()
 
@@ -35,7 +35,7 @@ class LogObserver:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment of the run config (the schema of ``fedmaestro.config``)."""
+    """Run the experiment of the run config (the schema of ``fedmaestro.config.experiment``)."""
     # Only our own lines: at INFO, the HTTP library under Flower logs every heartbeat.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -12,22 +12,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedmaestro.checkpoint import Checkpoint
-from fedmaestro.cost import BYTES_PER_SCALAR
 from fedmaestro.errors import UserError
-from fedmaestro.evaluate import Score
-from fedmaestro.flower import sharing, spectrum, wire
-from fedmaestro.flower.environment import Environment
-from fedmaestro.flower.host import CohortResult, rank_segments
+from fedmaestro.fleet.cost import BYTES_PER_SCALAR
+from fedmaestro.fleet.learned import Ranked, count_updates, no_updates, rederive, tails
+from fedmaestro.fleet.plan import Submodel, TierPlan, encode_ranks
+from fedmaestro.flower import wire
 from fedmaestro.flower.hosts import one_line
-from fedmaestro.plan import Submodel, TierPlan, encode_ranks
-from fedmaestro.rederive import Ranked, count_updates, no_updates, rederive, tails
-from fedmaestro.schedule import Cohort, Schedule, schedule_round
+from fedmaestro.rounds import spectrum, storage
+from fedmaestro.rounds.device import CohortResult, rank_segments
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.schedule import Cohort, Schedule, schedule_round
+from fedmaestro.runs.checkpoint import Checkpoint
 from fedmaestro.strategies.base import WEIGHTED_SUMS, Partial, Signature
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.reordered import reorder, without_factors
 from fedmaestro.strategies.tail_decay import decay_tails
 from fedmaestro.submodel import State, num_elements
+from fedmaestro.tasks.evaluate import Score
 from fedmaestro.threads import one_thread
 
 log = logging.getLogger("fedmaestro")
@@ -112,7 +113,7 @@ class TieredStrategy(FlowerStrategy):
             job["ranks"] = ranks
         # Messages of one tier share one record, which is serialised once.
         if submodel.cost.params not in self._records:
-            self._records[submodel.cost.params] = wire.to_arrays(sharing.download(self.plan, self._global, submodel))
+            self._records[submodel.cost.params] = wire.to_arrays(storage.download(self.plan, self._global, submodel))
         content = RecordDict(
             {
                 wire.SUBMODEL: self._records[submodel.cost.params],
@@ -163,12 +164,12 @@ class TieredStrategy(FlowerStrategy):
             metrics["train_loss"] = sum(loss * n for loss, n in losses) / examples
             if (bias := self._factor_bias(partial, probes)) is not None:
                 metrics["factor_bias"] = bias
-            aggregated, devices_of = sharing.aggregate(self.plan, aggregation, partial, self._global)
+            aggregated, devices_of = storage.aggregate(self.plan, aggregation, partial, self._global)
             state, memory = self.env.strategy.server.step(self._global, aggregated, self.server_memory, devices_of)
             state = decay_tails(state, partial, self.env.strategy.tail_decay)
             if (every := self.env.strategy.reorder_every) and server_round % every == 0:
                 state, memory = reorder(state), without_factors(memory)
-            self._global, self.server_memory = sharing.advance(self.plan, state, memory)
+            self._global, self.server_memory = storage.advance(self.plan, state, memory)
         if self.env.rederivation.due(server_round, self.env.config.train.rounds):
             self._rederive(server_round)
         return wire.to_arrays(self._global), MetricRecord(metrics)

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedmaestro.flower.host import CohortResult, DeviceReport
+from fedmaestro.rounds.device import CohortResult, DeviceReport
 from fedmaestro.submodel import State
 
 SUBMODEL, JOB, PARTIAL, PROBES = "submodel", "job", "partial", "probes"

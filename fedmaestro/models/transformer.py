@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """Scores of every next target token, given the source and the tokens before it.
 
-    Costs count linear layers only (``fedmaestro.cost``): the products of queries, keys and values inside attention,
+    Costs count linear layers only (``fleet.cost``): the products of queries, keys and values inside attention,
     ``2·Q·K·E`` multiply-accumulates each, are not among them (1 % of the total at 28 tokens).
     """
 

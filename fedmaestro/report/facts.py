@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedmaestro.config import flatten
+from fedmaestro.config.experiment import flatten
 from fedmaestro.report.curves import as_number, tier_curves, total
 from fedmaestro.report.format import MISSING
 from fedmaestro.report.records import RunRecord

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro.clients import OBJECTIVES
-from fedmaestro.config import load_config
-from fedmaestro.flower.environment import open_environment
-from fedmaestro.flower.host import resident_prefixes
+from fedmaestro.config.experiment import load_config
+from fedmaestro.rounds.device import resident_prefixes
+from fedmaestro.rounds.environment import open_environment
 
 
 class Draws:

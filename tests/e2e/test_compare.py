@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedmaestro.flower.compare import Comparison, compare
-from fedmaestro.history import RoundRecord
+from fedmaestro.runs.folder import RoundRecord
 
 SMALL = {"train.rounds": 3, "train.evaluate-every": 1, "train.local-epochs": 1}
 STRATEGIES = ["nested", "wide:heterofl", "own+adam:nested+train.objective=own-prefix+train.server-optimizer=adam"]

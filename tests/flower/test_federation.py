@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedmaestro.checkpoint import read_model
-from fedmaestro.config import load_config
+from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.evaluate import score
-from fedmaestro.flower import federation, host, wire
-from fedmaestro.flower.environment import environment_of, open_environment
+from fedmaestro.flower import federation, wire
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.run import Run
 from fedmaestro.flower.strategy import TieredStrategy
-from fedmaestro.history import RoundRecord, RunFolder
+from fedmaestro.rounds import device as host
+from fedmaestro.rounds.environment import environment_of, open_environment
+from fedmaestro.runs.checkpoint import read_model
+from fedmaestro.runs.folder import RoundRecord, RunFolder
 from fedmaestro.submodel import shapes_of
+from fedmaestro.tasks.evaluate import score
 
 Federate = Callable[..., Any]
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedmaestro.checkpoint import load_checkpoint, read_model
-from fedmaestro.config import load_config
+from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.evaluate import score
-from fedmaestro.flower import host, wire
-from fedmaestro.flower.environment import open_environment
+from fedmaestro.flower import wire
 from fedmaestro.flower.run import Run
-from fedmaestro.history import RoundRecord
+from fedmaestro.rounds import device as host
+from fedmaestro.rounds.environment import open_environment
+from fedmaestro.runs.checkpoint import load_checkpoint, read_model
+from fedmaestro.runs.folder import RoundRecord
 from fedmaestro.submodel import shapes_of
+from fedmaestro.tasks.evaluate import score
 
 Federate = Callable[..., Any]
 

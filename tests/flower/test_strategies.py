@@ -9,15 +9,15 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedmaestro.checkpoint import load_checkpoint, read_model
-from fedmaestro.config import load_config
+from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.evaluate import score
 from fedmaestro.flower import wire
-from fedmaestro.flower.environment import choose, open_environment
 from fedmaestro.flower.run import Run
+from fedmaestro.rounds.environment import choose, open_environment
+from fedmaestro.runs.checkpoint import load_checkpoint, read_model
 from fedmaestro.strategies import STRATEGIES
 from fedmaestro.strategies.reordered import reorder
+from fedmaestro.tasks.evaluate import score
 
 Federate = Callable[..., Any]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmaestro.cost import trace
+from fedmaestro.fleet.cost import trace
 from fedmaestro.models.architecture import FULL, Architecture, Norm
 from fedmaestro.models.scaler import Scaler
 from fedmaestro.submodel import State, load, shapes_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.clients.base import Prefixes
-from fedmaestro.cost import trace
+from fedmaestro.fleet.cost import trace
 from fedmaestro.models.architecture import FULL, Architecture
 from fedmaestro.models.static_norm import EPSILON, StaticNorm, calibrate, use_static_norms
 from fedmaestro.models.width import group_norm

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmaestro import lod
-from fedmaestro.cost import cost, trace
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.cost import cost, trace
 from fedmaestro.models import MODELS, example_inputs
 from fedmaestro.models.architecture import FULL, Architecture, Size
 from fedmaestro.models.init import initialize

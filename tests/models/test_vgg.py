@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro import lod
-from fedmaestro.cost import cost, trace
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.cost import cost, trace
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.init import initialize

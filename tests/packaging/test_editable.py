@@ -9,9 +9,9 @@ from pathlib import Path
 
 REPORT = """
 import json
-import fedmaestro, fedmaestro.clients, fedmaestro.plan, fedmaestro.strategies
+import fedmaestro, fedmaestro.clients, fedmaestro.fleet.plan, fedmaestro.strategies
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
-modules = (fedmaestro, fedmaestro.plan, fedmaestro.strategies, fedmaestro.clients)
+modules = (fedmaestro, fedmaestro.fleet.plan, fedmaestro.strategies, fedmaestro.clients)
 print(json.dumps([m.__file__ for m in modules]))
 """
 

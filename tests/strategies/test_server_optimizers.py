@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmaestro.rederive import cut_memory
+from fedmaestro.fleet.learned import cut_memory
 from fedmaestro.strategies.base import add_to_leading_block
 from fedmaestro.strategies.server_optimizers import REPLACE, SERVER_OPTIMIZERS, ServerOptimizer
 from fedmaestro.submodel import State

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmaestro.fleet import assign_tiers, load_tiers
+from fedmaestro.fleet.plan import Plan, make_plan
+from fedmaestro.fleet.tiers import assign_tiers, load_tiers
 from fedmaestro.models.architecture import Architecture
-from fedmaestro.plan import Plan, make_plan
-from fedmaestro.schedule import schedule_round
+from fedmaestro.rounds.schedule import schedule_round
 from fedmaestro.strategies import SUBMODELS
 from fedmaestro.strategies.reordered import reorder
 from fedmaestro.strategies.tail_start import expected_holders, start_tails

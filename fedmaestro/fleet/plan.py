@@ -1,0 +1,362 @@
+"""Who trains what: the size of every tier under a submodel rule, with its costs."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import Literal
+
+from fedmaestro.errors import UserError
+from fedmaestro.fleet.cost import Cost, Trace, cost, trace
+from fedmaestro.fleet.match import matched_sizes
+from fedmaestro.fleet.tiers import Tier, budgets, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.lod.search import add_columns
+from fedmaestro.models.architecture import Architecture, Form, Size
+from fedmaestro.submodel import Shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmodelRule:
+    """Which part of the network the devices of a tier train.
+
+    Attributes:
+        form: ``lod`` (rank prefixes) or ``dense`` (leading channels; a tier's width has the MACs of its ranks).
+        trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
+            ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
+        separate: each size is a model of its own instead of the leading block of one (exclusive training).
+        rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
+    """
+
+    form: Form = "lod"
+    trains: Literal["own", "smallest", "full", "capable"] = "own"
+    separate: bool = False
+    rolls: bool = False
+
+    def describe(self) -> str:
+        """Return the rule in a few words: ``width, own, rolling``."""
+        marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
+        return ", ".join(["width" if self.form == "dense" else "rank", self.trains, *marks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often a local objective runs the nested levels of a device (its own submodel, then all smaller ones).
+
+    Attributes:
+        expected: passes (forward and backward) per step at each level, own first, for a number of levels.
+        together: whether the own level and a smaller one keep their activations at the same time.
+    """
+
+    expected: Callable[[int], Sequence[float]]
+    together: bool = False
+
+
+OWN_PASS = Passes(expected=lambda levels: [1.0] + [0.0] * (levels - 1))
+"""One pass of the own submodel per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the plans of all tiers have in common.
+
+    Attributes:
+        rule: see ``SubmodelRule``.
+        batch_size: examples of a local step, for the memory budgets.
+        momentum: whether the local optimiser keeps a momentum buffer, for the memory budgets.
+        passes: what the local objective runs in a step, for the memory budgets and the virtual clock.
+    """
+
+    rule: SubmodelRule
+    batch_size: int
+    momentum: bool = False
+    passes: Passes = OWN_PASS
+
+    @property
+    def together(self) -> bool:
+        """Whether a device's memory must hold the activations of a smaller tier besides its own."""
+        return self.passes.together and self.rule.trains != "smallest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submodel:
+    """One size with its shapes and costs."""
+
+    size: Size
+    shapes: Shapes
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierPlan:
+    """A tier, the submodel that serves (and is evaluated for) it, and the one that its devices train."""
+
+    tier: Tier
+    index: int
+    """Position in the fleet, which ``fleet.assign_tiers`` refers to."""
+    serves: Submodel
+    trains: Submodel | None
+    """None: devices of this tier do not take part."""
+    step_macs: int
+    """MACs per example of a local step under the objective (all of its passes, in expectation)."""
+    step_memory_bytes: int
+    """Peak memory of a local step under the objective."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Architecture and tiers, largest submodel first. Each plan is made once: equality is identity."""
+
+    architecture: Architecture
+    tiers: tuple[TierPlan, ...]
+    full: Submodel
+    """The whole model; smaller than the architecture's full size after shrinking."""
+    setting: Setting
+
+    def by_index(self, index: int) -> TierPlan:
+        """Return the plan of the tier at this position of the fleet."""
+        return next(plan for plan in self.tiers if plan.index == index)
+
+    def by_name(self, name: str) -> TierPlan:
+        """Return the plan of the tier of this name."""
+        return next(plan for plan in self.tiers if plan.tier.name == name)
+
+
+def make_plan(
+    architecture: Architecture,
+    tiers: tuple[Tier, ...],
+    rule: SubmodelRule,
+    *,
+    batch_size: int,
+    momentum: bool = False,
+    passes: Passes = OWN_PASS,
+    match_macs: bool = False,
+) -> Plan:
+    """Fit every tier's size to its budgets: one rank fraction (or width) per tier.
+
+    Args:
+        architecture: the LoD form; ``rule.form`` turns it into the dense one where needed.
+        tiers: the fleet.
+        rule: see ``SubmodelRule``.
+        batch_size: see ``Setting``, as for ``momentum`` and ``passes``.
+        momentum: see there.
+        passes: see there.
+        match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
+            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more).
+
+    Raises:
+        UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
+    """
+    _check_ranked(architecture, tiers)
+    setting = Setting(rule=rule, batch_size=batch_size, momentum=momentum, passes=passes)
+    fractions = _fit_fractions(architecture, tiers, setting)
+    sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
+    if rule.form == "dense" or match_macs:
+        dense = replace(architecture, form="dense")
+        macs = [_cost(architecture, size, setting).macs_per_example for size in sizes]
+        if match_macs:
+            pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
+            sizes = [pair.width if rule.form == "dense" else pair.ranks for pair in pairs]
+        else:
+            by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
+            sizes = [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
+        if rule.form == "dense":
+            architecture, full = dense, dense.full_size
+        else:
+            # What no tier can train is no part of the model to be compared.
+            full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
+    plan = _assemble(architecture, list(enumerate(tiers)), sizes, full, setting)
+    if all(tier.trains is None for tier in plan.tiers):
+        raise UserError(
+            f"no tier affords the whole model (largest fraction {float(max(fractions)):.3g}), so nobody would train: "
+            "use another strategy or fleet"
+        )
+    return plan
+
+
+def affordable(plan: Plan, chain: Sequence[Size], worth: Callable[[str, int], float]) -> list[Size]:
+    """Return what every tier affords of another chain's last size, by position in the fleet; the sizes are nested.
+
+    First the largest size of the chain that fits every budget of the tier. It suits no budget exactly: where the
+    chain's next column is dear (a convolution's), cheap ones of other layers still fit. So then single columns, as far
+    as the next larger tier has them. A rank fraction binds as the MACs and the traffic of the tier's size in ``plan``.
+
+    Args:
+        plan: the tiers with their budgets and uniform ranks.
+        chain: nested LoD sizes, ascending from rank 1 everywhere.
+        worth: of a layer's next column, at its rank so far: the one of the highest worth is added first.
+    """
+    planned = sorted(plan.tiers, key=lambda tier: tier.index)
+    tiers = [without_fraction(x.tier, x.serves.cost) for x in planned]
+
+    def cost_of(size: Size) -> Cost:
+        return _cost(plan.architecture, size, plan.setting)
+
+    reach, together = [len(chain)] * len(tiers), plan.setting.together
+    fitted = _fit_all(tiers, reach, lambda position: cost_of(chain[position]), plan.full.cost, together)
+    sizes, limits = [chain[i] for i in fitted], [budgets(tier, plan.full.cost) for tier in tiers]
+    costs = [cost_of(size) for size in sizes]
+
+    def fits(i: int, costs: Sequence[Cost]) -> bool:
+        own = _beside(costs[i], [x for x in costs if together and x.params < costs[i].params])
+        return not any(budget.excess(own) for budget in limits[i])
+
+    # Larger tiers first; where sizes are equal, first who afforded more uniform ranks.
+    order = sorted(range(len(tiers)), key=lambda i: (-fitted[i], -planned[i].serves.cost.params))
+    most = chain[-1].ranks or {}
+    for place, i in enumerate(order):
+
+        def fit_with(ranks: dict[str, int], i: int = i, place: int = place) -> bool:
+            now = [*costs[:i], cost_of(Size(ranks=ranks)), *costs[i + 1 :]]
+            # Larger tiers too: they may have to hold this one's activations beside their own.
+            return all(fits(j, now) for j in order[: place + 1])
+
+        most = add_columns(sizes[i].ranks or {}, most, worth, fit_with)
+        sizes[i] = Size(ranks=most)
+        costs[i] = cost_of(sizes[i])
+    return sizes
+
+
+def replan(plan: Plan, full: Size, sizes: Sequence[Size]) -> Plan:
+    """Return ``plan`` with other sizes of one chain.
+
+    Args:
+        plan: architecture, tiers and their order where sizes are equal.
+        full: the whole model.
+        sizes: what each tier affords, by position in the fleet.
+    """
+    order = [(tier.index, tier.tier) for tier in plan.tiers]
+    return _assemble(plan.architecture, order, [sizes[index] for index, _ in order], full, plan.setting)
+
+
+def encode_ranks(plan: Plan) -> str:
+    """Return the ranks of a LoD plan as compact JSON: the whole model's, then each tier's by position in the fleet."""
+    sizes = [plan.full.size, *(plan.by_index(i).serves.size for i in range(len(plan.tiers)))]
+    names = list(plan.architecture.full_size.ranks or {})
+    table = [[(size.ranks or {})[name] for name in names] for size in sizes]
+    return json.dumps(table, separators=(",", ":"))
+
+
+def decode_ranks(plan: Plan, text: str) -> Plan:
+    """Return ``plan`` with the ranks that ``encode_ranks`` wrote."""
+    names = list(plan.architecture.full_size.ranks or {})
+    full, *sizes = [Size(ranks=dict(zip(names, ranks, strict=True))) for ranks in json.loads(text)]
+    return replan(plan, full, sizes)
+
+
+def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
+    """Return the distinct submodels inside ``trains`` that serve smaller tiers, largest first: a device's levels."""
+    distinct = {other.cost.params: other for other in serving if other.cost.params < trains.cost.params}
+    return [distinct[params] for params in sorted(distinct, reverse=True)]
+
+
+def _check_ranked(architecture: Architecture, tiers: tuple[Tier, ...]) -> None:
+    if not architecture.full_size.ranks and any(tier.rank_fraction not in (None, 1) for tier in tiers):
+        raise UserError(
+            f"model.keep-dense={architecture.keep_dense!r} leaves no layer of {architecture.name!r} to factorise, "
+            "so no tier can be smaller: keep fewer layers dense"
+        )
+
+
+def _assemble(
+    architecture: Architecture,
+    tiers: Sequence[tuple[int, Tier]],
+    sizes: Sequence[Size],
+    full: Size,
+    setting: Setting,
+) -> Plan:
+    """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
+    known: dict[int, Submodel] = {}
+
+    def submodel(size: Size) -> Submodel:
+        figures = _cost(architecture, size, setting)
+        # In a chain, parameters identify a size.
+        if figures.params not in known:
+            known[figures.params] = Submodel(size=size, shapes=architecture.shapes(size), cost=figures)
+        return known[figures.params]
+
+    whole, own = submodel(full), [submodel(size) for size in sizes]
+    smallest = min(own, key=lambda x: x.cost.params)
+    serving = [smallest if setting.rule.trains == "smallest" else x for x in own]
+    order = sorted(range(len(tiers)), key=lambda i: -own[i].cost.params)
+    plans = tuple(
+        _tier_plan(*tiers[i], serving[i], _trained(setting.rule, own[i], smallest, whole), serving, setting.passes)
+        for i in order
+    )
+    return Plan(architecture=architecture, tiers=plans, full=whole, setting=setting)
+
+
+def _tier_plan(
+    index: int,
+    tier: Tier,
+    serves: Submodel,
+    trains: Submodel | None,
+    serving: Sequence[Submodel],
+    passes: Passes,
+) -> TierPlan:
+    macs = memory = 0
+    if trains is not None:
+        smaller = smaller_levels(trains, serving)
+        levels = [trains, *smaller]
+        expected = passes.expected(len(levels))
+        macs = round(sum(p * x.cost.train_macs_per_example for p, x in zip(expected, levels, strict=True)))
+        memory = trains.cost.train_memory_bytes
+        if passes.together and smaller:
+            memory += smaller[0].cost.activation_bytes
+    return TierPlan(tier=tier, index=index, serves=serves, trains=trains, step_macs=macs, step_memory_bytes=memory)
+
+
+def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:
+    if rule.trains == "capable" and own.cost.params != whole.cost.params:
+        return None
+    return {"own": own, "smallest": smallest}.get(rule.trains, whole)
+
+
+def _fit_fractions(architecture: Architecture, tiers: Sequence[Tier], setting: Setting) -> list[Fraction]:
+    """Fit every tier to the chain of the architecture's fractions."""
+    chain = architecture.fractions()
+
+    @cache
+    def cost_at(position: int) -> Cost:
+        return _cost(architecture, architecture.size_at(chain[position]), setting)
+
+    reach = [len(within_ranks(tier, chain)) for tier in tiers]
+    return [chain[i] for i in _fit_all(tiers, reach, cost_at, cost_at(len(chain) - 1), setting.together)]
+
+
+def _fit_all(
+    tiers: Sequence[Tier], reach: Sequence[int], cost_at: Callable[[int], Cost], full: Cost, together: bool
+) -> list[int]:
+    """Fit every tier to the first ``reach`` positions of a chain.
+
+    With ``together``, its memory must also hold the largest smaller tier's activations.
+    """
+    alone = [fit(tier, range(count), cost_at, full) for tier, count in zip(tiers, reach, strict=True)]
+    if not together:
+        return alone
+    fitted: dict[int, int] = {}
+
+    def with_smaller(position: int) -> Cost:
+        return _beside(cost_at(position), [cost_at(other) for other in fitted.values() if other < position])
+
+    for i in sorted(range(len(tiers)), key=lambda i: alone[i]):
+        fitted[i] = fit(tiers[i], range(reach[i]), with_smaller, full)
+    return [fitted[i] for i in range(len(tiers))]
+
+
+def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
+    """Return ``own`` with the memory for the activations of the largest of ``smaller`` too."""
+    below = max((x.activation_bytes for x in smaller), default=0)
+    return replace(own, train_memory_bytes=own.train_memory_bytes + below)
+
+
+def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
+    traced = trace_of(architecture, size.width)
+    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, momentum=setting.momentum)
+
+
+@lru_cache(maxsize=256)
+def trace_of(architecture: Architecture, width: Fraction | None = None) -> Trace:
+    """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a width."""
+    model = architecture.full if width is None else architecture.build(Size(width=width))
+    return trace(model, architecture.input_shape)

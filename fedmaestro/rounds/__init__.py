@@ -1,0 +1,1 @@
+"""One round without Flower: environment, schedule, device work, the server's side."""

@@ -1,0 +1,119 @@
+"""One round before it starts: who is sampled, who finishes in time, and the cohorts that messages carry.
+
+Everything here follows from the seed, the round and closed-form costs, so the server knows the outcome of the virtual
+clock before any training; devices that would be too late are not trained at all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fedmaestro import rng
+from fedmaestro.fleet.clock import close_round, device_timing
+from fedmaestro.fleet.plan import Plan, Submodel, TierPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Devices of one tier that one message carries."""
+
+    index: int
+    """Position in the round: the order in which partial results are merged."""
+    tier: TierPlan
+    devices: tuple[int, ...]
+    work: int
+    """Training MACs of all of its devices, for load balancing."""
+
+    @property
+    def submodel(self) -> Submodel:
+        """What its devices train."""
+        assert self.tier.trains is not None
+        return self.tier.trains
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A round's plan."""
+
+    cohorts: tuple[Cohort, ...]
+    dropped: tuple[int, ...]
+    """Devices that were sampled but come too late (deadline) or are not needed (over-commit)."""
+    download_bytes: int
+    """Of all sampled devices, dropped ones included."""
+    virtual_seconds: float
+
+
+def schedule_round(
+    *,
+    plan: Plan,
+    tier_of: Sequence[int],
+    examples: Sequence[int],
+    seed: int,
+    server_round: int,
+    devices_per_round: int,
+    cohort_size: int,
+    local_epochs: int = 1,
+    over_commit: float = 1.0,
+    deadline_seconds: float = 0.0,
+    upload_bytes: Callable[[Submodel], int] = lambda submodel: submodel.cost.upload_bytes,
+) -> Schedule:
+    """Sample the devices of a round and group those that finish into cohorts.
+
+    Args:
+        plan: submodels and costs of the tiers.
+        tier_of: tier index of every device.
+        examples: training examples of every device.
+        seed: the run's seed.
+        server_round: from 1 on.
+        devices_per_round: updates that the server waits for.
+        cohort_size: devices of one tier per message at most.
+        local_epochs: passes over a device's examples.
+        over_commit: sample this many times more devices.
+        deadline_seconds: virtual limit of the round; 0: none.
+        upload_bytes: of a device that trained this submodel; less than all where it does not train every tensor.
+
+    Returns:
+        The schedule; without cohorts when no device is available.
+    """
+    tiers = [plan.by_index(index) for index in tier_of]
+    reachable = rng.generator(seed, "availability", server_round).random(len(tiers))
+    candidates = [
+        device
+        for device, tier in enumerate(tiers)
+        if tier.trains is not None and reachable[device] < tier.tier.availability
+    ]
+    wanted = min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates))
+    drawn = rng.generator(seed, "sample", server_round).choice(len(candidates), wanted, replace=False)
+    sampled = sorted(candidates[i] for i in drawn)
+    trained = [submodel for d in sampled if (submodel := tiers[d].trains) is not None]
+    costs = [replace(submodel.cost, upload_bytes=upload_bytes(submodel)) for submodel in trained]
+    seconds = [
+        device_timing(tiers[d].tier, cost, examples[d] * local_epochs, tiers[d].step_macs).total
+        for d, cost in zip(sampled, costs, strict=True)
+    ]
+    outcome = close_round(seconds, devices_per_round, deadline_seconds)
+    return Schedule(
+        cohorts=_cohorts(plan, [sampled[i] for i in outcome.finished], tier_of, examples, cohort_size, local_epochs),
+        dropped=tuple(sampled[i] for i in outcome.dropped),
+        download_bytes=sum(cost.download_bytes for cost in costs),
+        virtual_seconds=outcome.seconds,
+    )
+
+
+def _cohorts(
+    plan: Plan,
+    devices: Sequence[int],
+    tier_of: Sequence[int],
+    examples: Sequence[int],
+    cohort_size: int,
+    local_epochs: int,
+) -> tuple[Cohort, ...]:
+    """Group devices by tier (largest first), in ascending order, into chunks of ``cohort_size``."""
+    cohorts: list[Cohort] = []
+    for tier in plan.tiers:
+        members = [d for d in devices if tier_of[d] == tier.index]
+        for start in range(0, len(members), cohort_size):
+            chunk = tuple(members[start : start + cohort_size])
+            work = tier.step_macs * local_epochs * sum(examples[d] for d in chunk)
+            cohorts.append(Cohort(index=len(cohorts), tier=tier, devices=chunk, work=work))
+    return tuple(cohorts)

@@ -1,0 +1,206 @@
+"""What the user sees in the terminal: a live display while a run goes on, and the closing table per tier."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedmaestro.report import format_bytes, format_count, format_seconds
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.runs.folder import RoundRecord, RunFolder
+
+
+class LiveDisplay:
+    """Observer that shows rounds, accuracy per tier, bytes, virtual and wall time and failures.
+
+    On a terminal the display refreshes in place; elsewhere (a log file, CI) it prints a line per evaluated round.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._started = time.monotonic()
+        self._rounds: list[RoundRecord] = []
+        self._names: list[str] = []
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self._bar = self._bars.add_task("starting Ray and the hosts", total=None)
+        self._phase = ""
+        # Through the console: other writers would tear the live display.
+        self._log = RichHandler(console=self.console, show_path=False, show_time=False)
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("fedmaestro").addHandler(self._log)
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+        logging.getLogger("fedmaestro").removeHandler(self._log)
+
+    def on_data(self, done: int, total: int) -> None:
+        """Show the progress of decoding a dataset for the first time."""
+        self._bars.update(self._bar, description="decoding the images (once)", completed=done, total=total)
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:
+        """Show what runs and where its results go."""
+        config = env.config
+        self._names = [tier.tier.name for tier in env.plan.tiers]
+        self._bars.update(self._bar, description="round", completed=max(0, first_round - 1), total=config.train.rounds)
+        self.console.print(
+            f"{env.dataset.name}, {config.data.devices} devices, {config.train.devices_per_round} a round · "
+            f"{config.model.name} · {env.strategy.name} with {env.objective.name} · seed {config.seed}"
+        )
+        self.console.print(f"results go to {folder.path}", soft_wrap=True)
+
+    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
+        """Show how far the round is."""
+        self._phase = f"round {server_round}: {phase} {done}/{total} messages"
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Show a complete round."""
+        self._rounds.append(record)
+        self._bars.update(self._bar, completed=record.round)
+        if record.tiers and not self.console.is_terminal:
+            scores = "  ".join(f"{name} {_percent(t['accuracy'], 1)}" for name, t in record.tiers.items())
+            self.console.print(f"round {record.round:4d}  accuracy %  {scores}  {self._totals()}", soft_wrap=True)
+
+    def _render(self) -> Group:
+        latest = next((record for record in reversed(self._rounds) if record.tiers), None)
+        parts: list[Any] = [self._bars]
+        if latest is not None:
+            table = Table(box=None, padding=(0, 2))
+            table.add_column(f"accuracy %, round {latest.round}")
+            row = ["now"]
+            for name in self._names:
+                table.add_column(name, justify="right")
+                score = latest.tiers.get(name)
+                row.append(_percent(score["accuracy"] if score else None, 1))
+            table.add_row(*row)
+            parts.append(table)
+        parts.append(Text(f"{self._totals()}   {self._phase}", style="dim"))
+        return Group(*parts)
+
+    def _totals(self) -> str:
+        down = sum(record.download_bytes for record in self._rounds)
+        up = sum(record.upload_bytes for record in self._rounds)
+        virtual = sum(record.virtual_seconds for record in self._rounds)
+        failed = sum(record.failed for record in self._rounds)
+        return (
+            f"down {format_bytes(down)}  up {format_bytes(up)}  virtual {format_seconds(virtual)}  "
+            f"wall {format_seconds(time.monotonic() - self._started)}  failed {failed}"
+        )
+
+
+class ComparisonDisplay(LiveDisplay):
+    """Observer of a comparison: cells on top, the rounds of the cell in work below."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._cells = self._bars.add_task("cells", total=None)
+
+    def on_cells(self, path: Path, done: int, total: int) -> None:
+        """Show how many cells are finished."""
+        if not self._bars.tasks[self._cells].total:
+            self.console.print(f"{total} cells, {done} of them finished; results go to {path}", soft_wrap=True)
+        self._bars.update(self._cells, completed=done, total=total)
+
+    def on_cell(self, label: str, seed: int) -> None:
+        """Show a cell that starts."""
+        self._rounds = []
+        self._label = f"{label}, seed {seed}"
+        self._bars.update(self._bar, description=self._label, completed=0, total=None)
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
+        """Show where the cell begins."""
+        self._names = [tier.tier.name for tier in env.plan.tiers]
+        self._bars.update(self._bar, completed=max(0, first_round - 1), total=env.config.train.rounds)
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Show a complete round; off a terminal, one line per cell."""
+        self._rounds.append(record)
+        self._bars.update(self._bar, completed=record.round)
+        if record.round == self._bars.tasks[self._bar].total and not self.console.is_terminal:
+            scores = "  ".join(f"{name} {_percent(t['accuracy'], 1)}" for name, t in record.tiers.items())
+            self.console.print(f"{self._label}: accuracy %  {scores}  {self._totals()}", soft_wrap=True)
+
+
+def comparison_table(results: dict[str, Any]) -> Table:
+    """Return the closing table of a comparison: final accuracy, mean ± standard deviation over seeds, in %."""
+    seeds = ", ".join(map(str, results["seeds"]))
+    title = f"{results['experiment']} · final accuracy % · seeds {seeds}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("strategy", no_wrap=True)
+    for heading in (*results["tiers"], "mean", "worst"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["strategies"]:
+        stats = [*(row["tiers"].get(name, {}).get("final") for name in results["tiers"])]
+        table.add_row(row["name"], *(_stat(x) for x in (*stats, row["mean"]["final"], row["worst"]["final"])))
+    return table
+
+
+def _stat(stat: dict[str, Any] | None) -> str:
+    if not stat or stat["mean"] is None:
+        return "–"
+    # Below the mean, so that five tiers fit into eighty columns.
+    return _percent(stat["mean"]) + ("" if stat["std"] is None else f"\n±{_percent(stat['std'])}")
+
+
+def tier_table(summary: dict[str, Any]) -> Table:
+    """Return the closing table, largest tier first: MACs per example (forward), download per device and round."""
+    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table.add_column("tier", no_wrap=True)
+    for heading in ("devices", "ranks", "params", "MACs", "download", "final %", "best %"):
+        table.add_column(heading, justify="right", no_wrap=heading != "ranks")
+    for name, tier in summary["tiers"].items():
+        table.add_row(
+            name,
+            str(tier["devices"]),
+            _ranks(tier["ranks"]),
+            format_count(tier["params"]),
+            format_count(tier["macs_per_example"]),
+            format_bytes(tier["download_bytes"]),
+            _percent(tier["final_accuracy"]),
+            _percent(tier["best_accuracy"]),
+        )
+    return table
+
+
+def _ranks(ranks: dict[str, float]) -> str:
+    if "width" in ranks:
+        return f"width {ranks['width']}"
+    values = list(ranks.values())
+    return "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
+
+
+def _percent(fraction: float | None, digits: int = 2) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
+    """Print the closing table and where everything lies."""
+    console.print(tier_table(summary))
+    if summary["failed"]:
+        console.print(f"[bold]{summary['failed']} device updates failed[/bold]: see {path}/run.log", soft_wrap=True)
+    console.print(
+        f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "
+        f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}"
+    )
+    console.print(f"model_sha256 {summary['model_sha256']}", soft_wrap=True)
+    console.print(f"results: {path} (report.html, plots/tier_accuracy.png)", soft_wrap=True)

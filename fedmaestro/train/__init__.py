@@ -1,9 +1,0 @@
-"""Maestro on one machine: ordered sampling, group lasso, progressive shrinking, and the accuracy–cost curve.
-
-Source: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024.
-"""
-
-from fedmaestro.train.config import TrainingConfig
-from fedmaestro.train.run import TrainingRun, train
-
-__all__ = ["TrainingConfig", "TrainingRun", "train"]

@@ -1,0 +1,181 @@
+"""Maestro's training step and everything that a resumed run needs of it (ICML 2024, Algorithm 1).
+
+Each step runs one sampled set of rank prefixes; the loss is ``CE(sampled, y) + λ · group lasso``, or with a full pass
+``CE(full, y) + CE(sampled, softmax(full)) + λ · group lasso``. After each epoch the columns without importance are cut.
+A dense model is trained by the same code without any of that.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fedmaestro import lod, rng
+from fedmaestro.config.training import Optimisation, TrainingConfig
+from fedmaestro.lod import sampling
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.submodel import State
+from fedmaestro.tasks.task import Batch, Task
+
+_OPTIMIZER, _PROGRESS = "optimizer/", "progress/"
+
+
+class TrainingFailedError(RuntimeError):
+    """The loss is not finite."""
+
+    ADVICE = "lower train.lr, or set train.clip-norm or train.warmup-epochs"
+
+
+class Trainer:
+    """A model, its optimiser, and the position in the run.
+
+    Attributes:
+        model: at its full current ranks between steps.
+        step: steps done since the start of the run.
+        loss_sum: of the current epoch's steps, weighted by examples; ``examples`` of them.
+    """
+
+    def __init__(self, config: TrainingConfig, task: Task, architecture: Architecture) -> None:
+        self.settings, self.task, self.seed = config.train, task, config.seed
+        self.device = torch.device(config.train.device)
+        self.steps_per_epoch = task.steps(config.train.batch_size)
+        self._architecture = architecture
+        self._place(architecture.with_state(architecture.initial_state(rng.derived_seed(config.seed, "init"))))
+        self.step = 0
+        self.loss_sum, self.examples = 0.0, 0
+        self._since, self._cuts = 0, 0
+        self._resample()
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The current full ranks."""
+        return lod.max_ranks(self.model)
+
+    def train_step(self, batch: Batch) -> float:
+        """Take one step; return its cross-entropy.
+
+        Raises:
+            TrainingFailedError: it is not finite; the model is as before.
+        """
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * lr_factor(settings, self.step, self.steps_per_epoch)
+        # Dropout draws from PyTorch's global generator: seeded by step, a resumed run draws the same.
+        torch.manual_seed(rng.derived_seed(self.seed, "dropout", self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        task_loss = self._task_loss(batch.to(self.device))
+        value = float(task_loss.detach())
+        if not math.isfinite(value):
+            raise TrainingFailedError(
+                f"the loss is {value} in step {self.step + 1} (epoch {self.epoch + 1}): {TrainingFailedError.ADVICE}"
+            )
+        loss = task_loss
+        if settings.group_lasso:
+            loss = loss + settings.group_lasso * lod.group_lasso(self.model)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        count = len(batch.targets)
+        self.step, self.loss_sum, self.examples = self.step + 1, self.loss_sum + value * count, self.examples + count
+        return value
+
+    def _task_loss(self, batch: Batch) -> Tensor:
+        bfloat16 = self.settings.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            teacher = self.model(*batch.inputs).float() if self.settings.full_pass and self.ranks else None
+            lod.set_ranks(self.model, self._sample(self.step - self._since))
+            sampled = self.model(*batch.inputs).float()
+        lod.set_ranks(self.model, self.ranks)
+        if teacher is None:
+            return self.task.loss(sampled, batch.targets, self.settings.label_smoothing)
+        full = self.task.loss(teacher, batch.targets, self.settings.label_smoothing)
+        return full + self.task.distillation(sampled, teacher, batch.targets)
+
+    def end_epoch(self) -> float:
+        """Shrink the model and return the epoch's mean loss."""
+        mean, self.loss_sum, self.examples = self.loss_sum / self.examples, 0.0, 0
+        threshold = self.settings.shrink_threshold
+        kept = lod.kept_ranks(lod.importance(self.model), threshold) if threshold else self.ranks
+        if kept != self.ranks:
+            lod.shrink(self.model, kept, self.optimizer)
+            self._since, self._cuts = self.step, self._cuts + 1
+            self._resample()
+        return mean
+
+    def _resample(self) -> None:
+        rule, ranks = self.settings.sampling, self.ranks
+        samplers = {"pairs": sampling.pairs, "independent": sampling.independent}
+        self._sample = samplers[rule](ranks, self.seed, self._cuts) if rule in samplers else lambda _step: ranks
+
+    def _place(self, model: nn.Module) -> None:
+        """Take ``model`` to the device and give it a fresh optimiser."""
+        self.model = model.to(self.device).train()
+        if self.task.metric == "accuracy":
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(self.settings, self.model)
+
+    def state(self) -> tuple[State, State]:
+        """Return the model's tensors, and those of the optimiser and the position in the run."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        memory: State = {
+            f"{_OPTIMIZER}{key}/{names[parameter]}": value
+            for parameter, slots in self.optimizer.state.items()
+            for key, value in slots.items()
+            if isinstance(value, Tensor)
+        }
+        position = {
+            "step": self.step,
+            "since": self._since,
+            "cuts": self._cuts,
+            "loss_sum": self.loss_sum,
+            "examples": self.examples,
+        }
+        memory |= {_PROGRESS + key: torch.tensor(value, dtype=torch.float64) for key, value in position.items()}
+        return self.model_state(), {name: tensor.detach().cpu() for name, tensor in memory.items()}
+
+    def model_state(self) -> State:
+        """Return the model's tensors on the CPU."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+
+    def restore(self, model_state: State, memory: State) -> None:
+        """Take up what ``state`` returned."""
+        self._place(self._architecture.with_state(model_state))
+        for name, parameter in self.model.named_parameters():
+            slots = {
+                key.split("/", 2)[1]: value.to(self.device) if value.shape == parameter.shape else value
+                for key, value in memory.items()
+                if key.startswith(_OPTIMIZER) and key.split("/", 2)[2] == name
+            }
+            if slots:
+                self.optimizer.state[parameter] = slots
+        position = {key: float(memory[_PROGRESS + key]) for key in ("step", "since", "cuts", "loss_sum", "examples")}
+        self.step, self._since, self._cuts = (int(position[key]) for key in ("step", "since", "cuts"))
+        self.loss_sum, self.examples = position["loss_sum"], int(position["examples"])
+        self._resample()
+
+
+def make_optimizer(settings: Optimisation, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser of ``settings`` over all parameters of ``model``."""
+    parameters = list(model.parameters())
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def lr_factor(settings: Optimisation, step: int, steps_per_epoch: int) -> float:
+    """Return the factor of the learning rate in the given step (0 is the first)."""
+    epoch = step / steps_per_epoch
+    if epoch < settings.warmup_epochs:
+        return (step + 1) / (settings.warmup_epochs * steps_per_epoch + 1)
+    if settings.schedule == "steps":
+        return 0.1 ** ((epoch >= 0.5 * settings.epochs) + (epoch >= 0.75 * settings.epochs))
+    if settings.schedule == "cosine":
+        done = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1e-9)
+        return (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return 1.0

@@ -1,0 +1,237 @@
+"""A round's plan: a function of seed and round; cohorts of one tier; availability, over-commit and deadline."""
+
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmaestro.fleet.clock import device_timing
+from fedmaestro.fleet.plan import Plan, SubmodelRule, make_plan
+from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.rounds.schedule import Schedule, schedule_round
+
+DEVICES = 40
+TIER_OF = assign_tiers(FLEETS["five-tiers"].tiers, DEVICES, 0)
+EXAMPLES = [20 + 7 * (device % 13) for device in range(DEVICES)]
+SEEDS = st.integers(0, 2**32 - 1)
+ROUNDS = st.integers(1, 10**6)
+
+
+@cache
+def plan_of(trains: str = "own", availability: float = 1.0) -> Plan:
+    tiers = tuple(tier.model_copy(update={"availability": availability}) for tier in FLEETS["five-tiers"].tiers)
+    lenet = Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10)
+    return make_plan(lenet, tiers, SubmodelRule(trains=trains), batch_size=32)  # type: ignore[arg-type]
+
+
+def scheduled(plan: Plan | None = None, **changes: float) -> Schedule:
+    arguments = {"seed": 0, "server_round": 1, "devices_per_round": 12, "cohort_size": 2, **changes}
+    return schedule_round(
+        plan=plan or plan_of(),
+        tier_of=TIER_OF,
+        examples=EXAMPLES,
+        **arguments,  # type: ignore[arg-type]
+    )
+
+
+def finished(schedule: Schedule) -> list[int]:
+    return [device for cohort in schedule.cohorts for device in cohort.devices]
+
+
+def seconds(device: int, local_epochs: int = 1) -> float:
+    tier = plan_of().by_index(TIER_OF[device])
+    assert tier.trains is not None
+    return device_timing(tier.tier, tier.trains.cost, EXAMPLES[device] * local_epochs).total
+
+
+# Sampling
+
+
+@given(SEEDS, ROUNDS)
+def test_seed_and_round_fix_the_schedule(seed: int, server_round: int) -> None:
+    one = scheduled(seed=seed, server_round=server_round, over_commit=1.5, deadline_seconds=1)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    assert scheduled(seed=seed, server_round=server_round, over_commit=1.5, deadline_seconds=1) == one
+
+
+def test_rounds_and_seeds_differ() -> None:
+    assert len({tuple(sorted(finished(scheduled(server_round=r)))) for r in range(1, 21)}) == 20
+    assert len({tuple(sorted(finished(scheduled(seed=s)))) for s in range(20)}) == 20
+
+
+@given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.floats(1, 3))
+def test_every_sampled_device_is_there_once(seed: int, server_round: int, wanted: int, over_commit: float) -> None:
+    schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=wanted, over_commit=over_commit)
+    sampled = [*finished(schedule), *schedule.dropped]
+    assert len(set(sampled)) == len(sampled)
+    assert set(sampled) <= set(range(DEVICES))
+    assert len(finished(schedule)) == wanted
+
+
+def test_devices_are_equally_likely() -> None:
+    """400 rounds of 10 among 40: 100 times each, with a standard deviation of 8.7."""
+    counts = Counter(d for r in range(400) for d in finished(scheduled(server_round=r + 1, devices_per_round=10)))
+    assert sum(counts.values()) == 4000
+    assert all(abs(counts[device] - 100) < 5 * 8.7 for device in range(DEVICES))
+    assert len(set(counts.values())) > 5, "as regular as this is not random"
+
+
+# Cohorts
+
+
+@given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.integers(1, 9))
+def test_cohorts_hold_devices_of_one_tier(seed: int, server_round: int, wanted: int, cohort_size: int) -> None:
+    schedule = scheduled(
+        seed=seed, server_round=server_round, devices_per_round=wanted, cohort_size=cohort_size, local_epochs=3
+    )
+    assert [cohort.index for cohort in schedule.cohorts] == list(range(len(schedule.cohorts)))
+    for cohort in schedule.cohorts:
+        assert 1 <= len(cohort.devices) <= cohort_size
+        assert list(cohort.devices) == sorted(cohort.devices)
+        assert {TIER_OF[device] for device in cohort.devices} == {cohort.tier.index}
+        assert cohort.submodel == cohort.tier.trains
+        examples = sum(EXAMPLES[device] for device in cohort.devices)
+        assert cohort.work == 3 * examples * cohort.submodel.cost.train_macs_per_example
+
+
+@given(SEEDS, ROUNDS, st.integers(1, 9))
+def test_cohorts_are_filled_largest_tier_first(seed: int, server_round: int, cohort_size: int) -> None:
+    """The order in which partial results are merged must not depend on anything else."""
+    schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=30, cohort_size=cohort_size)
+    order = [tier.index for tier in plan_of().tiers]
+    for before, after in pairwise(schedule.cohorts):
+        if before.tier == after.tier:
+            assert len(before.devices) == cohort_size
+            assert max(before.devices) < min(after.devices)
+        else:
+            assert order.index(before.tier.index) < order.index(after.tier.index)
+
+
+@given(SEEDS, ROUNDS, st.integers(1, 9), st.integers(1, 9))
+def test_cohort_size_only_groups(seed: int, server_round: int, one: int, other: int) -> None:
+    a, b = (
+        scheduled(seed=seed, server_round=server_round, cohort_size=size, over_commit=1.3, deadline_seconds=2)
+        for size in (one, other)
+    )
+    assert finished(a) == finished(b)
+    assert (a.dropped, a.download_bytes, a.virtual_seconds) == (b.dropped, b.download_bytes, b.virtual_seconds)
+    assert sum(cohort.work for cohort in a.cohorts) == sum(cohort.work for cohort in b.cohorts)
+
+
+# Who takes part
+
+
+def test_tiers_that_do_not_train_are_never_sampled() -> None:
+    plan = plan_of("capable")
+    capable = {device for device in range(DEVICES) if FLEETS["five-tiers"].tiers[TIER_OF[device]].name == "flagship"}
+    seen = set()
+    for server_round in range(1, 30):
+        schedule = scheduled(plan, server_round=server_round, devices_per_round=3, over_commit=1.4)
+        assert len(finished(schedule)) == 3
+        seen |= {*finished(schedule), *schedule.dropped}
+    assert seen == capable
+
+
+def test_fewer_candidates_than_wanted_are_all_taken() -> None:
+    schedule = scheduled(plan_of("capable"), devices_per_round=20, over_commit=2)
+    assert len(finished(schedule)) == DEVICES // 5
+    assert schedule.dropped == ()
+    assert schedule.virtual_seconds == max(seconds(device) for device in finished(schedule))
+
+
+def test_availability_is_the_share_of_reachable_devices() -> None:
+    """3,000 devices; a tier of n devices at availability a has n·a reachable ones, ± 5 standard deviations."""
+    tiers = (Tier(name="often", share=0.5, availability=0.7), Tier(name="rarely", share=0.5, availability=0.1))
+    lenet = Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10)
+    plan = make_plan(lenet, tiers, SubmodelRule(), batch_size=32)
+    tier_of = assign_tiers(tiers, 3000, 0)
+
+    def reachable(server_round: int) -> set[int]:
+        schedule = schedule_round(
+            plan=plan,
+            tier_of=tier_of,
+            examples=[1] * 3000,
+            seed=0,
+            server_round=server_round,
+            devices_per_round=3000,
+            cohort_size=50,
+        )
+        return set(finished(schedule))
+
+    first, second = reachable(1), reachable(2)
+    for index, tier in enumerate(tiers):
+        members = {device for device in range(3000) if tier_of[device] == index}
+        for found, probability in (
+            (first, tier.availability),
+            (second, tier.availability),
+            (first & second, tier.availability**2),  # rounds are independent
+        ):
+            deviation = math.sqrt(1500 * probability * (1 - probability))
+            assert abs(len(found & members) - 1500 * probability) < 5 * deviation
+
+
+def test_nobody_available() -> None:
+    schedule = scheduled(plan_of(availability=1e-12), deadline_seconds=5)
+    assert schedule == Schedule(cohorts=(), dropped=(), download_bytes=0, virtual_seconds=0)
+
+
+# Over-commit and deadline
+
+
+@given(SEEDS, ROUNDS, st.integers(1, 20), st.integers(100, 400))
+def test_over_commit_keeps_the_fastest(seed: int, server_round: int, wanted: int, percent: int) -> None:
+    """Of a decimal, as settings are: 10 devices at 1.1 are 11, although the float product is above 11."""
+    over_commit = percent / 100
+    schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=wanted, over_commit=over_commit)
+    sampled = sorted([*finished(schedule), *schedule.dropped])
+    assert len(sampled) == min(math.ceil(Fraction(wanted * percent, 100)), DEVICES)
+    assert sorted(finished(schedule)) == sorted(sorted(sampled, key=lambda d: (seconds(d), d))[:wanted])
+    assert list(schedule.dropped) == sorted(schedule.dropped)
+    assert schedule.virtual_seconds == max(map(seconds, finished(schedule)))
+    download = {tier.index: tier.trains.cost.download_bytes for tier in plan_of().tiers if tier.trains}
+    assert schedule.download_bytes == sum(download[TIER_OF[device]] for device in sampled)
+
+
+@given(SEEDS, ROUNDS, st.integers(1, 3), st.floats(0.05, 4))
+def test_deadline_drops_the_late(seed: int, server_round: int, local_epochs: int, deadline: float) -> None:
+    free = scheduled(seed=seed, server_round=server_round, local_epochs=local_epochs)
+    schedule = scheduled(seed=seed, server_round=server_round, local_epochs=local_epochs, deadline_seconds=deadline)
+    times = {device: seconds(device, local_epochs=local_epochs) for device in finished(free)}
+    assert finished(schedule) == [device for device in finished(free) if times[device] <= deadline]
+    assert list(schedule.dropped) == sorted(device for device in times if times[device] > deadline)
+    assert schedule.download_bytes == free.download_bytes
+    assert schedule.virtual_seconds == (deadline if schedule.dropped else max(times.values()))
+
+
+def test_deadline_before_everybody() -> None:
+    schedule = scheduled(deadline_seconds=1e-6)
+    assert schedule.cohorts == ()
+    assert len(schedule.dropped) == 12
+    assert schedule.virtual_seconds == 1e-6
+    assert schedule.download_bytes == scheduled().download_bytes > 0
+
+
+def test_over_commit_means_the_decimal() -> None:
+    tiers = (Tier(name="a", share=1, rank_fraction=0.1),)
+    plan = make_plan(
+        Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10), tiers, SubmodelRule(), batch_size=32
+    )
+    schedule = schedule_round(
+        plan=plan,
+        tier_of=[0] * 200,
+        examples=[1] * 200,
+        seed=0,
+        server_round=1,
+        devices_per_round=100,
+        cohort_size=10,
+        over_commit=1.1,
+    )
+    assert len(schedule.dropped) == 10

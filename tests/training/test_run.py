@@ -1,0 +1,623 @@
+"""A whole training on the embedded digits: its files, its repetition, interruption and resumption, and mistakes."""
+
+import hashlib
+import json
+import os
+import signal
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmaestro import lod
+from fedmaestro.config.experiment import load
+from fedmaestro.errors import UserError
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.model import load_model
+from fedmaestro.tasks.opening import open_task
+from fedmaestro.tasks.task import Task, evaluate
+from fedmaestro.training import TrainingConfig, TrainingRun, run, train
+from fedmaestro.training.run import EpochRecord
+from fedmaestro.training.trainer import TrainingFailedError
+
+QUICK: dict[str, Any] = {
+    "data.limit": 320,
+    "train.batch-size": 64,
+    "train.epochs": 3,
+    "curve.calibration": 64,
+    "curve.fractions": "1 0.5 0.2",
+    "curve.latency": False,
+}
+"""Five steps per epoch."""
+
+SHRINKING: dict[str, Any] = {**QUICK, "train.shrink-threshold": 2.0, "train.group-lasso": 1e-3, "train.lr": 0.02}
+"""Every epoch cuts something."""
+
+Train = Callable[..., TrainingRun]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Train in few steps and draw nothing; other settings come as ``quick({"train.epochs": 1}, out=…)``."""
+    monkeypatch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
+    monkeypatch.setattr(run, "plot_ranks", lambda *_, **__: None)
+
+    def call(overrides: dict[str, Any] | None = None, **options: Any) -> TrainingRun:
+        return train(overrides={**QUICK, **(overrides or {})}, **options)
+
+    return call
+
+
+class Interrupter:
+    """Observer that presses Ctrl-C ``times`` times in the given step, and notes what it is told."""
+
+    def __init__(self, epoch: int = 0, step: int = 0, times: int = 1) -> None:
+        self.at, self.times = (epoch, step), times
+        self.steps: list[tuple[int, int]] = []
+        self.records: list[EpochRecord] = []
+        self.notes: list[str] = []
+        self.started: list[tuple[Path, int]] = []
+
+    def on_start(self, config: TrainingConfig, task: Task, folder: Path, steps: int) -> None:
+        self.started.append((folder, steps))
+
+    def on_step(self, epoch: int, step: int, loss: float) -> None:
+        self.steps.append((epoch, step))
+        if (epoch, step) == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        self.records.append(record)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def without_seconds(records: list[EpochRecord]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in records]
+
+
+# One run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+    """The demo with three epochs, shortened only where it takes time."""
+    overrides = {"train.epochs": 3, "curve.latency": False, "curve.calibration": 256, "curve.fractions": "1 0.5 0.25"}
+    return train(overrides=overrides, out=tmp_path_factory.mktemp("runs") / "demo")
+
+
+def test_files(finished: TrainingRun) -> None:
+    files = {name for name, content in tree(finished.path).items() if content is not None}
+    assert files >= {
+        "config.toml",
+        "epochs.jsonl",
+        "summary.json",
+        "curve.json",
+        "model.safetensors",
+        "model.json",
+        "checkpoint/progress.json",
+        "plots/accuracy_cost.png",
+        "plots/accuracy_cost.svg",
+        "plots/ranks.png",
+        "plots/ranks.svg",
+    }
+    config = load(TrainingConfig, finished.path / "config.toml")
+    assert config.train.epochs == 3
+    assert tomllib.loads(config.to_toml()) == tomllib.loads((finished.path / "config.toml").read_text())
+
+
+def test_epochs(finished: TrainingRun) -> None:
+    lines = [json.loads(line) for line in (finished.path / "epochs.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["train_loss"] is None
+    assert lines == [asdict(record) for record in finished.epochs]
+    losses = [line["train_loss"] for line in lines[1:]]
+    assert losses == sorted(losses, reverse=True)
+    for line in lines:
+        assert line["ranks"] == {"fc1": 64, "fc2": 128, "fc3": 10}
+        # All three layers are dense at full rank.
+        assert line["params"] == 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+        assert line["macs_per_example"] == 64 * 128 + 128 * 128 + 128 * 10
+
+
+def test_summary(finished: TrainingRun) -> None:
+    summary, last = finished.summary, finished.epochs[-1]
+    content = (finished.path / "model.safetensors").read_bytes()
+    assert summary["model_sha256"] == hashlib.sha256(content).hexdigest()
+    assert (summary["final_value"], summary["final_loss"], summary["ranks"]) == (last.value, last.loss, last.ranks)
+    assert summary["best_value"] == max(record.value for record in finished.epochs)
+    assert {key: summary[key] for key in ("task", "model", "form", "metric", "split", "epochs", "seed")} == {
+        "task": "digits",
+        "model": "mlp",
+        "form": "lod",
+        "metric": "accuracy",
+        "split": "test",
+        "epochs": 3,
+        "seed": 0,
+    }
+    assert summary["params"] == summary["dense_params"] == last.params
+    assert summary["wall_seconds"] == pytest.approx(sum(record.seconds for record in finished.epochs), abs=0.01)
+    assert "interrupted" not in summary
+    assert summary["final_value"] > 0.85
+
+
+def test_the_model_scores_what_the_summary_says(finished: TrainingRun) -> None:
+    task = open_task(TrainingConfig())
+    model = finished.model()
+    assert not model.training
+    result = evaluate(model, task, task.scored("test"))
+    assert result.accuracy == finished.summary["final_value"]
+    assert result.loss == pytest.approx(finished.summary["final_loss"], rel=1e-6)
+    # By hand, from the card alone: pixels to [0, 1], then its mean and standard deviation.
+    card = json.loads((finished.path / "model.json").read_text())
+    from fedmaestro.data import load_dataset
+
+    digits = load_dataset("digits")
+    pixels = torch.from_numpy(digits.test_images.astype(np.float32)) / 255
+    with torch.inference_mode():
+        guesses = model((pixels - card["mean"][0]) / card["std"][0]).argmax(1).numpy()
+    assert (guesses == digits.test_labels).mean() == pytest.approx(summary_value(finished))
+
+
+def summary_value(finished: TrainingRun) -> float:
+    return float(finished.summary["final_value"])
+
+
+def test_curve_file_is_well_formed(finished: TrainingRun) -> None:
+    curve = finished.curve
+    assert set(curve) == {"metric", "device", "seed", "dense_params", "dense_macs", "series", "dense"}
+    assert (curve["metric"], curve["seed"], curve["dense"]) == ("accuracy", 0, None)
+    assert (curve["dense_params"], curve["dense_macs"]) == (26122, 25856)
+    assert list(curve["series"]) == ["Maestro, searched ranks", "Maestro, uniform ranks"]
+    for points in curve["series"].values():
+        assert [point["budget"] for point in points] == [1.0, 0.5, 0.25, points[-1]["macs"] / 25856]
+        for point in points:
+            keys = {"budget", "ranks", "calibration_loss", "params", "macs", "latency_ms", "value", "loss"}
+            assert set(point) == keys
+            assert set(point["ranks"]) == {"fc1", "fc2", "fc3"}
+            assert point["latency_ms"] is None
+            assert 0 <= point["value"] <= 1
+
+
+def test_the_observer_is_told_everything(tmp_path: Path, quick: Train) -> None:
+    observer = Interrupter()
+    result = quick({"train.epochs": 2}, out=tmp_path / "run", observer=observer)
+    assert observer.started == [(tmp_path / "run", 5)]
+    assert observer.steps == [(epoch, step) for epoch in (1, 2) for step in range(1, 6)]
+    assert observer.records == result.epochs
+    assert any("searched ranks" in note for note in observer.notes)
+
+
+def test_shrinking_shows_in_the_files(tmp_path: Path, quick: Train) -> None:
+    result = quick(SHRINKING, out=tmp_path / "run")
+    totals = [sum(record.ranks.values()) for record in result.epochs]
+    assert totals == sorted(set(totals), reverse=True)
+    assert lod.max_ranks(result.model()) == result.summary["ranks"] == result.epochs[-1].ranks
+    assert result.summary["params"] < result.summary["dense_params"]
+    assert result.summary["macs_per_example"] < result.summary["dense_macs_per_example"]
+    assert result.summary["dense_params"] == 26122
+    deployed = lod.recompose(result.model())
+    assert sum(p.numel() for p in deployed.parameters()) == result.summary["params"]
+    first = result.curve["series"]["Maestro, searched ranks"][0]
+    assert first["ranks"] == result.summary["ranks"]
+
+
+def test_dense_form(tmp_path: Path) -> None:
+    overrides = {**QUICK, "model.form": "dense", "train.shrink-threshold": 10.0, "train.epochs": 2}
+    result = train(overrides=overrides, out=tmp_path / "run")
+    assert lod.layers(result.model()) == {}
+    assert {tuple(record.ranks) for record in result.epochs} == {()}
+    assert {(record.params, record.macs_per_example) for record in result.epochs} == {(26122, 25856)}
+    curve = result.curve
+    assert list(curve["series"]) == ["dense + SVD, searched ranks", "dense + SVD, uniform ranks"]
+    assert curve["dense"]["value"] == result.summary["final_value"]
+    assert (curve["dense"]["params"], curve["dense"]["macs"]) == (26122, 25856)
+    assert (tmp_path / "run/plots/accuracy_cost.png").exists()
+    assert not (tmp_path / "run/plots/ranks.png").exists()
+
+
+def test_a_model_whose_layers_all_stay_dense(tmp_path: Path) -> None:
+    result = train(overrides={**QUICK, "model.keep-dense": "fc1 fc2 fc3", "train.epochs": 1}, out=tmp_path / "run")
+    assert result.summary["ranks"] == {}
+    for points in result.curve["series"].values():
+        assert {(point["params"], point["macs"]) for point in points} == {(26122, 25856)}
+        assert {point["value"] for point in points} == {result.summary["final_value"]}
+
+
+def test_budgets_below_the_smallest_model_show_just_that(tmp_path: Path) -> None:
+    result = train(overrides={**QUICK, "curve.fractions": "0.001", "train.epochs": 1}, out=tmp_path / "run")
+    searched, uniform = result.curve["series"].values()
+    assert [point["ranks"] for point in searched] == [dict.fromkeys(("fc1", "fc2", "fc3"), 1)]
+    assert [point["ranks"] for point in uniform] == [{"fc1": 1, "fc2": 3, "fc3": 1}]
+
+
+def test_epochs_are_scored_on_the_validation_split(tmp_path: Path, quick: Train) -> None:
+    result = quick({"data.validation": 100, "train.epochs": 1}, out=tmp_path)
+    task = open_task(load(TrainingConfig, None, {"data.limit": 320, "data.validation": 100}))
+    assert result.summary["split"] == "validation"
+    scored = evaluate(result.model(), task, task.scored("validation"))
+    assert result.summary["final_value"] == scored.accuracy == result.epochs[-1].value
+    tested = evaluate(result.model(), task, task.scored("test"))
+    first = result.curve["series"]["Maestro, searched ranks"][0]
+    assert (first["value"], first["validation_value"]) == (tested.accuracy, scored.accuracy)
+
+
+def test_architecture_of_the_card(finished: TrainingRun) -> None:
+    card = json.loads((finished.path / "model.json").read_text())
+    assert (card["input_shape"], card["num_classes"], card["tiers"]) == ([1, 8, 8], 10, {})
+    assert card["size"] == {"ranks": {"fc1": 64, "fc2": 128, "fc3": 10}}
+    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10, keep_dense=card["keep_dense"])
+    assert lod.max_ranks(architecture.full) == card["size"]["ranks"]
+
+
+# Repetition
+
+
+def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path: Path, quick: Train) -> None:
+    changes = [{}, {}, {"seed": 1}]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    runs = [quick({**c, "train.epochs": 1}, out=tmp_path / str(i)) for i, c in enumerate(changes)]
+    assert torch.get_rng_state().equal(before)
+    digests = [result.summary["model_sha256"] for result in runs]
+    assert digests[0] == digests[1] != digests[2]
+    assert without_seconds(runs[0].epochs) == without_seconds(runs[1].epochs)
+    assert runs[0].curve == runs[1].curve
+
+
+def test_the_configuration_may_be_a_file_or_an_object(tmp_path: Path, quick: Train) -> None:
+    (tmp_path / "mine.toml").write_text("seed = 5\n[train]\nepochs = 1\n")
+    config = load(TrainingConfig, tmp_path / "mine.toml")
+    first = train(tmp_path / "mine.toml", overrides={**QUICK, "train.epochs": 1}, out=tmp_path / "a")
+    second = train(config, overrides={**QUICK, "train.epochs": 1}, out=tmp_path / "b")
+    assert first.summary["seed"] == 5
+    assert first.summary["model_sha256"] == second.summary["model_sha256"]
+
+
+def test_the_default_folder_names_the_run(tmp_path: Path, quick: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = quick({"train.epochs": 1, "seed": 7})
+    assert result.path.parent == tmp_path / "runs"
+    assert result.path.name.startswith("digits-lod-seed7-")
+
+
+# Interruption
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+    """A run of three epochs that shrinks, not interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
+        patch.setattr(run, "plot_ranks", lambda *_, **__: None)
+        return train(overrides=SHRINKING, out=tmp_path_factory.mktemp("whole") / "run")
+
+
+def assert_same_run(result: TrainingRun, whole: TrainingRun) -> None:
+    assert result.summary["model_sha256"] == whole.summary["model_sha256"]
+    assert without_seconds(result.epochs) == without_seconds(whole.epochs)
+    timeless = [{k: v for k, v in x.summary.items() if k != "wall_seconds"} for x in (result, whole)]
+    assert timeless[0] == timeless[1]
+    assert result.curve == whole.curve
+
+
+@pytest.mark.parametrize("at", [(1, 2), (1, 5), (2, 1), (2, 4), (3, 4)], ids=str)
+def test_interrupted_and_resumed_is_the_same_run(
+    at: tuple[int, int], tmp_path: Path, quick: Train, whole: TrainingRun
+) -> None:
+    epoch, step = at
+    complete = epoch if step == 5 else epoch - 1
+    before = signal.getsignal(signal.SIGINT)
+    first = Interrupter(*at)
+    result = quick(SHRINKING, out=tmp_path, observer=first)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert first.steps[-1] == at
+    assert result.summary["interrupted"]
+    assert result.summary["epochs"] == complete
+    assert [record.epoch for record in result.epochs] == list(range(complete + 1))
+    assert not (tmp_path / "curve.json").exists()
+    assert lod.max_ranks(load_model(tmp_path)) == result.summary["ranks"]
+
+    second = Interrupter()
+    resumed = train(out=tmp_path, resume=True, observer=second)
+    assert second.steps[0] == ((epoch + 1, 1) if step == 5 else (epoch, step + 1))
+    assert second.records == resumed.epochs
+    assert_same_run(resumed, whole)
+
+
+def test_an_interrupted_last_step_ends_the_run(tmp_path: Path, quick: Train, whole: TrainingRun) -> None:
+    assert_same_run(quick(SHRINKING, out=tmp_path, observer=Interrupter(3, 5)), whole)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        (1, 3),
+        (2, 1),
+        (3, 2),
+    ],
+    ids=str,
+)
+def test_ended_at_once_and_resumed_is_the_same_run(
+    at: tuple[int, int], tmp_path: Path, quick: Train, whole: TrainingRun
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quick(SHRINKING, out=tmp_path, observer=Interrupter(*at, times=2))
+    assert not (tmp_path / "summary.json").exists()
+    resumed = train(out=tmp_path, resume=True)
+    assert_same_run(resumed, whole)
+
+
+def test_a_crash_while_a_checkpoint_is_saved_is_repaired(
+    tmp_path: Path, quick: Train, whole: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = run.save_checkpoint
+
+    def crash(folder: Path, checkpoint: Any) -> None:
+        if checkpoint.round == 10:
+            raise OSError("disk full")
+        original(folder, checkpoint)
+
+    monkeypatch.setattr(run, "save_checkpoint", crash)
+    with pytest.raises(OSError, match="disk full"):
+        quick(SHRINKING, out=tmp_path)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "epochs.jsonl").read_text().splitlines()] == [0, 1, 2]
+    with (tmp_path / "epochs.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "tra')
+    monkeypatch.setattr(run, "save_checkpoint", original)
+    assert_same_run(train(out=tmp_path, resume=True), whole)
+
+
+def test_checkpoints_between_epochs(
+    tmp_path: Path, quick: Train, whole: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        quick(SHRINKING, out=tmp_path, observer=Interrupter(2, 3, times=2))
+    observer = Interrupter()
+    resumed = train(out=tmp_path, resume=True, observer=observer)
+    assert observer.steps[0] == (2, 3)
+    assert_same_run(resumed, whole)
+
+
+def test_a_finished_run_can_be_resumed_to_draw_its_curve(tmp_path: Path, quick: Train) -> None:
+    first = quick({"train.epochs": 1}, out=tmp_path)
+    before, curve = (tmp_path / "epochs.jsonl").read_text(), first.curve
+    (tmp_path / "curve.json").unlink()
+    again = train(out=tmp_path, resume=True)
+    assert again.curve == curve
+    assert (tmp_path / "epochs.jsonl").read_text() == before
+    # What is measured after the training may change.
+    other = train(overrides={"curve.fractions": "0.3"}, out=tmp_path, resume=True)
+    assert [point["budget"] for point in other.curve["series"]["Maestro, searched ranks"]][:-1] == [0.3]
+    assert other.summary["model_sha256"] == first.summary["model_sha256"]
+    assert load(TrainingConfig, tmp_path / "config.toml").curve.fractions == "0.3"
+
+
+def test_resumption_without_the_history(tmp_path: Path, quick: Train) -> None:
+    quick({"train.epochs": 1}, out=tmp_path)
+    (tmp_path / "epochs.jsonl").unlink()
+    try:
+        train(out=tmp_path, resume=True)
+    except UserError as error:
+        assert "epochs.jsonl" in str(error)  # noqa: PT017
+
+
+def test_a_run_may_move(tmp_path: Path, quick: Train, whole: TrainingRun) -> None:
+    quick(SHRINKING, out=tmp_path / "old", observer=Interrupter(2, 2))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert_same_run(train(out=tmp_path / "new", resume=True), whole)
+    assert not (tmp_path / "old").exists()
+
+
+def test_a_run_in_the_home_folder_resumes_with_its_own_settings(
+    tmp_path: Path, quick: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quick({"train.epochs": 2}, out="~/run", observer=Interrupter(1, 2))
+    assert (tmp_path / "run/config.toml").exists()
+    assert train(out="~/run", resume=True).summary["epochs"] == 2
+
+
+# Divergence
+
+
+def test_a_failed_training_leaves_the_last_checkpoint(tmp_path: Path, quick: Train) -> None:
+    changes = {"train.epochs": 2, "train.schedule": "constant", "train.sampling": "none"}
+
+    class Spoiler(Interrupter):
+        """Makes the model diverge in the second epoch, as a learning rate that is too high would."""
+
+        def on_step(self, epoch: int, step: int, loss: float) -> None:
+            if (epoch, step) == (2, 1):
+                raise TrainingFailedError("the loss is nan in step 6 (epoch 2)")
+
+    with pytest.raises(TrainingFailedError):
+        quick(changes, out=tmp_path, observer=Spoiler())
+    resumed = train(out=tmp_path, resume=True)
+    assert [record.epoch for record in resumed.epochs] == [0, 1, 2]
+
+
+def test_divergence_in_the_middle_of_an_epoch_is_told(tmp_path: Path, quick: Train) -> None:
+    with pytest.raises(TrainingFailedError, match=r"in step \d \(epoch 1\): lower train\.lr"):
+        quick({"train.lr": 1e30}, out=tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_divergence_in_the_last_step_of_an_epoch_is_told(tmp_path: Path, quick: Train) -> None:
+    with pytest.raises(TrainingFailedError):
+        quick({"train.lr": 1e30, "train.batch-size": 320, "train.epochs": 1}, out=tmp_path)
+
+
+# Mistakes
+
+
+def refused(said: list[str], tmp_path: Path, **arguments: Any) -> str:
+    """Check that ``train`` names what is wrong in one line and leaves the disk alone."""
+    before = tree(tmp_path)
+    with pytest.raises(UserError) as error:
+        train(**arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    assert [part for part in said if part not in message] == [], message
+    assert tree(tmp_path) == before
+    return message
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown setting": ({"train.epoch": 3}, ["train.epoch", "did you mean 'train.epochs'?"]),
+    "unknown model": ({"model.name": "mlpp"}, ["model.name", "'mlpp'", "did you mean 'mlp'?"]),
+    "unknown dataset": ({"data.name": "digit"}, ["data.name", "'digit'", "did you mean 'digits'?"]),
+    "unknown layer": ({"model.keep-dense": "fc9"}, ["model.keep-dense", "'fc9'", "fc3"]),
+    "unknown form": ({"model.form": "sparse"}, ["model.form", "'sparse'", "dense"]),
+    "unknown device": ({"train.device": "gpu"}, ["train.device", "'gpu'", "cpu"]),
+    "no such device": ({"train.device": "cuda:97"}, ["train.device", "'cuda:97'"]),
+    "no fractions": ({"curve.fractions": " "}, ["curve.fractions", "' '"]),
+    "a word as fraction": ({"curve.fractions": "1 half"}, ["curve.fractions", "'1 half'"]),
+    "fraction zero": ({"curve.fractions": "1 0"}, ["curve.fractions", "'1 0'"]),
+    "fraction above one": ({"curve.fractions": "1.5"}, ["curve.fractions", "'1.5'"]),
+    "fraction not a number": ({"curve.fractions": "nan"}, ["curve.fractions", "'nan'"]),
+    "limit too large": ({"data.limit": 1438}, ["data.limit", "1438", "1437"]),
+    "limit too large beside validation": (
+        {"data.limit": 1400, "data.validation": 38},
+        ["data.limit", "1400", "1399"],
+    ),
+    "validation too large": ({"data.validation": 1437}, ["data.validation", "1437"]),
+    "negative limit": ({"data.limit": -1}, ["data.limit", "-1"]),
+    "momentum one": ({"train.momentum": 1.0}, ["train.momentum", "1.0"]),
+    "learning rate zero": ({"train.lr": 0}, ["train.lr", "0"]),
+    "images too small": ({"model.name": "lenet"}, ["model.name", "'lenet'", "8×8"]),
+    "no images": ({"model.name": "transformer-small"}, ["model.name", "'transformer-small'"]),
+    "missing files": ({"data.name": "mnist", "data.dir": "/no/such/folder"}, ["/no/such/folder"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_the_settings(case: str, tmp_path: Path) -> None:
+    overrides, said = MISTAKES[case]
+    refused(said, tmp_path, overrides={**QUICK, **overrides}, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("device", ["meta", "xla"])
+def test_devices_of_pytorch_that_fedmaestro_does_not_train_on(device: str, tmp_path: Path) -> None:
+    overrides = {**QUICK, "train.device": device}
+    refused(["train.device", repr(device), "cpu"], tmp_path, overrides=overrides, out=tmp_path / "run")
+
+
+def test_a_missing_or_damaged_file_of_settings(tmp_path: Path) -> None:
+    refused(["no.toml"], tmp_path, config=tmp_path / "no.toml", out=tmp_path / "run")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    refused(["bad.toml", "not valid TOML"], tmp_path, config=tmp_path / "bad.toml", out=tmp_path / "run")
+    (tmp_path / "run.toml").write_text("[train]\nrounds = 3\n")
+    refused(["train.rounds", "run.toml"], tmp_path, config=tmp_path / "run.toml", out=tmp_path / "run")
+
+
+def test_a_taken_folder(tmp_path: Path, finished: TrainingRun) -> None:
+    refused([str(finished.path), "already holds a run", "--resume"], finished.path, overrides=QUICK, out=finished.path)
+    (tmp_path / "file").touch()
+    refused([str(tmp_path / "file")], tmp_path, overrides=QUICK, out=tmp_path / "file")
+    refused([str(tmp_path / "file")], tmp_path, overrides=QUICK, out=tmp_path / "file" / "run")
+
+
+def test_a_folder_in_use(tmp_path: Path, quick: Train) -> None:
+    quick({"train.epochs": 2}, out=tmp_path / "run", observer=Interrupter(1, 1))
+    with RunFolder(tmp_path / "run").claim(resume=True):
+        refused(["in use by another run"], tmp_path, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train.lr": 0.1}, ["train.lr", "0.05", "0.1"]),
+        ({"seed": 1}, ["seed", "0", "1"]),
+        ({"data.limit": 64}, ["data.limit", "320", "64"]),
+        ({"model.form": "dense"}, ["model.form", "'lod'", "'dense'"]),
+    ],
+    ids=str,
+)
+def test_resumption_with_other_settings(change: dict[str, Any], said: list[str], tmp_path: Path, quick: Train) -> None:
+    quick({"train.epochs": 2}, out=tmp_path, observer=Interrupter(1, 1))
+    refused([str(tmp_path), *said], tmp_path, overrides=change, out=tmp_path, resume=True)
+
+
+def test_resumption_of_nothing(tmp_path: Path) -> None:
+    refused([str(tmp_path / "run"), "no run to resume"], tmp_path, out=tmp_path / "run", resume=True)
+    refused(["--resume", "--out"], tmp_path, resume=True)
+
+
+def test_resumption_from_a_damaged_folder(tmp_path: Path, quick: Train) -> None:
+    quick({"train.epochs": 2}, out=tmp_path, observer=Interrupter(1, 1))
+    (file,) = (tmp_path / "checkpoint").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    refused([str(tmp_path / "checkpoint"), "start a new run"], tmp_path, out=tmp_path, resume=True)
+    (tmp_path / "config.toml").write_text("[train\n")
+    refused(["config.toml", "not valid TOML"], tmp_path, out=tmp_path, resume=True)
+
+
+def test_resumption_with_other_data(tmp_path: Path, quick: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick({"train.epochs": 2}, out=tmp_path, observer=Interrupter(1, 1))
+    pointer = tmp_path / "checkpoint" / "progress.json"
+    progress = json.loads(pointer.read_text())
+    pointer.write_text(json.dumps({**progress, "fingerprint": "of other digits"}))
+    refused([str(tmp_path), "other data"], tmp_path, out=tmp_path, resume=True)
+
+
+# Comparison
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        '{"series": {}}',
+        "7",
+    ],
+    ids=str,
+)
+def test_comparison_with_a_folder_without_a_curve(content: str | None, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other/curve.json").write_text(content)
+    said = ["--compare", str(tmp_path / "other"), "curve.json"]
+    refused(said, tmp_path, overrides=QUICK, out=tmp_path / "run", compare=tmp_path / "other")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the plots show."""
+    curves: list[dict[str, Any]] = []
+    monkeypatch.setattr(run, "plot_accuracy_cost", lambda curve, *_, **__: curves.append(curve))
+    monkeypatch.setattr(run, "plot_ranks", lambda *_, **__: None)
+    return curves
+
+
+def test_comparison_with_a_dense_model(tmp_path: Path, drawn: list[dict[str, Any]]) -> None:
+    small = {**QUICK, "train.epochs": 1}
+    dense = train(overrides={**small, "model.form": "dense"}, out=tmp_path / "dense")
+    ours = train(overrides=small, out=tmp_path / "ours", compare=tmp_path / "dense")
+    assert drawn[1]["series"] == {**ours.curve["series"], **dense.curve["series"]}
+    assert len(drawn[1]["series"]) == 4
+    assert drawn[1]["dense"] == dense.curve["dense"]
+    assert ours.curve["dense"] is None
+
+
+def test_comparison_of_two_trainings_of_the_same_form(tmp_path: Path, drawn: list[dict[str, Any]]) -> None:
+    small = {**QUICK, "train.epochs": 1}
+    train(overrides={**small, "seed": 1}, out=tmp_path / "other")
+    ours = train(overrides=small, out=tmp_path / "ours", compare=tmp_path / "other")
+    shown = list(drawn[1]["series"].values())
+    assert all(points in shown for points in ours.curve["series"].values())
+    assert len(shown) == 4

@@ -1,0 +1,577 @@
+"""The training step against plain PyTorch and formulas by hand, shrinking, and bit-exact continuation."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmaestro import lod, rng
+from fedmaestro.config.experiment import load
+from fedmaestro.config.training import TrainingConfig
+from fedmaestro.lod import sampling
+from fedmaestro.models import MODELS, InputShape, ModelSpec
+from fedmaestro.models.architecture import Architecture
+from fedmaestro.models.width import Scale
+from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmaestro.submodel import State
+from fedmaestro.tasks.opening import open_task
+from fedmaestro.tasks.task import Batch, Task
+from fedmaestro.training.trainer import Trainer, TrainingFailedError, lr_factor
+
+EPOCHS, STEPS, BATCH = 4, 5, 20
+SMALL = {"data.limit": STEPS * BATCH, "train.batch-size": BATCH, "train.epochs": EPOCHS, "seed": 3}
+Ranks = dict[str, int]
+
+
+def configured(**changes: Any) -> TrainingConfig:
+    """Settings in Python's spelling: ``train__clip_norm=1``."""
+    dotted = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+    return load(TrainingConfig, None, SMALL | dotted)
+
+
+def architecture_of(config: TrainingConfig, task: Task) -> Architecture:
+    return Architecture(
+        name=config.model.name,
+        input_shape=task.input_shape,
+        num_classes=task.num_classes,
+        form=config.model.form,
+        keep_dense=config.model.keep_dense,
+    )
+
+
+def trainer_of(config: TrainingConfig) -> Trainer:
+    task = open_task(config)
+    return Trainer(config, task, architecture_of(config, task))
+
+
+def batches_from(trainer: Trainer, step: int = 0) -> Iterator[Batch]:
+    """All batches of the run from ``step`` on."""
+    for epoch in range(step // STEPS, EPOCHS):
+        yield from trainer.task.epoch(trainer.seed, epoch, BATCH, step % STEPS if epoch == step // STEPS else 0)
+
+
+def first_batch(trainer: Trainer) -> Batch:
+    return next(batches_from(trainer))
+
+
+def train_steps(trainer: Trainer, count: int) -> list[float]:
+    """Take steps from where the trainer is, and end the epochs that they complete."""
+    losses = []
+    for batch in islice(batches_from(trainer, trainer.step), count):
+        losses.append(trainer.train_step(batch))
+        if trainer.step % STEPS == 0:
+            losses.append(trainer.end_epoch())
+    return losses
+
+
+def gradients(model: nn.Module) -> State:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(left: State, right: State, **tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def cosine(step: int) -> float:
+    return (1 + math.cos(math.pi * step / (EPOCHS * STEPS))) / 2
+
+
+# Against plain PyTorch
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("form", ["lod", "dense"])
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_training_without_sampling_is_a_plain_loop(model: str, form: str, optimizer: str) -> None:
+    config = configured(
+        model__name=model,
+        model__form=form,
+        train__optimizer=optimizer,
+        train__sampling="none",
+        train__shrink_threshold=0,
+        train__lr=0.01,
+        train__label_smoothing=0.1,
+        train__clip_norm=0.5,
+        train__weight_decay=0.02,
+    )
+    trainer = trainer_of(config)
+    losses = train_steps(trainer, 2 * STEPS)
+
+    start = architecture_of(config, trainer.task)
+    plain = start.with_state(start.initial_state(rng.derived_seed(3, "init"))).train()
+    plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=0.02)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.02)
+    )
+    expected: list[float] = []
+    for step, batch in enumerate(islice(batches_from(trainer), 2 * STEPS)):
+        optimiser.param_groups[0]["lr"] = 0.01 * cosine(step)
+        loss = F.cross_entropy(plain(*batch.inputs), batch.targets, label_smoothing=0.1)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimiser.step()
+        expected.append(float(loss.detach()))
+        if step % STEPS == STEPS - 1:
+            expected.append(sum(expected[-STEPS:]) / STEPS)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    assert_close(dict(trainer.model.state_dict()), dict(plain.state_dict()))
+
+
+def test_bfloat16_is_only_the_arithmetic_of_the_forward_pass() -> None:
+    exact, rounded = (trainer_of(configured(train__precision=p)) for p in ("float32", "bfloat16"))
+    losses = [trainer.train_step(first_batch(trainer)) for trainer in (exact, rounded)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
+
+
+def test_the_last_smaller_batch_counts_by_its_examples() -> None:
+    config = configured(data__limit=50, train__lr=1e-30)
+    trainer = trainer_of(config)
+    assert trainer.steps_per_epoch == 3
+    losses = [trainer.train_step(batch) for batch in trainer.task.epoch(3, 0, BATCH)]
+    assert trainer.epoch == 1
+    assert trainer.end_epoch() == pytest.approx((20 * losses[0] + 20 * losses[1] + 10 * losses[2]) / 50)
+    assert (trainer.loss_sum, trainer.examples) == (0, 0)
+
+
+# Sampling
+
+
+def ranks_seen(trainer: Trainer) -> list[Ranks]:
+    """Note the ranks of every forward pass from now on."""
+    seen: list[Ranks] = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, _: seen.append({name: layer.rank for name, layer in lod.layers(model).items()})
+    )
+    return seen
+
+
+def test_a_step_of_pairs_trains_the_sampled_prefix_only() -> None:
+    trainer = trainer_of(configured(train__clip_norm=0))
+    full = trainer.ranks
+    assert full == {"fc1": 64, "fc2": 128, "fc3": 10}
+    draw = sampling.pairs(full, 3, 0)
+    sampled_layers = set()
+    for step, batch in enumerate(islice(batches_from(trainer), 12)):
+        ranks = draw(step)
+        prefix = lod.truncate(trainer.model, ranks)
+        expected = F.cross_entropy(prefix(*batch.inputs), batch.targets)
+        assert trainer.train_step(batch) == pytest.approx(float(expected.detach()), rel=1e-5)
+        expected.backward()  # type: ignore[no-untyped-call]
+        own, cut = gradients(trainer.model), gradients(prefix)
+        for name, layer in lod.layers(trainer.model).items():
+            rank = ranks[name]
+            assert layer.rank == layer.max_rank == full[name]
+            torch.testing.assert_close(own[f"{name}.u"][:, :rank], cut[f"{name}.u"])
+            torch.testing.assert_close(own[f"{name}.v"][:rank], cut[f"{name}.v"])
+            assert own[f"{name}.u"][:, rank:].eq(0).all()
+            assert own[f"{name}.v"][rank:].eq(0).all()
+            sampled_layers |= {name} if rank < full[name] else set()
+    assert len(sampled_layers) > 1
+
+
+def test_pairs_come_once_per_cycle_and_start_anew_after_a_cut() -> None:
+    trainer = trainer_of(configured(model__keep_dense="fc1 fc2", train__shrink_threshold=1e-5))
+    seen = ranks_seen(trainer)
+    train_steps(trainer, 2 * STEPS)
+    assert Counter(ranks["fc3"] for ranks in seen) == dict.fromkeys(range(1, 11), 1)
+    seen.clear()
+    train_steps(trainer, STEPS - 1)
+    zero_tail(trainer, "fc3", 4)
+    train_steps(trainer, 1)
+    assert trainer.ranks == {"fc3": 4}
+    seen.clear()
+    train_steps(trainer, 4)
+    assert Counter(ranks["fc3"] for ranks in seen) == dict.fromkeys(range(1, 5), 1)
+
+
+@pytest.mark.parametrize("rule", ["independent", "none"])
+def test_other_sampling_rules(rule: str) -> None:
+    trainer = trainer_of(configured(train__sampling=rule))
+    full, seen = trainer.ranks, ranks_seen(trainer)
+    train_steps(trainer, 4)
+    draw = sampling.independent(full, 3, 0)
+    assert seen == [draw(step) if rule == "independent" else full for step in range(4)]
+
+
+# The loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_full_pass_teaches_the_sampled_one(smoothing: float) -> None:
+    config = configured(train__full_pass=True, train__clip_norm=0, train__label_smoothing=smoothing)
+    trainer = trainer_of(config)
+    batch = first_batch(trainer)
+    ranks = sampling.pairs(trainer.ranks, 3, 0)(0)
+    assert ranks != trainer.ranks
+    whole = copy.deepcopy(trainer.model)
+    sampled = copy.deepcopy(trainer.model)
+    lod.set_ranks(sampled, ranks)
+
+    def log_softmax(logits: Tensor) -> Tensor:
+        return logits - logits.exp().sum(1, keepdim=True).log()
+
+    teacher = log_softmax(whole(*batch.inputs))
+    chosen = teacher[torch.arange(BATCH), batch.targets]
+    full_loss = -(1 - smoothing) * chosen.mean() - smoothing * teacher.mean()
+    soft = teacher.detach().exp()
+    distilled = -(soft * log_softmax(sampled(*batch.inputs))).sum(1).mean()
+    full_loss.backward()  # type: ignore[no-untyped-call]
+    distilled.backward()  # type: ignore[no-untyped-call]
+
+    assert trainer.train_step(batch) == pytest.approx(float(full_loss.detach() + distilled.detach()), rel=1e-5)
+    own, a, b = (gradients(model) for model in (trainer.model, whole, sampled))
+    assert_close(own, {name: a[name] + b[name] for name in own}, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dense_model_knows_no_full_pass() -> None:
+    plain, taught = (trainer_of(configured(model__form="dense", train__full_pass=on)) for on in (False, True))
+    assert taught.train_step(first_batch(taught)) == plain.train_step(first_batch(plain))
+
+
+@pytest.mark.parametrize("setting", ["train__group_lasso", "train__shrink_threshold", "train__sampling"])
+def test_a_dense_model_knows_no_lasso_no_shrinking_and_no_sampling(setting: str) -> None:
+    value: Any = "independent" if setting == "train__sampling" else 10.0
+    plain = trainer_of(configured(model__form="dense"))
+    other = trainer_of(configured(model__form="dense", **{setting: value}))
+    assert train_steps(plain, STEPS) == train_steps(other, STEPS)
+    assert_close(plain.model_state(), other.model_state())
+
+
+def test_the_group_lasso_adds_its_gradient_but_not_to_the_reported_loss() -> None:
+    without, with_lasso = (trainer_of(configured(train__clip_norm=0, train__group_lasso=x)) for x in (0.0, 0.03))
+    batch = first_batch(without)
+    penalty = torch.zeros(())
+    by_hand = copy.deepcopy(without.model)
+    for layer in lod.layers(by_hand).values():
+        for b in range(layer.max_rank):
+            penalty = penalty + layer.u[:, b:].norm() + layer.v[b:].norm()
+    penalty.backward()  # type: ignore[no-untyped-call]
+    pull = gradients(by_hand)
+    assert with_lasso.train_step(batch) == without.train_step(batch)
+    expected = gradients(without.model)
+    for name, gradient in pull.items():
+        expected[name] = expected[name] + 0.03 * gradient
+    assert_close(gradients(with_lasso.model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_whole_gradient() -> None:
+    trainer = trainer_of(configured(train__clip_norm=0.01, train__group_lasso=1.0))
+    trainer.train_step(first_batch(trainer))
+    total = math.sqrt(sum(float(g.square().sum()) for g in gradients(trainer.model).values()))
+    assert total == pytest.approx(0.01, rel=1e-3)
+
+
+# Learning rate
+
+W = 4 / 11
+"""Warm-up over one epoch of ten steps: the fourth step's factor."""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "factors"),
+    [
+        ("constant", 0.0, {0: 1.0, 39: 1.0}),
+        ("constant", 1.0, {0: 1 / 11, 3: W, 9: 10 / 11, 10: 1.0, 39: 1.0}),
+        ("cosine", 0.0, {0: 1.0, 10: 0.8535533905932737, 20: 0.5, 39: 0.0015413331334360176}),
+        ("cosine", 1.0, {3: W, 10: 1.0, 25: 0.5, 39: 0.0027390523158632995}),
+        ("cosine", 0.25, {0: 1 / 3.5, 1: 2 / 3.5, 2: 3 / 3.5, 3: (1 + math.cos(math.pi * 0.05 / 3.75)) / 2}),
+        ("cosine", 9.0, {0: 1 / 91, 39: 40 / 91}),
+        ("steps", 0.0, {0: 1.0, 19: 1.0, 20: 0.1, 29: 0.1, 30: 0.01, 39: 0.01}),
+        ("steps", 1.0, {3: W, 10: 1.0, 20: 0.1, 30: 0.01}),
+    ],
+)
+def test_learning_rate(schedule: str, warmup: float, factors: dict[int, float]) -> None:
+    settings = configured(train__schedule=schedule, train__warmup_epochs=warmup).train
+    assert {step: lr_factor(settings, step, 10) for step in factors} == pytest.approx(factors, rel=1e-12)
+
+
+def test_the_optimiser_gets_the_learning_rate_of_its_step() -> None:
+    trainer = trainer_of(configured(train__lr=0.03, train__warmup_epochs=1.0))
+    used = []
+    for batch in batches_from(trainer):
+        trainer.train_step(batch)
+        used.append(trainer.optimizer.param_groups[0]["lr"])
+    expected = [0.03 * lr_factor(trainer.settings, step, STEPS) for step in range(EPOCHS * STEPS)]
+    assert used == expected
+    assert max(used) == 0.03 == used[STEPS]
+
+
+# Shrinking
+
+
+@torch.no_grad()
+def zero_tail(trainer: Trainer, name: str, rank: int) -> None:
+    """Take all importance from the columns beyond ``rank``, also from the pull of momentum and decay."""
+    layer = lod.layers(trainer.model)[name]
+    for factor, tail in ((layer.u, (slice(None), slice(rank, None))), (layer.v, (slice(rank, None),))):
+        factor[tail] = 0
+        for slot in trainer.optimizer.state.get(factor, {}).values():
+            if slot.shape == factor.shape:
+                slot[tail] = 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_columns_without_importance_are_cut_with_what_the_optimiser_keeps(optimizer: str) -> None:
+    trainer = trainer_of(configured(train__optimizer=optimizer, train__lr=0.01))
+    train_steps(trainer, STEPS - 1)
+    trainer.train_step(list(islice(batches_from(trainer), STEPS))[-1])
+    zero_tail(trainer, "fc2", 30)
+    zero_tail(trainer, "fc3", 0)
+    batch = first_batch(trainer)
+    before = trainer.model_state()
+    logits = trainer.model(*batch.inputs)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    slots = {names[p]: dict(state) for p, state in trainer.optimizer.state.items()}
+    trainer.end_epoch()
+
+    assert trainer.ranks == {"fc1": 64, "fc2": 30, "fc3": 0}
+    shapes = {name: tuple(tensor.shape) for name, tensor in trainer.model.state_dict().items()}
+    assert shapes == {
+        "fc1.u": (128, 64),
+        "fc1.v": (64, 64),
+        "fc1.bias": (128,),
+        "fc2.u": (128, 30),
+        "fc2.v": (30, 128),
+        "fc2.bias": (128,),
+        "fc3.u": (10, 0),
+        "fc3.v": (0, 128),
+        "fc3.bias": (10,),
+    }
+    torch.testing.assert_close(trainer.model(*batch.inputs), logits)
+    assert {id(p) for p in trainer.model.parameters()} == {
+        id(p) for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    moments = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}[optimizer]
+    for name, parameter in trainer.model.named_parameters():
+        block = tuple(slice(n) for n in parameter.shape)
+        assert parameter.detach().equal(before[name][block])
+        now = trainer.optimizer.state[parameter]
+        assert now.keys() == slots[name].keys() >= moments
+        for key in now:
+            assert now[key].equal(slots[name][key][block] if key in moments else slots[name][key])
+    # Rank 0 is "bias only", and training goes on.
+    assert trainer.model(*batch.inputs).equal(before["fc3.bias"].expand(BATCH, 10))
+    losses = train_steps(trainer, STEPS)
+    assert all(map(math.isfinite, losses))
+
+
+def test_a_cut_model_trains_like_one_that_was_always_small() -> None:
+    trainer = trainer_of(configured(train__sampling="none", train__shrink_threshold=1e-5, train__momentum=0.0))
+    train_steps(trainer, STEPS - 1)
+    trainer.train_step(list(islice(batches_from(trainer), STEPS))[-1])
+    zero_tail(trainer, "fc2", 9)
+    trainer.end_epoch()
+    small = lod.truncate(trainer.model, {})
+    optimiser = torch.optim.SGD(small.parameters(), weight_decay=1e-4)
+    for step, batch in islice(enumerate(batches_from(trainer)), STEPS, 2 * STEPS):
+        optimiser.param_groups[0]["lr"] = 0.05 * cosine(step)
+        optimiser.zero_grad()
+        F.cross_entropy(small(*batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(small.parameters(), 2.0)
+        optimiser.step()
+        trainer.train_step(batch)
+    assert_close(trainer.model_state(), dict(small.state_dict()))
+
+
+def test_threshold_zero_never_cuts() -> None:
+    trainer = trainer_of(configured(train__shrink_threshold=0))
+    train_steps(trainer, STEPS - 1)
+    for name in trainer.ranks:
+        zero_tail(trainer, name, 1)
+    train_steps(trainer, 1)
+    assert trainer.ranks == {"fc1": 64, "fc2": 128, "fc3": 10}
+
+
+def test_the_threshold_is_that_of_the_importance() -> None:
+    trainer = trainer_of(configured(train__shrink_threshold=20.0, train__lr=1e-30))
+    importance = lod.importance(trainer.model)
+    expected = {name: sum(float(x) >= 20 for x in scores) for name, scores in importance.items()}
+    train_steps(trainer, STEPS)
+    assert trainer.ranks == expected
+    assert 0 < sum(expected.values()) < 202
+
+
+def test_a_model_that_lost_all_ranks_still_trains_its_biases() -> None:
+    trainer = trainer_of(configured(train__shrink_threshold=1e9))
+    losses = train_steps(trainer, 3 * STEPS)
+    assert trainer.ranks == {"fc1": 0, "fc2": 0, "fc3": 0}
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < math.log(10) + 0.5
+
+
+# State
+
+
+def dropping(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(math.prod(input_shape), scale(24)),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(scale(24), num_classes),
+    )
+
+
+CONTINUATIONS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adamw": {"train__optimizer": "adamw", "train__lr": 0.003},
+    "plain sgd": {"train__momentum": 0.0},
+    "independent": {"train__sampling": "independent", "train__group_lasso": 1e-4},
+    "full pass": {"train__full_pass": True, "train__warmup_epochs": 1.5},
+    "augmented": {"data__augment": "crop-flip", "train__schedule": "steps"},
+    "cnn": {"model__name": "cnn", "model__keep_dense": "first-conv head"},
+    "dense": {"model__form": "dense"},
+    "dropout": {"model__name": "dropping"},
+    "dropout adamw": {"model__name": "dropping", "train__optimizer": "adamw", "train__lr": 0.01},
+}
+
+
+def through_disk(trainer: Trainer, folder: Path) -> tuple[State, State]:
+    model, memory = trainer.state()
+    save_checkpoint(folder, Checkpoint(round=trainer.step, global_state=model, server_memory=memory))
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint is not None
+    return checkpoint.global_state, checkpoint.server_memory
+
+
+@pytest.mark.parametrize(
+    ("case", "cut"),
+    [(case, False) for case in CONTINUATIONS]
+    + [(case, True) for case in ("sgd", "adamw", "independent", "cnn", "dropout adamw")],
+)
+def test_continuation_from_the_middle_of_an_epoch_is_bit_identical(
+    case: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "dropping", ModelSpec(build=dropping, summary=""))
+    config = configured(**CONTINUATIONS[case])
+    first = trainer_of(config)
+    train_steps(first, STEPS - 1)
+    if cut:
+        layer = list(first.ranks)[-1]
+        zero_tail(first, layer, 3)
+        # Adam and momentum move zeroed columns again: cut at a threshold above what one step gives.
+        first.settings = first.settings.model_copy(update={"shrink_threshold": 0.5})
+    train_steps(first, 3)
+    if cut:
+        assert first.ranks[layer] < 10
+    assert first.step == STEPS + 2
+    model, memory = through_disk(first, tmp_path)
+    losses = train_steps(first, 2 * STEPS)
+
+    second = trainer_of(config)
+    second.settings = first.settings
+    second.restore(model, memory)
+    assert (second.step, second.epoch, second.examples) == (STEPS + 2, 1, 2 * BATCH)
+    assert train_steps(second, 2 * STEPS) == losses
+    assert second.ranks == first.ranks
+    for ours, theirs in zip(first.state(), second.state(), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_dropout_drops_and_differs_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "dropping", ModelSpec(build=dropping, summary=""))
+    config = configured(model__name="dropping", train__sampling="none", train__lr=1e-30)
+    trainer = trainer_of(config)
+    batch = first_batch(trainer)
+    losses = [trainer.train_step(batch) for _ in range(3)]
+    assert len(set(losses)) == 3
+    other = trainer_of(config)
+    assert [other.train_step(batch) for _ in range(3)] == losses
+
+
+def test_the_state_before_the_first_step_takes_everything_back(tmp_path: Path) -> None:
+    config = configured(train__shrink_threshold=1.0)
+    first, second = trainer_of(config), trainer_of(config)
+    model, memory = through_disk(first, tmp_path)
+    assert not [name for name in memory if name.startswith("optimizer/")]
+    train_steps(second, 2 * STEPS)
+    assert second.ranks != first.ranks
+    second.restore(model, memory)
+    assert (second.step, second.ranks) == (0, first.ranks)
+    assert train_steps(second, 2 * STEPS) == train_steps(first, 2 * STEPS)
+
+
+# Failures
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(optimizer: str, poison: float) -> None:
+    trainer = trainer_of(configured(train__optimizer=optimizer))
+    train_steps(trainer, STEPS + 2)
+    before = [{name: tensor.clone() for name, tensor in part.items()} for part in trainer.state()]
+    good = next(batches_from(trainer, trainer.step))
+    bad = Batch((torch.full_like(good.inputs[0], poison),), good.targets)
+    with pytest.raises(TrainingFailedError) as error:
+        trainer.train_step(bad)
+    message = str(error.value)
+    assert "step 8 (epoch 2)" in message
+    for advice in ("train.lr", "train.clip-norm", "train.warmup-epochs", "nan"):
+        assert advice in message
+    assert "\n" not in message
+    for old, new in zip(before, trainer.state(), strict=True):
+        assert_close(old, new)
+    assert math.isfinite(trainer.train_step(good))
+
+
+def test_a_learning_rate_that_is_too_high_is_told() -> None:
+    trainer = trainer_of(configured(train__lr=1e25))
+    with pytest.raises(TrainingFailedError, match=r"lower train\.lr"):
+        train_steps(trainer, STEPS)
+
+
+# Tasks
+
+
+@pytest.mark.parametrize("fraction", [Fraction(1), Fraction(1, 3)])
+def test_an_epoch_shows_every_example_once_in_an_order_of_its_own(fraction: Fraction) -> None:
+    seen: list[np.ndarray] = []
+
+    def note(indices: np.ndarray, generator: np.random.Generator) -> Batch:
+        seen.append(indices)
+        return Batch((torch.from_numpy(indices),), torch.from_numpy(indices))
+
+    task = make_task(note, examples=int(96 * fraction))
+    orders = []
+    for epoch in range(3):
+        seen.clear()
+        list(task.epoch(0, epoch, 10))
+        orders.append(np.concatenate(seen))
+        assert sorted(orders[-1]) == list(range(task.examples))
+    assert len({tuple(order) for order in orders}) == 3
+    seen.clear()
+    list(task.epoch(0, 2, 10, first_step=2))
+    assert np.concatenate(seen).tolist() == orders[2][20:].tolist()
+
+
+def make_task(batch: Callable[[np.ndarray, np.random.Generator], Batch], examples: int) -> Task:
+    return Task(
+        name="noted",
+        input_shape=(1, 2, 2),
+        num_classes=2,
+        metric="accuracy",
+        examples=examples,
+        batch=batch,
+        plain=lambda indices: batch(indices, np.random.default_rng(0)),
+        scored=lambda _split: [],
+        has_validation=False,
+        fingerprint="",
+    )
