@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.fleet.plan import OWN_PASS
+from fedmaestro.fleet.rule import OWN_PASS
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001
@@ -38,5 +38,5 @@ MASKED_CROSS_ENTROPY = Objective(
     passes=OWN_PASS,
     summary="cross-entropy of the own submodel, logits of classes that the device lacks set to 0",
     source="HeteroFL (2010.01264)",
-    needs_classes=True,
+    masked=True,
 )

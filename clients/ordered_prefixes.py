@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.fleet.plan import Passes
+from fedmaestro.fleet.rule import Passes
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.fleet.plan import OWN_PASS
+from fedmaestro.fleet.rule import OWN_PASS
 
 
 def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:  # noqa: ARG001

@@ -1,21 +1,31 @@
 """FedMaestro: simulate federations of unequal devices that share one low-rank ordered (LoD) network.
 
-The functional core (``lod``, ``models``, ``cost``, ``fleet``, ``clock``, ``submodel``) knows neither Flower nor
-Ray; ``fedmaestro.flower`` is the shell that runs it there. ``strategies/`` and ``clients/`` are top-level folders of
-the repository that are imported as ``fedmaestro.strategies`` and ``fedmaestro.clients``.
+From Python::
+
+    import fedmaestro
+
+    run = fedmaestro.run("experiments/mnist.toml", overrides={"train.rounds": 5})
+    model = run.model(tier="low")
+
+The core (``lod``, ``models``, ``tasks``, ``data``, ``fleet``, ``rounds``) knows neither Flower nor Ray;
+``fedmaestro.flower`` is the shell that runs it there. ``strategies/`` and ``clients/`` are top-level folders of the
+repository that are imported as ``fedmaestro.strategies`` and ``fedmaestro.clients``. docs/architecture.md is the map.
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmaestro.config.experiment import ExperimentConfig
-    from fedmaestro.flower.run import Run
+    from fedmaestro.deploy.extract import extract
+    from fedmaestro.flower.compare import compare
+    from fedmaestro.flower.run import run
+    from fedmaestro.runs.model import load_model
+    from fedmaestro.training.run import train
 
 # flwr and flwr-datasets read this once, when they are first imported; their events would go to their makers.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -30,9 +40,23 @@ if _PYPROJECT.is_file() and (_ROOT / "strategies" / "__init__.py").is_file():
 else:
     __version__ = metadata.version("fedmaestro")
 
+_FUNCTIONS = {
+    "compare": "flower.compare",
+    "extract": "deploy.extract",
+    "load_model": "runs.model",
+    "run": "flower.run",
+    "train": "training.run",
+}
 
-def run(experiment: str | Path | ExperimentConfig | None = None, **options: Any) -> Run:
-    """Run an experiment; ``fedmaestro.flower.run.run`` lists the options (``overrides``, ``data_dir``, ``out``, …)."""
-    from fedmaestro.flower.run import run as run_experiment
+__all__ = ["__version__", "compare", "extract", "load_model", "run", "train"]
 
-    return run_experiment(experiment, **options)
+
+def __getattr__(name: str) -> Any:
+    """Import a function when it is asked for: PyTorch, Flower and Ray take seconds."""
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,17 +9,34 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedmaestro.errors import UserError, check_name
+from fedmaestro.errors import DivergedError, UserError, check_name
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from fedmaestro.config.base import Settings
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Simulate federations of unequal devices that share one low-rank ordered network.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fedmaestro import __version__
+
+        Console().print(f"fedmaestro {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 _Experiment = Annotated[Path | None, typer.Argument(help="Experiment TOML; without it the demo on embedded digits.")]
 _Overrides = Annotated[
@@ -27,6 +44,7 @@ _Overrides = Annotated[
 ]
 _DataDir = Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")]
 _Actors = Annotated[int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")]
+_Out = Annotated[Path | None, typer.Option(help="Folder of the results; a new one under runs/ by default.")]
 _RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
 ]
@@ -37,13 +55,13 @@ def run(
     experiment: _Experiment = None,
     set_: _Overrides = None,
     data_dir: _DataDir = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
+    out: _Out = None,
     actors: _Actors = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     ray_address: _RayAddress = None,
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
-    from fedmaestro.config.experiment import parse_assignment
+    from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.run import run as run_experiment
     from fedmaestro.terminal.display import LiveDisplay, print_closing
 
@@ -59,8 +77,7 @@ def run(
                 actors=actors,
                 resume=resume,
                 ray_address=ray_address,
-                observer=display,
-                on_data=display.on_data,
+                observers=[display],
             )
     except KeyboardInterrupt:
         console.print("interrupted before the first round: nothing to keep")
@@ -90,7 +107,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each strategy, counted from the experiment's.")] = 3,
     set_: _Overrides = None,
     data_dir: _DataDir = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; a new one under runs/ by default.")] = None,
+    out: _Out = None,
     actors: _Actors = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
@@ -98,7 +115,7 @@ def compare(
     ray_address: _RayAddress = None,
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
-    from fedmaestro.config.experiment import parse_assignment
+    from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.compare import compare as run_comparison
     from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
 
@@ -119,8 +136,7 @@ def compare(
                 actors=actors,
                 resume=resume,
                 ray_address=ray_address,
-                observer=display,
-                on_data=display.on_data,
+                observers=[display],
             )
     except KeyboardInterrupt:
         console.print("interrupted before the first cell was finished: go on with --resume and the same --out")
@@ -138,17 +154,16 @@ def train(
     config: Annotated[Path | None, typer.Argument(help="Training TOML; without it Maestro on embedded digits.")] = None,
     set_: _Overrides = None,
     data_dir: _DataDir = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
+    out: _Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out.")] = False,
     compare: Annotated[
         Path | None, typer.Option(help="Finished training (of the dense model, say) to draw beside this one.")
     ] = None,
 ) -> None:
     """Train one model with Maestro on this machine and draw accuracy over cost."""
-    from fedmaestro.config.experiment import parse_assignment
+    from fedmaestro.config.base import parse_assignment
     from fedmaestro.terminal.training import TrainingDisplay, curve_table
     from fedmaestro.training import train as run_training
-    from fedmaestro.training.trainer import TrainingFailedError
 
     console = Console()
     overrides = dict(parse_assignment(text) for text in set_ or [])
@@ -161,9 +176,9 @@ def train(
                 out=out,
                 resume=resume,
                 compare=compare,
-                observer=display,
+                observers=[display],
             )
-    except TrainingFailedError as error:
+    except DivergedError as error:
         sys.stderr.write(f"fedmaestro: {error}\n")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -247,8 +262,8 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="strategies, submodels, objectives, aggregations, server-optimizers, models, datasets, fleets, "
-            "settings or training-settings"
+            help="strategies, submodels, objectives, aggregations, server-steps, server-optimizers, models, datasets, "
+            "fleets, settings or training-settings"
         ),
     ],
 ) -> None:
@@ -258,6 +273,7 @@ def list_(
         "submodels": _submodels,
         "objectives": _objectives,
         "aggregations": _aggregations,
+        "server-steps": _server_steps,
         "server-optimizers": _server_optimizers,
         "models": _models,
         "datasets": _datasets,
@@ -287,8 +303,8 @@ def _strategies() -> Table:
 
     table = _table("strategy", "rule · its switches: submodel | objective | aggregation | server · source")
     for row in STRATEGIES.values():
-        switches = (row.submodel.describe(), row.objective, row.aggregation.name, row.server.name)
-        table.add_row(row.name, f"{row.summary}\n[dim]{' | '.join(switches)} · {row.source}[/dim]")
+        switches = (row.submodel.describe(), row.objective, row.value("train.aggregation"), row.describe_server())
+        table.add_row(row.name, f"{row.summary}\n[dim]{' | '.join(map(str, switches))} · {row.source}[/dim]")
     return table
 
 
@@ -303,6 +319,13 @@ def _aggregations() -> Table:
 
     rows = [(rule.name, rule.summary, rule.source) for rule in AGGREGATIONS.values()]
     return _filled(_table("aggregation", "rule", "source"), rows)
+
+
+def _server_steps() -> Table:
+    from fedmaestro.strategies import SERVER_STEPS
+
+    rows = [(row.name, row.summary, ", ".join(row.settings.values()), row.source) for row in SERVER_STEPS.values()]
+    return _filled(_table("server step", "what it does", "settings", "source"), rows)
 
 
 def _server_optimizers() -> Table:
@@ -349,10 +372,10 @@ def _training_settings() -> Table:
     return _described(TrainingConfig)
 
 
-def _described(schema: type["BaseModel"]) -> Table:
-    from fedmaestro.config.experiment import describe_settings
+def _described(schema: type["Settings"]) -> Table:
+    from fedmaestro.config.base import describe
 
-    rows = [(key, repr(default), text) for key, default, text in describe_settings(schema)]
+    rows = [(setting.key, repr(setting.default), setting.meaning) for setting in describe(schema)]
     return _filled(_table("setting", "default", "meaning"), rows)
 
 

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class DivergedError(RuntimeError):
+    """A loss or a parameter is not finite any more."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") -> UserError:
     """Return the error for an unknown name, with the nearest valid one and the whole list.
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+Signature = tuple[tuple[str, Shape], ...]
+"""Names and shapes of a submodel, in order: what it covers, and the key of its size."""
 
 
 def leading_block(full: Tensor, shape: Shape | torch.Size) -> Tensor:
@@ -34,6 +36,11 @@ def shapes_of(source: nn.Module | Mapping[str, Tensor]) -> Shapes:
     """Return the shape of every tensor of a module's state or of a state."""
     state = source.state_dict() if isinstance(source, nn.Module) else source
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def signature(shapes: Mapping[str, Shape]) -> Signature:
+    """Return the key of the size that has these shapes."""
+    return tuple((name, tuple(shape)) for name, shape in shapes.items())
 
 
 def num_elements(shapes: Mapping[str, Shape]) -> int:

@@ -1,4 +1,4 @@
-"""What a strategy is made of: submodel rule × local objective × aggregation × server optimiser.
+"""How submodels become the next global state: the records that aggregation rules are made of.
 
 An aggregation is a record of pure functions on states (``dict[str, Tensor]``)::
 
@@ -13,22 +13,20 @@ in which the server merges, results are bit-identical.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedmaestro.fleet.plan import SubmodelRule
-from fedmaestro.strategies.server_optimizers import REPLACE, ServerOptimizer
-from fedmaestro.submodel import Shape, State, leading_block
+from fedmaestro.submodel import Shape, Shapes, Signature, State, leading_block, shapes_of, signature
 
-Signature = tuple[tuple[str, Shape], ...]
-"""Names and shapes of a submodel: what it covers."""
+S = TypeVar("S")
+"""What the reduction of a rule makes of devices' tensors: a ``State`` for most."""
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Generic[S]):
     """What the devices of one submodel size amount to.
 
     Attributes:
@@ -38,33 +36,78 @@ class Block:
         devices: how many.
     """
 
-    sums: State = field(default_factory=dict)
-    weight: float = 0.0
-    devices: int = 0
+    sums: S
+    weight: float
+    devices: int
 
 
-Partial = Mapping[Signature, Block]
-"""A partial result: one block per submodel size, so its memory is that of the sizes, never that of the devices.
+@dataclass(frozen=True)
+class Sizes:
+    """The submodel sizes that are known.
 
-A block without devices only announces a size (``Aggregation.init``).
-"""
+    Attributes:
+        known: each once, in the order in which they came.
+        complete: whether no other will come. Reductions may then add up across devices what a further size would have
+            to tell apart (``partitioned_product``).
+    """
 
-ALL_ANNOUNCED: Signature = ()
-"""Key of an empty block that says: no size will come that has no block yet, so reductions may add up across devices
-what a further size would have to tell apart (``partitioned_product``)."""
+    known: tuple[Signature, ...] = ()
+    complete: bool = False
+
+    def __or__(self, other: "Sizes") -> "Sizes":
+        known = (*self.known, *(size for size in other.known if size not in self.known))
+        return Sizes(known, self.complete or other.complete)
+
+
+@dataclass(frozen=True)
+class Partial(Generic[S]):
+    """A partial result: one block per submodel size, so its memory is that of the sizes, never that of the devices.
+
+    Attributes:
+        blocks: of the sizes that had devices.
+        sizes: those, and whatever else was announced (``Aggregation.init``).
+    """
+
+    blocks: Mapping[Signature, Block[S]] = field(default_factory=dict)
+    sizes: Sizes = Sizes()
+
+    def __iter__(self) -> Iterator[tuple[Shapes, Block[S]]]:
+        """Yield the shapes and the block of every size that has devices, in the order of ``sizes``."""
+        for size in self.sizes.known:
+            if size in self.blocks:
+                yield dict(size), self.blocks[size]
+
+    @property
+    def devices(self) -> int:
+        """How many devices are in it."""
+        return sum(block.devices for block in self.blocks.values())
+
+    @property
+    def weight(self) -> float:
+        """``Σ weight`` of all devices."""
+        return sum(block.weight for _, block in self)
+
+
+SUMS = "sums"
+Parts = Mapping[str, State]
+"""Sums as they travel: states under the names of their kinds, of which most rules have ``SUMS`` only."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reduction:
+class Reduction(Generic[S]):
     """How the devices of one submodel size add up to ``Block.sums``."""
 
-    lift: Callable[[Mapping[str, Tensor], float, Mapping[str, Tensor] | None], State]
+    lift: Callable[[Mapping[str, Tensor], float, Mapping[str, Tensor] | None], S]
     """``(submodel, weight, start) -> sums`` of one device; ``start`` is what it was sent (None: not known)."""
-    add: Callable[[State, State, Sequence[Signature]], State]
-    """``(left, right, all sizes of the partial result) -> sums``; neither is changed."""
-    scale: Callable[[State, float], State]
+    add: Callable[[S, S, Sizes], S]
+    """``(left, right, sizes of the partial result) -> sums``; neither is changed."""
+    scale: Callable[[S, float], S]
     """``(sums, factor) -> sums`` of devices whose weights are ``factor`` times as large."""
-    accumulate: Callable[[State, Mapping[str, Tensor], float], None] | None = None
+    pack: Callable[[S], Parts]
+    """``sums -> states`` that a message carries; of one size's devices on one host."""
+    unpack: Callable[[Parts, Signature], S]
+    """``(states, the size of the devices) -> sums``, the inverse of ``pack``."""
+    accumulate: Callable[[S, Parts, float], None] | None = None
     """``(sums, mean, weight)``: ``sums += weight · mean`` in place, in one pass; None: ``scale``, then ``add``."""
 
 
@@ -72,7 +115,7 @@ def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Ten
     return {name: tensor.double() * weight for name, tensor in submodel.items()}
 
 
-def _add(left: State, right: State, sizes: Sequence[Signature]) -> State:  # noqa: ARG001
+def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001
     return {name: tensor + right[name] for name, tensor in left.items()}
 
 
@@ -80,12 +123,19 @@ def _scale(sums: State, factor: float) -> State:
     return {name: tensor * factor for name, tensor in sums.items()}
 
 
-def _accumulate(sums: State, mean: Mapping[str, Tensor], weight: float) -> None:
-    for name, tensor in mean.items():
+def _accumulate(sums: State, mean: Parts, weight: float) -> None:
+    for name, tensor in mean[SUMS].items():
         sums[name].add_(tensor, alpha=weight)
 
 
-WEIGHTED_SUMS = Reduction(lift=_lift, add=_add, scale=_scale, accumulate=_accumulate)
+WEIGHTED_SUMS: Reduction[State] = Reduction(
+    lift=_lift,
+    add=_add,
+    scale=_scale,
+    pack=lambda sums: {SUMS: sums},
+    unpack=lambda parts, _: dict(parts[SUMS]),
+    accumulate=_accumulate,
+)
 """``Σ weight · tensor``, for every rule that averages entries."""
 
 
@@ -94,23 +144,25 @@ def _examples(submodel: Mapping[str, Tensor], examples: float) -> float:  # noqa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aggregation:
+class Aggregation(Generic[S]):
     """How submodels become the next global state; ``finish`` is the rule, the rest is shared."""
 
     name: str
-    finish: Callable[[Partial, Mapping[str, Tensor]], State]
+    finish: Callable[[Partial[S], Mapping[str, Tensor]], State]
     """``(partial, global_state) -> new global state``; new tensors, same names, shapes and dtypes."""
-    reduction: Reduction = WEIGHTED_SUMS
+    reduction: Reduction[S] = WEIGHTED_SUMS  # type: ignore[assignment]
     weigh: Callable[[Mapping[str, Tensor], float], float] = _examples
     """``(submodel, examples) -> weight`` of a device; its examples by default."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
-    changed_rows: Callable[[Block, str], Tensor] | None = None
+    changed_rows: Callable[[Block[S], str], Tensor] | None = None
     """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
+    forbids: Mapping[str, str] = field(default_factory=dict)
+    """Settings that must stay zero or unset under this rule, and why: ends the sentence ``KEY=VALUE …``."""
     summary: str
     source: str
 
-    def init(self, global_state: Mapping[str, Tensor], sizes: Sequence[Signature] = ()) -> Partial:  # noqa: ARG002
+    def init(self, global_state: Mapping[str, Tensor], sizes: Sequence[Signature] = ()) -> Partial[S]:  # noqa: ARG002
         """Return the empty partial result.
 
         Args:
@@ -118,16 +170,16 @@ class Aggregation:
             sizes: all sizes that will come, where they are known; a rule whose reduction compresses only then does so
                 (``partitioned_product``).
         """
-        return dict.fromkeys([*sizes, ALL_ANNOUNCED] if sizes else (), Block())
+        return Partial(sizes=Sizes(tuple(dict.fromkeys(sizes)), complete=bool(sizes)))
 
     def add(
         self,
-        partial: Partial,
+        partial: Partial[S],
         submodel: Mapping[str, Tensor],
         weight: float,
         *,
         start: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> Partial[S]:
         """Return ``partial`` with one device's submodel added.
 
         Args:
@@ -138,19 +190,28 @@ class Aggregation:
         """
         weight = float(self.weigh(submodel, weight))
         block = Block(self.reduction.lift(submodel, weight, start), weight, 1)
-        return self.merge(partial, {signature(submodel): block})
+        return self._with(partial, signature(shapes_of(submodel)), block)
 
-    def merge(self, left: Partial, right: Partial) -> Partial:
+    def merge(self, left: Partial[S], right: Partial[S]) -> Partial[S]:
         """Return the sum of two partial results; neither is changed."""
-        merged = dict(left)
-        sizes = [*left, *(key for key in right if key not in left)]
-        for key, block in right.items():
-            merged[key] = self._sum(merged.get(key, Block()), block, sizes)
+        merged = replace(left, sizes=left.sizes | right.sizes)
+        for size, block in right.blocks.items():
+            merged = self._with(merged, size, block)
         return merged
 
-    def receive(
-        self, partial: Partial, size: Signature, mean: Mapping[str, Tensor], weight: float, devices: int
-    ) -> Partial:
+    def _with(self, partial: Partial[S], size: Signature, block: Block[S]) -> Partial[S]:
+        sizes = partial.sizes | Sizes((size,))
+        if (known := partial.blocks.get(size)) is not None:
+            sums = self.reduction.add(known.sums, block.sums, sizes)
+            block = Block(sums, known.weight + block.weight, known.devices + block.devices)
+        return Partial({**partial.blocks, size: block}, sizes)
+
+    def mean(self, block: Block[S]) -> Parts:
+        """Return what a host uploads of a cohort's block: the reduction's sums by ``1 / weight``, in float32."""
+        parts = self.reduction.pack(self.reduction.scale(block.sums, 1.0 / (block.weight or 1.0)))
+        return {kind: {name: tensor.float() for name, tensor in state.items()} for kind, state in parts.items()}
+
+    def receive(self, partial: Partial[S], size: Signature, mean: Parts, weight: float, devices: int) -> Partial[S]:
         """Return ``partial`` with a cohort's upload added, like ``merge``; ``partial`` must not be used any more.
 
         For the server, which owns what it has received: it adds in place where the reduction can, since new float64
@@ -159,69 +220,43 @@ class Aggregation:
         Args:
             partial: what ``init`` or ``receive`` returned.
             size: the cohort's.
-            mean: the reduction's sums over the cohort, scaled by ``1 / weight``; float32.
+            mean: what ``mean`` returned of the cohort.
             weight: ``Σ weight`` of the cohort.
             devices: how many.
         """
-        known = partial.get(size, Block())
-        if known.devices and self.reduction.accumulate is not None:
+        known = partial.blocks.get(size)
+        if known is not None and self.reduction.accumulate is not None:
             self.reduction.accumulate(known.sums, mean, weight)
-            return {**partial, size: Block(known.sums, known.weight + weight, known.devices + devices)}
-        sums = self.reduction.scale({name: tensor.double() for name, tensor in mean.items()}, weight)
-        return self.merge(partial, {size: Block(sums, weight, devices)})
+            block = Block(known.sums, known.weight + weight, known.devices + devices)
+            return replace(partial, blocks={**partial.blocks, size: block})
+        parts = {kind: {name: tensor.double() for name, tensor in state.items()} for kind, state in mean.items()}
+        return self._with(
+            partial, size, Block(self.reduction.scale(self.reduction.unpack(parts, size), weight), weight, devices)
+        )
 
-    def _sum(self, left: Block, right: Block, sizes: Sequence[Signature]) -> Block:
-        if not (left.devices and right.devices):
-            return left if left.devices else right
-        sums = self.reduction.add(left.sums, right.sums, sizes)
-        return Block(sums, left.weight + right.weight, left.devices + right.devices)
+    def contributors(self, partial: Partial[S], global_state: Mapping[str, Tensor]) -> State:
+        """Return how many devices each entry of the global state comes from: float32, the shapes of ``global_state``.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """One row of ``STRATEGIES``: a method is a choice for each of four independent switches."""
-
-    name: str
-    submodel: SubmodelRule
-    objective: str
-    """Name in ``fedmaestro.clients.OBJECTIVES``; ``train.objective`` overrides it."""
-    aggregation: Aggregation
-    """``train.aggregation`` overrides it."""
-    server: ServerOptimizer = REPLACE
-    """``train.server-optimizer`` overrides it."""
-    freezes: Literal["", "v", "alternating"] = ""
-    """Factor that devices do not train: ``v`` always, or ``alternating``: V in odd rounds, U in even ones."""
-    reorder_every: int = 0
-    """Rounds between re-orderings of the factors' columns after the server optimiser (``reordered``); 0: never."""
-    logit_adjustment: float = 0.0
-    """τ of the devices' logit adjustment (``clients.base.logit_offsets``); 0: plain cross-entropy."""
-    tail_start: float = 0.0
-    """Devices of a round, in expectation, below which a column starts smaller (``tail_start``); 0: none does."""
-    tail_decay: float = 0.0
-    """Rate at which columns that few devices hold fade in every round (``tail_decay``), before the re-ordering."""
-    defaults: Mapping[str, bool | str] = field(default_factory=dict)
-    """Settings of the model that belong to the published method, where the experiment leaves them at ``default``."""
-    summary: str
-    source: str
-
-    def frozen(self, submodel: Collection[str], server_round: int) -> frozenset[str]:
-        """Return the names of ``submodel`` that devices leave as they are in this round (from 1 on)."""
-        factor = self.freezes if self.freezes != "alternating" else ("u", "v")[server_round % 2]
-        if not factor:
-            return frozenset()
-        return frozenset(f"{layer}.{factor}" for layer in factor_layers(submodel))
+        Where a rule goes by changed rows, those of a size count with all of its devices when one of them changed them.
+        """
+        counts = {name: torch.zeros_like(old, dtype=torch.float32) for name, old in global_state.items()}
+        for shapes, block in partial:
+            if self.mixes:
+                # A pair is factored anew as a whole, also where devices send one factor only.
+                layers = {name[:-2] for name in shapes if name.endswith((".u", ".v"))}
+                for name in global_state:
+                    if name in shapes or (name.endswith((".u", ".v")) and name[:-2] in layers):
+                        counts[name] += block.devices
+            else:
+                for name, shape in shapes.items():
+                    rows = self.changed_rows(block, name) if self.changed_rows else torch.ones(shape[:1])
+                    add_to_leading_block(counts[name], block.devices * as_column(rows, len(shape)).float(), shape)
+        return counts
 
 
-def signature(submodel: Mapping[str, Tensor]) -> Signature:
-    """Return the names and shapes of a submodel, in its order."""
-    return tuple((name, tuple(tensor.shape)) for name, tensor in submodel.items())
-
-
-def present(partial: Partial) -> Iterator[tuple[dict[str, Shape], Block]]:
-    """Yield the shapes and the block of every size that has devices."""
-    for key, block in partial.items():
-        if block.devices:
-            yield dict(key), block
+AnyAggregation = Aggregation[Any]
+"""A rule whose sums only it looks into."""
+AnyPartial = Partial[Any]
 
 
 def factor_layers(state: Collection[str]) -> list[str]:
@@ -233,26 +268,6 @@ def factor_layers(state: Collection[str]) -> list[str]:
 def add_to_leading_block(total: Tensor, block: Tensor | float, shape: Shape) -> None:
     """Add ``block`` in place to the leading block of ``total``."""
     leading_block(total, shape).add_(torch.as_tensor(block, dtype=total.dtype))
-
-
-def contributors(aggregation: Aggregation, partial: Partial, global_state: Mapping[str, Tensor]) -> State:
-    """Return how many devices each entry of the global state comes from: float32, the shapes of ``global_state``.
-
-    Where a rule goes by changed rows, those of a size count with all of its devices when one of them changed them.
-    """
-    counts = {name: torch.zeros_like(old, dtype=torch.float32) for name, old in global_state.items()}
-    for shapes, block in present(partial):
-        if aggregation.mixes:
-            # A pair is factored anew as a whole, also where devices send one factor only.
-            layers = {name[:-2] for name in shapes if name.endswith((".u", ".v"))}
-            for name in global_state:
-                if name in shapes or (name.endswith((".u", ".v")) and name[:-2] in layers):
-                    counts[name] += block.devices
-        else:
-            for name, shape in shapes.items():
-                rows = aggregation.changed_rows(block, name) if aggregation.changed_rows else torch.ones(shape[:1])
-                add_to_leading_block(counts[name], block.devices * as_column(rows, len(shape)).float(), shape)
-    return counts
 
 
 def scaled_columns(state: Mapping[str, Tensor], layer: str, factors: Tensor) -> State:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fedmaestro.strategies.base import Aggregation, Partial
-from fedmaestro.strategies.partitioned_product import SEGMENT_STACKS, Segment, segments
+from fedmaestro.strategies.partitioned_product import SEGMENT_STACKS, Segment, SegmentSums, plain, segments
 from fedmaestro.strategies.product_svd import trained_pairs, weighted, with_coverage_mean
 from fedmaestro.strategies.spectral import Pair, balanced
 from fedmaestro.submodel import State
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def finish(partial: Partial[SegmentSums], global_state: Mapping[str, Tensor]) -> State:
     """Return every trained segment as the truncated SVD of its mean product; the others keep their bits."""
     partial = weighted(partial)
     new = {}
@@ -34,7 +34,7 @@ def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
         pairs = [_factored(part) for part in segments(layer, partial, global_state)]
         new[f"{layer}.u"] = torch.cat([u for u, _ in pairs], dim=1).to(old_u.dtype)
         new[f"{layer}.v"] = torch.cat([v for _, v in pairs]).to(old_v.dtype)
-    return with_coverage_mean(new, partial, global_state)
+    return with_coverage_mean(new, plain(partial), global_state)
 
 
 def _factored(part: Segment) -> Pair:

@@ -14,19 +14,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block, present
+from fedmaestro.strategies.base import Aggregation, Partial, add_to_leading_block
 from fedmaestro.submodel import State
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def finish(partial: Partial[State], global_state: Mapping[str, Tensor]) -> State:
     """Divide the sum of each entry by the weight that covers it."""
     return {name: _mean(name, partial, old) for name, old in global_state.items()}
 
 
-def _mean(name: str, partial: Partial, old: Tensor) -> Tensor:
+def _mean(name: str, partial: Partial[State], old: Tensor) -> Tensor:
     total = torch.zeros_like(old, dtype=torch.float64)
     weight = torch.zeros_like(total)
-    for shapes, block in present(partial):
+    for shapes, block in partial:
         if name in shapes:
             add_to_leading_block(total, block.sums[name], shapes[name])
             add_to_leading_block(weight, block.weight, shapes[name])

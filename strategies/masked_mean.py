@@ -15,31 +15,43 @@ was by chance is no vote for that value. Without ``start`` (it was not passed to
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedmaestro.strategies.base import (
+    SUMS,
     WEIGHTED_SUMS,
     Aggregation,
-    Block,
     Partial,
+    Parts,
+    Reduction,
+    Sizes,
     add_to_leading_block,
     as_column,
-    present,
 )
 from fedmaestro.submodel import State
 
+ROWS = "rows"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:
-    sums: State = {}
-    for name, tensor in submodel.items():
-        rows = changed_rows(tensor, None if start is None else start[name]).double() * weight
-        sums |= {name: tensor.double() * as_column(rows, tensor.dim()), f"rows/{name}": rows}
-    return sums
+@dataclass(frozen=True)
+class RowSums:
+    """``Σ weight · tensor`` over changed rows, and of each tensor ``(rows,)`` the ``Σ weight`` of each row."""
+
+    sums: State
+    rows: State
+
+
+def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> RowSums:
+    rows = {
+        name: changed_rows(tensor, None if start is None else start[name]).double() * weight
+        for name, tensor in submodel.items()
+    }
+    sums = {name: tensor.double() * as_column(rows[name], tensor.dim()) for name, tensor in submodel.items()}
+    return RowSums(sums, rows)
 
 
 def changed_rows(tensor: Tensor, start: Tensor | None) -> Tensor:
@@ -51,34 +63,50 @@ def changed_rows(tensor: Tensor, start: Tensor | None) -> Tensor:
     return differs.flatten(1).any(1) if tensor.dim() > 1 else differs
 
 
-CHANGED_ROWS = replace(WEIGHTED_SUMS, lift=_lift)
-"""``Σ weight · tensor`` over changed rows, and under ``rows/<name>`` the ``Σ weight`` of each row, ``(rows,)``."""
+def _add(left: RowSums, right: RowSums, sizes: Sizes) -> RowSums:
+    return RowSums(WEIGHTED_SUMS.add(left.sums, right.sums, sizes), WEIGHTED_SUMS.add(left.rows, right.rows, sizes))
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def _accumulate(sums: RowSums, mean: Parts, weight: float) -> None:
+    for kind, into in ((SUMS, sums.sums), (ROWS, sums.rows)):
+        for name, tensor in mean[kind].items():
+            into[name].add_(tensor, alpha=weight)
+
+
+CHANGED_ROWS: Reduction[RowSums] = Reduction(
+    lift=_lift,
+    add=_add,
+    scale=lambda x, factor: RowSums(WEIGHTED_SUMS.scale(x.sums, factor), WEIGHTED_SUMS.scale(x.rows, factor)),
+    pack=lambda x: {SUMS: x.sums, ROWS: x.rows},
+    unpack=lambda parts, _: RowSums(dict(parts[SUMS]), dict(parts[ROWS])),
+    accumulate=_accumulate,
+)
+
+
+def finish(partial: Partial[RowSums], global_state: Mapping[str, Tensor]) -> State:
     """Divide the sum of each row by the weight of the devices that changed it."""
     return {name: _mean(name, partial, old) for name, old in global_state.items()}
 
 
-def _mean(name: str, partial: Partial, old: Tensor) -> Tensor:
+def _mean(name: str, partial: Partial[RowSums], old: Tensor) -> Tensor:
     total = torch.zeros_like(old, dtype=torch.float64)
     weight = torch.zeros_like(total)
-    for shapes, block in present(partial):
+    for shapes, block in partial:
         if name in shapes:
-            add_to_leading_block(total, block.sums[name], shapes[name])
-            add_to_leading_block(weight, as_column(block.sums[f"rows/{name}"], old.dim()), shapes[name])
+            add_to_leading_block(total, block.sums.sums[name], shapes[name])
+            add_to_leading_block(weight, as_column(block.sums.rows[name], old.dim()), shapes[name])
     return torch.where(weight > 0, (total / weight.clamp(min=1e-300)).to(old.dtype), old)
-
-
-def _changed_rows(block: Block, name: str) -> Tensor:
-    return block.sums[f"rows/{name}"] > 0
 
 
 MASKED_MEAN = Aggregation(
     name="masked-mean",
     finish=finish,
     reduction=CHANGED_ROWS,
-    changed_rows=_changed_rows,
+    changed_rows=lambda block, name: block.sums.rows[name] > 0,
+    forbids={
+        "train.weight-decay": "moves the rows that a device does not train, and aggregation 'masked-mean' counts the "
+        "devices that moved a row: set it to 0, or train.aggregation to coverage-mean"
+    },
     summary="each row averaged over the devices that changed it, weighted by examples",
     source="HeteroFL (2010.01264), classifier rows of own labels only, for every tensor",
 )

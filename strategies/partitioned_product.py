@@ -17,25 +17,26 @@ the segments has more than R large singular values, what is left over is lost.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fedmaestro.strategies.base import (
-    ALL_ANNOUNCED,
+    SUMS,
     WEIGHTED_SUMS,
     Aggregation,
+    Block,
     Partial,
+    Parts,
     Reduction,
-    Signature,
+    Sizes,
     factor_layers,
-    present,
 )
 from fedmaestro.strategies.product_svd import has_pair, trained_pairs, weighted, with_coverage_mean
 from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored
-from fedmaestro.submodel import State
+from fedmaestro.submodel import Signature, State
 
 
 @dataclass(frozen=True)
@@ -82,60 +83,74 @@ class Stack:
             return Stack(self.first, self.last, *compress(u, v), mixed=True)
         return Stack(self.first, self.last, u, v, mixed=self.mixed or other.mixed)
 
-    def sums(self, layer: str) -> State:
-        """Return the entries of ``Block.sums`` that hold it."""
-        prefix = f"{'mixed' if self.mixed else 'stack'}/{self.first}:{self.last}/{layer}"
-        return {f"{prefix}.u": self.u, f"{prefix}.v": self.v}
+
+@dataclass(frozen=True)
+class SegmentSums:
+    """What the devices of one size amount to.
+
+    Attributes:
+        plain: ``Σ weight · tensor`` of what is no factor pair.
+        stacks: of every layer with a pair, ascending; together they hold the size's columns.
+    """
+
+    plain: State
+    stacks: Mapping[str, tuple[Stack, ...]]
 
 
-def _stacks(sums: Mapping[str, Tensor]) -> dict[str, list[Stack]]:
-    """Return the stacks of every layer, ascending, from ``Block.sums``."""
-    found: dict[str, list[Stack]] = {}
-    for key in sums:
-        kind, _, rest = key.partition("/")
-        if kind in ("stack", "mixed") and key.endswith(".u"):
-            segment, _, name = rest.partition("/")
-            first, last = map(int, segment.split(":"))
-            stack = Stack(first, last, sums[key], sums[f"{key[:-2]}.v"], mixed=kind == "mixed")
-            found.setdefault(name.removesuffix(".u"), []).append(stack)
-    return {layer: sorted(stacks, key=lambda stack: stack.first) for layer, stacks in found.items()}
-
-
-def _is_stack(key: str) -> bool:
-    return key.startswith(("stack/", "mixed/"))
-
-
-def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:
-    sums: State = {}
+def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> SegmentSums:
     layers = factor_layers(submodel)
-    for layer in layers:
-        u, v = submodel[f"{layer}.u"], submodel[f"{layer}.v"]
-        if len(v):
-            sums |= Stack(0, len(v), u.double() * weight, v.to(torch.float64, copy=True)).sums(layer)
     pairs = {f"{layer}.{factor}" for layer in layers for factor in "uv"}
-    return sums | WEIGHTED_SUMS.lift({n: x for n, x in submodel.items() if n not in pairs}, weight, start)
+    stacks = {
+        layer: (Stack(0, len(v), submodel[f"{layer}.u"].double() * weight, v.to(torch.float64, copy=True)),)
+        for layer in layers
+        if len(v := submodel[f"{layer}.v"])
+    }
+    return SegmentSums(WEIGHTED_SUMS.lift({n: x for n, x in submodel.items() if n not in pairs}, weight, start), stacks)
 
 
-def _add(left: State, right: State, sizes: Sequence[Signature]) -> State:
-    sums = {name: tensor + right[name] for name, tensor in left.items() if not _is_stack(name)}
-    ours, theirs = _stacks(left), _stacks(right)
-    edges = _edges(ours, sizes)
-    for layer, stacks in ours.items():
-        pairs = zip(_split(stacks, edges[layer]), _split(theirs[layer], edges[layer]), strict=True)
-        for mine, other in pairs:
-            sums |= mine.plus(other, compressible=ALL_ANNOUNCED in sizes).sums(layer)
-    return sums
+def _add(left: SegmentSums, right: SegmentSums, sizes: Sizes) -> SegmentSums:
+    edges = _edges(left.stacks, sizes.known)
+    stacks = {
+        layer: tuple(
+            mine.plus(other, compressible=sizes.complete)
+            for mine, other in zip(
+                _split(of_left, edges[layer]), _split(right.stacks[layer], edges[layer]), strict=True
+            )
+        )
+        for layer, of_left in left.stacks.items()
+    }
+    return SegmentSums(WEIGHTED_SUMS.add(left.plain, right.plain, sizes), stacks)
 
 
-def _scale(sums: State, factor: float) -> State:
-    return {n: x if _is_stack(n) and n.endswith(".v") else x * factor for n, x in sums.items()}
+def _scale(sums: SegmentSums, factor: float) -> SegmentSums:
+    stacks = {
+        layer: tuple(replace(stack, u=stack.u * factor) for stack in of_layer)
+        for layer, of_layer in sums.stacks.items()
+    }
+    return SegmentSums(WEIGHTED_SUMS.scale(sums.plain, factor), stacks)
 
 
-SEGMENT_STACKS = Reduction(lift=_lift, add=_add, scale=_scale)
-"""``stack/<first>:<last>/<layer>.u`` and ``.v`` hold the devices' columns of a segment, U weighted, device by device.
+def _pack(sums: SegmentSums) -> Parts:
+    """Return what a host sends: it knows one size, so each of its layers is one stack of columns from 0 on."""
+    packed = dict(sums.plain)
+    for layer, (stack,) in sums.stacks.items():
+        packed |= {f"{layer}.u": stack.u, f"{layer}.v": stack.v}
+    return {SUMS: packed}
 
-They are split where another size ends. Once all sizes are announced, those of ``2 · min(O, I)`` columns and more become
-``mixed/…``: the same product in at most ``min(O, I)`` columns. A host knows one size only and never does that.
+
+def _unpack(parts: Parts, size: Signature) -> SegmentSums:
+    shapes, sent = dict(size), parts[SUMS]
+    layers = [layer for layer in factor_layers(shapes) if f"{layer}.v" in sent]
+    stacks = {x: (Stack(0, shapes[f"{x}.v"][0], sent[f"{x}.u"], sent[f"{x}.v"]),) for x in layers}
+    pairs = {f"{layer}.{factor}" for layer in layers for factor in "uv"}
+    return SegmentSums({name: tensor for name, tensor in sent.items() if name not in pairs}, stacks)
+
+
+SEGMENT_STACKS: Reduction[SegmentSums] = Reduction(lift=_lift, add=_add, scale=_scale, pack=_pack, unpack=_unpack)
+"""The devices' columns of a segment, U weighted, device by device.
+
+They are split where another size ends. Once all sizes are known, those of ``2 · min(O, I)`` columns and more are mixed:
+the same product in at most ``min(O, I)`` columns. A host knows one size only and never does that.
 """
 
 
@@ -162,11 +177,11 @@ class Segment:
     """False: nobody did, ``u`` and ``v`` are the global state's."""
 
 
-def segments(layer: str, partial: Partial, global_state: Mapping[str, Tensor]) -> Iterator[Segment]:
+def segments(layer: str, partial: Partial[SegmentSums], global_state: Mapping[str, Tensor]) -> Iterator[Segment]:
     """Yield the segments of a layer, ascending; together they hold its R columns."""
     old_u, old_v = global_state[f"{layer}.u"], global_state[f"{layer}.v"]
-    stacks = [(block.weight, x) for _, block in present(partial) for x in _stacks(block.sums).get(layer, ())]
-    edges = sorted({0, len(old_v), *_edges([layer], partial)[layer], *(stack.last for _, stack in stacks)})
+    stacks = [(block.weight, x) for _, block in partial for x in block.sums.stacks.get(layer, ())]
+    edges = sorted({0, len(old_v), *_edges([layer], partial.sizes.known)[layer], *(stack.last for _, stack in stacks)})
     contributors: dict[int, list[tuple[float, Stack]]] = {}
     for weight, stack in stacks:
         for part in stack.split(edges):
@@ -183,7 +198,7 @@ def _mean_product(weighted: Sequence[tuple[float, Stack]]) -> Pair:
     return torch.cat([stack.u for _, stack in weighted], dim=1) / weight, torch.cat([stack.v for _, stack in weighted])
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def finish(partial: Partial[SegmentSums], global_state: Mapping[str, Tensor]) -> State:
     """Return the truncated SVD of every layer's sum of segments; a layer whose pair nobody sent keeps its bits."""
     partial = weighted(partial)
     new: State = {}
@@ -191,7 +206,13 @@ def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
         parts = list(segments(layer, partial, global_state))
         u, v = torch.cat([part.u for part in parts], dim=1), torch.cat([part.v for part in parts])
         new |= refactored(global_state, layer, u, v)
-    return with_coverage_mean(new, partial, global_state)
+    return with_coverage_mean(new, plain(partial), global_state)
+
+
+def plain(partial: Partial[SegmentSums]) -> Partial[State]:
+    """Return the partial result of the tensors that are no factor pair."""
+    blocks = {size: Block(x.sums.plain, x.weight, x.devices) for size, x in partial.blocks.items()}
+    return Partial(blocks, partial.sizes)
 
 
 PARTITIONED_PRODUCT = Aggregation(

@@ -15,13 +15,23 @@ When all devices of a round have few columns together, the others become zero in
 revives them. Columns are mixed across tier edges, as in ``reordered``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedmaestro.strategies import coverage_mean
-from fedmaestro.strategies.base import Aggregation, Block, Partial, Reduction, Signature, factor_layers, present
+from fedmaestro.strategies.base import (
+    WEIGHTED_SUMS,
+    Aggregation,
+    AnyPartial,
+    Partial,
+    Reduction,
+    S,
+    Sizes,
+    factor_layers,
+)
 from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored
 from fedmaestro.submodel import State
 
@@ -35,7 +45,7 @@ def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Ten
     return {n: x.to(torch.float64, copy=True) if n in rows else x.double() * weight for n, x in submodel.items()}
 
 
-def _add(left: State, right: State, sizes: Sequence[Signature]) -> State:  # noqa: ARG001
+def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001
     sums: State = {}
     for layer in factor_layers(left):
         names = f"{layer}.u", f"{layer}.v"
@@ -49,14 +59,14 @@ def _scale(sums: State, factor: float) -> State:
     return {name: tensor if name in rows else tensor * factor for name, tensor in sums.items()}
 
 
-STACKS = Reduction(lift=_lift, add=_add, scale=_scale)
+STACKS: Reduction[State] = replace(WEIGHTED_SUMS, lift=_lift, add=_add, scale=_scale, accumulate=None)
 """``<layer>.u (O, K)`` and ``.v (K, I…)`` hold the devices' columns, U weighted: ``u @ v = Σ_k n_k U_k V_k``.
 
 At twice ``min(O, I)`` columns a stack is compressed, so its size does not follow the number of devices.
 """
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def finish(partial: Partial[State], global_state: Mapping[str, Tensor]) -> State:
     """Return the truncated SVD of every layer's mean product; a layer whose pair nobody sent keeps its bits."""
     partial = weighted(partial)
     new: State = {}
@@ -65,16 +75,16 @@ def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
     return with_coverage_mean(new, partial, global_state)
 
 
-def _mean_product(layer: str, partial: Partial) -> Pair:
-    blocks = [block for shapes, block in present(partial) if has_pair(layer, shapes)]
+def _mean_product(layer: str, partial: Partial[State]) -> Pair:
+    blocks = [block for shapes, block in partial if has_pair(layer, shapes)]
     weight = sum(block.weight for block in blocks)
     us, vs = ([block.sums[f"{layer}.{factor}"] for block in blocks] for factor in "uv")
     return torch.cat(us, dim=1) / weight, torch.cat(vs)
 
 
-def weighted(partial: Partial) -> Partial:
-    """Return ``partial`` with blocks that only announce in place of those without weight, which count for nothing."""
-    return {key: block if block.weight > 0 else Block() for key, block in partial.items()}
+def weighted(partial: Partial[S]) -> Partial[S]:
+    """Return ``partial`` without the blocks that have no weight: their devices count for nothing."""
+    return replace(partial, blocks={size: block for size, block in partial.blocks.items() if block.weight > 0})
 
 
 def has_pair(layer: str, names: Mapping[str, object]) -> bool:
@@ -82,13 +92,13 @@ def has_pair(layer: str, names: Mapping[str, object]) -> bool:
     return f"{layer}.u" in names and f"{layer}.v" in names
 
 
-def trained_pairs(partial: Partial, global_state: Mapping[str, Tensor]) -> list[str]:
+def trained_pairs(partial: AnyPartial, global_state: Mapping[str, Tensor]) -> list[str]:
     """Return the layers of which some device sent both factors; a factor that comes alone is averaged as it is."""
-    sizes = [shapes for shapes, _ in present(partial)]
+    sizes = [shapes for shapes, _ in partial]
     return [layer for layer in factor_layers(global_state) if any(has_pair(layer, shapes) for shapes in sizes)]
 
 
-def with_coverage_mean(new: State, partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def with_coverage_mean(new: State, partial: Partial[State], global_state: Mapping[str, Tensor]) -> State:
     """Complete ``new`` by the coverage mean of all other tensors, in the order of ``global_state``."""
     rest = {name: old for name, old in global_state.items() if name not in new}
     means = coverage_mean.finish(partial, rest)

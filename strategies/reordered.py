@@ -14,32 +14,27 @@ columns that nobody covered move too; moments of a server optimiser would belong
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from fedmaestro.strategies import coverage_mean
-from fedmaestro.strategies.base import Aggregation, Partial, factor_layers, present
+from fedmaestro.strategies.base import Aggregation, Partial, factor_layers
+from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.strategies.spectral import refactored
 from fedmaestro.submodel import State
 
 
-def finish(partial: Partial, global_state: Mapping[str, Tensor]) -> State:
+def finish(partial: Partial[State], global_state: Mapping[str, Tensor]) -> State:
     """Return the coverage mean with the pairs of which devices sent a factor re-ordered; the others keep their bits."""
     mean = coverage_mean.finish(partial, global_state)
-    sent = {name for shapes, block in present(partial) if block.weight > 0 for name in shapes}
+    sent = {name for shapes, block in partial if block.weight > 0 for name in shapes}
     return mean | _ordered(mean, [x for x in factor_layers(mean) if not sent.isdisjoint((f"{x}.u", f"{x}.v"))])
 
 
 def reorder(state: Mapping[str, Tensor]) -> State:
     """Return the same function with all pairs ordered and balanced, in new tensors; a second time is only rounding."""
     return {name: tensor.clone() for name, tensor in state.items()} | _ordered(state, factor_layers(state))
-
-
-def without_factors(memory: Mapping[str, Tensor]) -> State:
-    """Return a server optimiser's memory (keys ``<slot>/<name>``) without that of factors: the old basis is gone."""
-    names = {key: key.partition("/")[2] for key in memory}
-    factors = {f"{layer}.{factor}" for layer in factor_layers(dict.fromkeys(names.values())) for factor in "uv"}
-    return {key: tensor for key, tensor in memory.items() if names[key] not in factors}
 
 
 def _ordered(state: Mapping[str, Tensor], layers: Iterable[str]) -> State:
@@ -55,4 +50,25 @@ REORDERED = Aggregation(
     mixes=True,
     summary="each entry averaged over the devices that hold it, then factor columns ordered by singular value",
     source="coverage mean, and the SVD of FlexLoRA/FedHM (2111.14655) without truncation",
+)
+
+
+def reorder_every(every: int | Literal["never"]) -> ServerStep:
+    """Return the step that re-orders all pairs after each round whose number ``every`` divides."""
+
+    def due(number: int) -> bool:
+        return every != "never" and number % every == 0
+
+    def apply(state: State, memory: Memory, server_round: Round) -> tuple[State, Memory]:
+        return (reorder(state) if due(server_round.number) else state), memory
+
+    return ServerStep(name="reorder", apply=apply, rebases=due)
+
+
+REORDER = StepRow(
+    name="reorder",
+    make=reorder_every,
+    settings={"every": "server.reorder-every"},
+    summary="all factor columns ordered by singular value",
+    source="FedMaestro's pilot; the SVD of FlexLoRA/FedHM (2111.14655)",
 )

@@ -1,4 +1,4 @@
-"""What the server does with the aggregated state: its optimiser, on the pseudo-gradient ``Δ = aggregated - global``.
+"""The server's optimiser, on the pseudo-gradient ``Δ = aggregated - global``.
 
 Adaptive federated optimization (Reddi et al., ICLR 2021, Algorithm 2) and FedAvgM (Hsu et al., 2019), *per block*: an
 entry that no device of the round held has no pseudo-gradient, so it keeps its value and its moments, bit for bit.
@@ -19,15 +19,17 @@ little in the new one: they are for ``none``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedmaestro.errors import check_name
+from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.submodel import State
 
-_MOMENTUM, _SECOND = "momentum", "second-moment"
+MOMENTUM, SECOND = "momentum", "second-moment"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,59 +46,88 @@ class ServerOptimizer:
     """Devices at which a block takes half a step; 0: whole steps."""
 
     def step(
-        self, global_state: State, aggregated: State, memory: State, devices: Mapping[str, Tensor] | None = None
-    ) -> tuple[State, State]:
+        self,
+        global_state: Mapping[str, Tensor],
+        aggregated: State,
+        memory: Memory,
+        devices: Mapping[str, Tensor] | None = None,
+    ) -> tuple[State, Memory]:
         """Return the new global state and the new memory.
 
         Args:
             global_state: before the round.
             aggregated: what the aggregation made of the devices' submodels.
-            memory: ``{}`` at first; part of the checkpoint. What it keeps for the tensor ``name`` has the key
-                ``<slot>/<name>``, so that shrinking can cut it along (``rederive.cut_memory``).
-            devices: contributors of every entry (``strategies.base.contributors``); None: all entries have many.
+            memory: ``{}`` at first; a tensor that a slot lacks counts as zero.
+            devices: contributors of every entry (``Aggregation.contributors``); None: all entries have many.
         """
         if self.name == "none" and not self.damping:
             return aggregated, memory
-        new, kept = {}, dict(memory)
+        new: State = {}
+        kept: dict[str, State] = {slot: {} for slot in self._slots}
         for name, old in global_state.items():
             count = torch.full_like(old, torch.inf) if devices is None else devices[name]
-            slots = {slot: memory.get(f"{slot}/{name}", torch.zeros_like(old)) for slot in self._slots}
-            value, slots = self._entry(old, aggregated[name], slots, count)
-            new[name] = value
-            kept |= {f"{slot}/{name}": tensor for slot, tensor in slots.items()}
+            moments = {slot: memory.get(slot, {}).get(name, torch.zeros_like(old)) for slot in self._slots}
+            new[name], moments = self._entry(old, aggregated[name], moments, count)
+            for slot, tensor in moments.items():
+                kept[slot][name] = tensor
         return new, kept
 
     @property
     def _slots(self) -> tuple[str, ...]:
-        return {"none": (), "momentum": (_MOMENTUM,)}.get(self.name, (_MOMENTUM, _SECOND))
+        return {"none": (), "momentum": (MOMENTUM,)}.get(self.name, (MOMENTUM, SECOND))
 
-    def _entry(self, old: Tensor, aggregated: Tensor, slots: State, count: Tensor) -> tuple[Tensor, State]:
+    def _entry(self, old: Tensor, aggregated: Tensor, moments: State, count: Tensor) -> tuple[Tensor, State]:
         delta, covered = aggregated - old, count > 0
         scale = 1.0 / (1.0 + self.damping / count.clamp(min=1e-9))
         if self.name == "none":
             return torch.where(covered, old + scale * delta, old), {}
         if self.name == "momentum":
-            moment = self.beta1 * slots[_MOMENTUM] + delta
-            direction, new_slots = moment, {_MOMENTUM: moment}
+            moment = self.beta1 * moments[MOMENTUM] + delta
+            direction, new = moment, {MOMENTUM: moment}
         else:
-            moment = self.beta1 * slots[_MOMENTUM] + (1 - self.beta1) * delta
-            before, square = slots[_SECOND], delta.square()
+            moment = self.beta1 * moments[MOMENTUM] + (1 - self.beta1) * delta
+            before, square = moments[SECOND], delta.square()
             adam = self.beta2 * before + (1 - self.beta2) * square
             yogi = before - (1 - self.beta2) * square * torch.sign(before - square)
             second = adam if self.name == "adam" else yogi
             direction = moment / (second.sqrt() + self.adaptivity)
-            new_slots = {_MOMENTUM: moment, _SECOND: second}
+            new = {MOMENTUM: moment, SECOND: second}
         value = torch.where(covered, old + self.lr * scale * direction, old)
-        return value, {slot: torch.where(covered, tensor, slots[slot]) for slot, tensor in new_slots.items()}
+        return value, {slot: torch.where(covered, tensor, moments[slot]) for slot, tensor in new.items()}
 
-
-REPLACE = ServerOptimizer(name="none")
-"""The aggregated state is the new global state, as in FedAvg."""
 
 SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
-    "none": REPLACE,
+    "none": ServerOptimizer(name="none"),
     "momentum": ServerOptimizer(name="momentum"),
     "adam": ServerOptimizer(name="adam", lr=0.03),
     "yogi": ServerOptimizer(name="yogi", lr=0.03),
 }
-"""By name, with the constants that rows and ``train.server-optimizer`` start from."""
+"""By name, with the constants that rows and ``server.optimizer`` start from."""
+
+
+def optimize(name: str, lr: float | None, momentum: float, damping: float) -> ServerStep:
+    """Return the step of an optimiser of ``SERVER_OPTIMIZERS``; ``lr`` None: its own."""
+    check_name("server.optimizer", name, SERVER_OPTIMIZERS)
+    row = SERVER_OPTIMIZERS[name]
+    optimizer = replace(row, lr=row.lr if lr is None else lr, beta1=momentum, damping=damping)
+
+    def apply(state: State, memory: Memory, server_round: Round) -> tuple[State, Memory]:
+        if name == "none" and not damping:
+            return state, memory
+        return optimizer.step(server_round.before, state, memory, server_round.contributors)
+
+    return ServerStep(name="optimizer", apply=apply)
+
+
+OPTIMIZER = StepRow(
+    name="optimizer",
+    make=optimize,
+    settings={
+        "name": "server.optimizer",
+        "lr": "server.lr",
+        "momentum": "server.momentum",
+        "damping": "server.damping",
+    },
+    summary="a step along the difference that the round made: none (all of it), momentum, adam or yogi",
+    source="FedAvgM (1909.06335); FedAdam, FedYogi (2003.00295)",
+)

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmaestro.strategies.base import Partial, factor_layers, present, scaled_columns
+from fedmaestro.strategies.base import AnyPartial, factor_layers, scaled_columns
+from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.submodel import State
 
 
-def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> State:
+def decay_tails(state: Mapping[str, Tensor], partial: AnyPartial, rate: float) -> State:
     """Return ``state`` with the columns of every factor pair faded by their devices' share of the round.
 
     Args:
@@ -30,15 +31,33 @@ def decay_tails(state: Mapping[str, Tensor], partial: Partial, rate: float) -> S
         rate: ε, from 0 to 1.
     """
     new = dict(state)
-    total = sum(block.weight for _, block in present(partial))
+    total = partial.weight
     if not (rate and total):
         return new
     for layer in factor_layers(state):
         u = f"{layer}.u"
         share = torch.zeros(state[u].shape[1], dtype=torch.float64)
-        sizes = [(shapes[u][1], block.weight) for shapes, block in present(partial) if u in shapes]
+        sizes = [(shapes[u][1], block.weight) for shapes, block in partial if u in shapes]
         for rank, weight in sizes:
             share[:rank] += weight / total
         if sizes:
             new |= scaled_columns(state, layer, (1 - rate * (1 - share.clamp(max=1))).sqrt())
     return new
+
+
+def tail_decay(rate: float) -> ServerStep:
+    """Return the step that fades columns at ``rate`` ε; 0: it does nothing."""
+
+    def apply(state: State, memory: Memory, server_round: Round) -> tuple[State, Memory]:
+        return decay_tails(state, server_round.partial, rate), memory
+
+    return ServerStep(name="tail-decay", apply=apply)
+
+
+TAIL_DECAY = StepRow(
+    name="tail-decay",
+    make=tail_decay,
+    settings={"rate": "server.tail-decay"},
+    summary="factor columns fade by the share of the round's devices that do not hold them",
+    source="FedMaestro; the shares of raFLoRA (2602.13486)",
+)

@@ -12,46 +12,21 @@ factors has no gradient, and re-ordering balances the factors (LoRA's start, one
 
 Source: FedMaestro (ablation in experiments/README.md). The square was compared with the first power and with zero.
 
-Known limits: ``N`` counts whom a round samples, not whom over-commit or a deadline leaves out; learned ranks read the
-energies of the columns (``rederive``), so a small start would decide about them, and the default row leaves it off
-there.
+Known limits: ``N`` (``fleet.holders``) counts whom a round samples, not whom over-commit or a deadline leaves out;
+learned ranks read the energies of the columns (``fleet.learned``), so a small start would decide about them, and the
+default row leaves it off there.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from fedmaestro.fleet.plan import Plan
 from fedmaestro.strategies.base import factor_layers, scaled_columns
+from fedmaestro.strategies.server_step import Holders, ServerStep, StepRow
 from fedmaestro.submodel import State
 
 
-def expected_holders(plan: Plan, tier_of: Sequence[int], devices_per_round: int) -> dict[str, Tensor]:
-    """Return how many devices of a round hold each column, in expectation: ``(R,)`` by LoD layer.
-
-    Args:
-        plan: what each tier trains, and how often its devices can be reached.
-        tier_of: tier of every device, as an index into the fleet.
-        devices_per_round: devices whose work a round waits for; fewer where fewer can be reached.
-    """
-    counts = Counter(tier_of)
-    trained = [
-        (counts[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
-        for tier in plan.tiers
-        if tier.trains is not None
-    ]
-    reachable = sum(devices for devices, _ in trained)
-    sampled = min(devices_per_round, reachable) / reachable
-    holders = {layer: torch.zeros(rank, dtype=torch.float64) for layer, rank in (plan.full.size.ranks or {}).items()}
-    for devices, ranks in trained:
-        for layer, rank in ranks.items():
-            holders[layer][:rank] += sampled * devices
-    return holders
-
-
-def start_tails(state: Mapping[str, Tensor], holders: Mapping[str, Tensor], threshold: float) -> State:
+def start_tails(state: Mapping[str, Tensor], holders: Holders, threshold: float) -> State:
     """Return ``state`` with the columns of few holders scaled down.
 
     Args:
@@ -69,3 +44,17 @@ def start_tails(state: Mapping[str, Tensor], holders: Mapping[str, Tensor], thre
             share = (held / min(threshold, float(held.max()))).clamp(max=1)
             new |= scaled_columns(state, layer, share)
     return new
+
+
+def tail_start(threshold: float) -> ServerStep:
+    """Return the step that starts columns of fewer than ``threshold`` holders small; 0: it does nothing."""
+    return ServerStep(name="tail-start", start=lambda state, holders: start_tails(state, holders, threshold))
+
+
+TAIL_START = StepRow(
+    name="tail-start",
+    make=tail_start,
+    settings={"threshold": "server.tail-start"},
+    summary="before the first round, the singular values of columns of few holders are made smaller",
+    source="FedMaestro (experiments/README.md)",
+)

@@ -1,14 +1,13 @@
-"""Training on one machine: the schema of ``fedmaestro train``.
-
-``validated`` and ``load`` of ``config.experiment`` read it; unset values are empty strings and zeros, as there.
-"""
+"""Training on one machine: the schema of ``fedmaestro train``."""
 
 from typing import Annotated, Literal
 
-import tomli_w
 from pydantic import Field
 
-from fedmaestro.config.experiment import Positive, Table
+from fedmaestro.config.base import PathSetting, Positive, Settings, Table, Unset
+
+ALL = Unset("all")
+"""Unset: no limit, all examples."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,9 +16,13 @@ class TrainingData(Table):
     """Which examples."""
 
     name: str = Field("digits", description="dataset (`fedmaestro list datasets`) or multi30k")
-    dir: str = Field("", description="folder of local files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
-    limit: int = Field(0, ge=0, description="use only this many training examples, drawn by the seed; 0: all")
-    test_limit: int = Field(0, ge=0, description="score only this many test examples, the first; 0: all (smoke runs)")
+    dir: PathSetting = Field(None, description="folder of local files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
+    limit: Annotated[Positive | None, ALL] = Field(
+        None, description="use only this many training examples, drawn by the seed, or all"
+    )
+    test_limit: Annotated[Positive | None, ALL] = Field(
+        None, description="score only this many test examples, the first, or all (for smoke runs)"
+    )
     validation: int = Field(
         0, ge=0, description="training examples held out and scored after each epoch; 0: the test set is"
     )
@@ -86,16 +89,12 @@ class Curve(Table):
     latency_batch: Positive = Field(64, description="examples of a measured forward pass")
 
 
-class TrainingConfig(Table):
+class TrainingConfig(Settings):
     """One training run; its resolved form is written to ``config.toml`` in the run folder."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="the one seed")
-    out: str = Field("", description="run folder; empty: a new one under runs/")
+    out: PathSetting = Field(None, description="run folder; empty: a new one under runs/")
     data: TrainingData = TrainingData()
     model: TrainedModel = TrainedModel()
     train: Optimisation = Optimisation()
     curve: Curve = Curve()
-
-    def to_toml(self) -> str:
-        """Return the TOML with every setting."""
-        return tomli_w.dumps(self.model_dump(by_alias=True))

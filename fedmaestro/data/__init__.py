@@ -6,7 +6,7 @@ training example. Heavy libraries (datasets, flwr-datasets, scikit-learn, pyarro
 something that the cache does not have.
 """
 
-from fedmaestro.data.load import DATASETS, DatasetRow, ImageDataset, load_dataset, normalize
+from fedmaestro.data.load import DATASETS, DatasetRow, ImageDataset, data_folder, load_dataset, normalize
 from fedmaestro.data.partition import (
     PARTITIONS,
     cached_partition,
@@ -25,6 +25,7 @@ __all__ = [
     "TranslationSplit",
     "cached_partition",
     "class_counts",
+    "data_folder",
     "load_dataset",
     "load_translation",
     "normalize",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from fedmaestro.data.decode import Arrays
 
-__all__ = ["DATASETS", "DatasetRow", "ImageDataset", "load_dataset", "normalize"]
+__all__ = ["DATASETS", "DatasetRow", "ImageDataset", "data_folder", "load_dataset", "normalize"]
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +52,15 @@ class ImageDataset:
         """(C, H, W)."""
         _, channels, height, width = self.train_images.shape
         return channels, height, width
+
+
+def data_folder(setting: str | None) -> str:
+    """Return the folder of local data: ``data.dir``, else $FEDMAESTRO_DATA_DIR; empty: the hub.
+
+    The variable serves ``flwr run`` (whose run config is either a file or single settings, never both) and
+    deployments, where each node has its own path.
+    """
+    return setting or os.environ.get("FEDMAESTRO_DATA_DIR", "")
 
 
 def load_dataset(

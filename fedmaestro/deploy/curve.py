@@ -13,11 +13,12 @@ from torch import nn
 
 from fedmaestro import lod
 from fedmaestro.config.training import Curve, TrainingConfig
-from fedmaestro.deploy.budget import Point, deployed_cost, search, uniform, within
 from fedmaestro.deploy.latency import latencies_ms
+from fedmaestro.deploy.rank_search import Candidate, deployed_cost, search, uniform, within
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import trace
 from fedmaestro.models.architecture import Architecture, dense_layers
+from fedmaestro.runs.records import CostCurve, CostPoint
 from fedmaestro.submodel import num_elements, shapes_of
 from fedmaestro.tasks.task import Task, evaluate
 
@@ -43,8 +44,8 @@ def lod_form(architecture: Architecture, model: nn.Module) -> nn.Module:
 
 def accuracy_cost_curve(
     config: TrainingConfig, task: Task, architecture: Architecture, model: nn.Module, note: Note = lambda _text: None
-) -> dict[str, Any]:
-    """Return the content of ``curve.json``: for each budget (a part of the dense model's MACs) the largest model in it.
+) -> CostCurve:
+    """Return the curve: for each budget (a part of the dense model's MACs) the largest model in it.
 
     Args:
         config: budgets, calibration and what to measure.
@@ -67,7 +68,7 @@ def accuracy_cost_curve(
         lod.set_ranks(factors, start)
         return loss
 
-    def within_budgets(points: list[Point]) -> list[tuple[float, Point]]:
+    def within_budgets(points: list[Candidate]) -> list[tuple[float, Candidate]]:
         """Return the largest model within each budget, and the smallest one there is."""
         fractions = [f for f in budget_fractions(config.curve) if points[-1].macs <= f * dense_macs]
         return [(f, within(points, max_macs=f * dense_macs)) for f in fractions] + [
@@ -75,7 +76,7 @@ def accuracy_cost_curve(
         ]
 
     who = "Maestro" if architecture.form == "lod" else "dense + SVD"
-    chosen: dict[str, list[tuple[float, Point]]] = {}
+    chosen: dict[str, list[tuple[float, Candidate]]] = {}
     searched = partial(search, level_ratio=config.curve.level_ratio)
     for how, points_of in (("searched", searched), ("uniform", uniform)):
         note(f"{how} ranks on {min(config.curve.calibration, task.examples)} training examples")
@@ -86,21 +87,20 @@ def accuracy_cost_curve(
     known = dict(zip(models, figures(config, task, list(models.values())), strict=True))
     series = {
         name: [
-            {"budget": f, "ranks": p.ranks, "macs": p.macs, "calibration_loss": p.loss, **known[_key(p.ranks)]}
+            CostPoint(budget=f, ranks=p.ranks, macs=p.macs, calibration_loss=p.loss, **known[_key(p.ranks)])
             for f, p in row
         ]
         for name, row in chosen.items()
     }
-    dense = {"macs": dense_macs, **known[_DENSE]} if _DENSE in known else None
-    return {
-        "metric": task.metric,
-        "device": _describe(config),
-        "seed": config.seed,
-        "dense_params": dense_params,
-        "dense_macs": dense_macs,
-        "series": series,
-        "dense": dense,
-    }
+    return CostCurve(
+        metric=task.metric,
+        device=_describe(config),
+        seed=config.seed,
+        dense_params=dense_params,
+        dense_macs=dense_macs,
+        series=series,
+        dense=CostPoint(macs=dense_macs, **known[_DENSE]) if _DENSE in known else None,
+    )
 
 
 def factors_of(architecture: Architecture) -> nn.Module:
@@ -121,10 +121,10 @@ def figures(config: TrainingConfig, task: Task, models: Sequence[nn.Module]) -> 
 
 
 def _scores(task: Task, model: nn.Module, device: torch.device) -> dict[str, float]:
-    result = evaluate(model, task, task.scored("test"), device)
+    result = evaluate(model, task, task.split("test"), device)
     scores = {"value": task.value(result), "loss": result.loss}
     if task.has_validation:
-        scores["validation_value"] = task.value(evaluate(model, task, task.scored("validation"), device))
+        scores["validation_value"] = task.value(evaluate(model, task, task.split("validation"), device))
     return scores
 
 

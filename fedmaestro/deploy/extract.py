@@ -5,7 +5,6 @@ The function behind ``fedmaestro extract``. Layers become dense where that has n
 """
 
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 from torch import nn
 
 from fedmaestro import lod
-from fedmaestro.config.experiment import flatten, validated
+from fedmaestro.config.base import flatten, read
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.deploy.budget import Point, search, within, within_latency
 from fedmaestro.deploy.latency import latency_ms
+from fedmaestro.deploy.rank_search import Candidate, search, within, within_latency
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import cost, trace
 from fedmaestro.models.architecture import Architecture, Size, dense_layers
-from fedmaestro.runs.checkpoint import read_model, write_model
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.model import architecture_of, check_tier, load_model
+from fedmaestro.runs.model import ModelCard, load_model, read_card, write_model
+from fedmaestro.runs.reader import read_toml
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Batch, Task, evaluate
 
@@ -106,10 +105,10 @@ def extract(
     RunFolder(folder).check_usable()
     if any((folder / name).exists() for name in ("model.json", "model.safetensors")):
         raise UserError(f"{folder} already holds a model: choose another --out")
-    _, card = read_model(run_dir)
-    architecture = architecture_of(card, run_dir)
-    check_tier(card, target.tier, run_dir)
-    if card.get("norm") == "static":
+    card = read_card(run_dir)
+    architecture = card.architecture(run_dir)
+    card.check_tier(target.tier, run_dir)
+    if card.norm == "static":
         raise UserError(
             f"the model of {run_dir} normalises by statistics that are no part of it (model.norm=static): "
             "train with model.norm=group to extract models"
@@ -118,48 +117,49 @@ def extract(
     config = _training_config(run_dir, data_dir)
     task = open_task(config)
     _check_data(task, architecture, run_dir)
+    facts: dict[str, Any] = {}
     if target.tier is not None:
-        size, model = Size.from_json(card["tiers"][target.tier]), source
-        facts: dict[str, Any] = {}
+        size, model = card.tiers[target.tier], source
     else:
         architecture, factors = _as_factors(architecture, source)
         note(f"searching ranks on {min(calibration, task.examples)} training examples")
         batches = task.calibration(config.seed, calibration)
         path = _path(config, task, architecture, factors, batches)
-        point = _within(target, path, task, factors, latency_batch)
-        size, model = Size(ranks=point.ranks), lod.truncate(factors, point.ranks)
-        facts = {"calibration_examples": min(calibration, task.examples), "calibration_loss": point.loss}
+        chosen = _within(target, path, task, factors, latency_batch)
+        size, model = Size(ranks=chosen.ranks), lod.truncate(factors, chosen.ranks)
+        facts = {"calibration_examples": min(calibration, task.examples), "calibration_loss": chosen.loss}
     deployed = lod.recompose(model).eval()
     note("scoring on the test set and measuring the latency")
     facts |= _figures(deployed, task, latency_batch)
-    new_card = {
-        **{key: value for key, value in card.items() if key not in ("size", "tiers", "round", "epoch", "sha256")},
-        "form": architecture.form,
-        "size": size.to_json(),
-        "tiers": {},
-        "recomposed": True,
-        "extracted_for": {key: value for key, value in asdict(target).items() if value is not None},
-        "layers": {name: _describe(module) for name, module in deployed.named_modules() if _is_weighted(module)},
-        **facts,
-    }
-    new_card["sha256"] = write_model(folder, deployed.state_dict(), new_card)
-    return Extraction(folder, new_card)
+    kept = {key: value for key, value in (card.model_extra or {}).items() if key not in ("round", "epoch")}
+    new_card = ModelCard(
+        model=card.model,
+        form=architecture.form,
+        keep_dense=card.keep_dense,
+        norm=card.norm,
+        input_shape=card.input_shape,
+        num_classes=card.num_classes,
+        size=size,
+        recomposed=True,
+        extracted_for={key: value for key, value in asdict(target).items() if value is not None},
+        layers={name: _describe(module) for name, module in deployed.named_modules() if _is_weighted(module)},
+        **{**kept, **facts},
+    )
+    write_model(folder, {None: deployed.state_dict()}, new_card)
+    return Extraction(folder, read_card(folder).to_dict())
 
 
 def _training_config(run_dir: Path, data_dir: str | Path | None) -> TrainingConfig:
     """Return the configuration of a training, or one with the data of a federation."""
     path = run_dir / "config.toml"
-    try:
-        flat = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir} has no readable config.toml ({error}): give the folder of a run") from None
-    if missing := [key for key in _DATA_KEYS if key not in flat]:
+    given = flatten(read_toml(path))
+    if missing := [key for key in _DATA_KEYS if key not in given]:
         raise UserError(f"{path} names no {missing[0]}: give the folder of a run")
-    if "model.form" not in flat:  # of a federation, which uses all training examples
-        flat = {key: flat[key] for key in _DATA_KEYS}
+    if "model.form" not in given:  # of a federation, which uses all training examples
+        given = {key: given[key] for key in _DATA_KEYS}
     if data_dir is not None:
-        flat["data.dir"] = str(data_dir)
-    return validated(TrainingConfig, {**flat, "train.device": "cpu"}, str(path))
+        given["data.dir"] = str(data_dir)
+    return read(TrainingConfig, None, {**given, "train.device": "cpu"}, str(path))
 
 
 def _check_data(task: Task, architecture: Architecture, run_dir: Path) -> None:
@@ -180,7 +180,7 @@ def _as_factors(architecture: Architecture, model: nn.Module) -> tuple[Architect
 
 def _path(
     config: TrainingConfig, task: Task, architecture: Architecture, factors: nn.Module, batches: list[Batch]
-) -> list[Point]:
+) -> list[Candidate]:
     """Return the searched models, largest first."""
     start = lod.max_ranks(factors)
 
@@ -194,11 +194,11 @@ def _path(
     return search(traced, start, loss_of, level_ratio=config.curve.level_ratio)
 
 
-def _within(target: Target, path: list[Point], task: Task, factors: nn.Module, latency_batch: int) -> Point:
+def _within(target: Target, path: list[Candidate], task: Task, factors: nn.Module, latency_batch: int) -> Candidate:
     if target.max_latency_ms is None:
         return within(path, max_macs=target.max_macs or math.inf, max_params=target.max_params or math.inf)
 
-    def measure(point: Point) -> float:
+    def measure(point: Candidate) -> float:
         return latency_ms(lod.recompose(lod.truncate(factors, point.ranks)), task.input_shape, latency_batch)
 
     return within_latency(path, target.max_latency_ms, measure)[0]
@@ -206,7 +206,7 @@ def _within(target: Target, path: list[Point], task: Task, factors: nn.Module, l
 
 def _figures(deployed: nn.Module, task: Task, latency_batch: int) -> dict[str, Any]:
     traced = trace(deployed, task.input_shape)
-    result = evaluate(deployed, task, task.scored("test"))
+    result = evaluate(deployed, task, task.split("test"))
     figures = cost(traced, lod.max_ranks(deployed), batch_size=1)
     return {
         "params": figures.params,

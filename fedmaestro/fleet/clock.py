@@ -56,15 +56,15 @@ def device_timing(tier: Tier, cost: Cost, examples: int, step_macs: int | None =
     )
 
 
-def close_round(seconds: Sequence[float], wanted: int, deadline: float = 0.0) -> Outcome:
-    """Take the first ``wanted`` of the devices to finish, within ``deadline`` (0: none).
+def close_round(seconds: Sequence[float], wanted: int, deadline: float | None = None) -> Outcome:
+    """Take the first ``wanted`` of the devices to finish, within ``deadline``.
 
     Args:
         seconds: virtual seconds of every device that was started; ties go to the lower position.
         wanted: updates that the server waits for; with over-commit fewer than the devices started.
-        deadline: virtual seconds after which the server closes the round.
+        deadline: virtual seconds after which the server closes the round; None: it waits.
     """
-    limit = deadline or math.inf
+    limit = math.inf if deadline is None else deadline
     order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
     finished = [i for i in order[:wanted] if seconds[i] <= limit]
     enough = len(finished) == min(wanted, len(seconds))

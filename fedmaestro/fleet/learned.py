@@ -35,6 +35,9 @@ from fedmaestro.models.architecture import Size
 from fedmaestro.submodel import Shapes, State, cut, leading_block
 from fedmaestro.threads import one_thread
 
+Memories = Mapping[str, Mapping[str, State]]
+"""What the server's steps keep: states by step and slot."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rederivation:
@@ -65,8 +68,8 @@ class Ranked:
 
     plan: Plan
     state: State
-    memory: State
-    """The server optimiser's (``strategies.base.ServerOptimizer`` names its tensors so that they can follow)."""
+    memory: Memories
+    """Of the server's steps: a tensor with the name and the shape of one of ``state`` follows it."""
     updates: State
     """How many device updates have trained each column: ``(R,)`` int64 by layer."""
 
@@ -169,19 +172,18 @@ def losses_of(state: Mapping[str, Tensor], full: Ranks) -> dict[str, list[float]
     return {x: losses(factor_strengths(state[f"{x}.u"].double(), state[f"{x}.v"].double())) for x in full}
 
 
-def cut_memory(memory: Mapping[str, Tensor], state: Mapping[str, Tensor], shapes: Shapes) -> State:
-    """Cut every tensor of a server optimiser's memory that belongs to a tensor of ``state``, to ``shapes``.
+def cut_memory(memory: Memories, state: Mapping[str, Tensor], shapes: Shapes) -> Memories:
+    """Cut every tensor of a memory that has the name and the shape of one of ``state``, to ``shapes``."""
 
-    It belongs to the tensor ``name`` when its key is ``<slot>/<name>`` and it has that tensor's shape.
-    """
-
-    def follow(key: str, tensor: Tensor) -> Tensor:
-        name = key.partition("/")[2]
+    def follow(name: str, tensor: Tensor) -> Tensor:
         if name not in state or tensor.shape != state[name].shape:
             return tensor
         return leading_block(tensor, shapes[name]).clone()
 
-    return {key: follow(key, tensor) for key, tensor in memory.items()}
+    return {
+        step: {slot: {name: follow(name, tensor) for name, tensor in kept.items()} for slot, kept in slots.items()}
+        for step, slots in memory.items()
+    }
 
 
 def no_updates(plan: Plan) -> State:

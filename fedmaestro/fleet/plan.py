@@ -5,55 +5,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
-from typing import Literal
 
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
 from fedmaestro.fleet.cost import Cost, Trace, cost, trace
 from fedmaestro.fleet.match import matched_sizes
-from fedmaestro.fleet.tiers import Tier, budgets, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
+from fedmaestro.fleet.tiers import Tier
 from fedmaestro.lod.search import add_columns
-from fedmaestro.models.architecture import Architecture, Form, Size
-from fedmaestro.submodel import Shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubmodelRule:
-    """Which part of the network the devices of a tier train.
-
-    Attributes:
-        form: ``lod`` (rank prefixes) or ``dense`` (leading channels; a tier's width has the MACs of its ranks).
-        trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
-            ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
-        separate: each size is a model of its own instead of the leading block of one (exclusive training).
-        rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
-    """
-
-    form: Form = "lod"
-    trains: Literal["own", "smallest", "full", "capable"] = "own"
-    separate: bool = False
-    rolls: bool = False
-
-    def describe(self) -> str:
-        """Return the rule in a few words: ``width, own, rolling``."""
-        marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
-        return ", ".join(["width" if self.form == "dense" else "rank", self.trains, *marks])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """How often a local objective runs the nested levels of a device (its own submodel, then all smaller ones).
-
-    Attributes:
-        expected: passes (forward and backward) per step at each level, own first, for a number of levels.
-        together: whether the own level and a smaller one keep their activations at the same time.
-    """
-
-    expected: Callable[[int], Sequence[float]]
-    together: bool = False
-
-
-OWN_PASS = Passes(expected=lambda levels: [1.0] + [0.0] * (levels - 1))
-"""One pass of the own submodel per step."""
+from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.submodel import Shapes, Signature, signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +39,9 @@ class Setting:
         return self.passes.together and self.rule.trains != "smallest"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Submodel:
-    """One size with its shapes and costs."""
+    """One size with its shapes and costs. A plan has one object for each distinct size: equality is identity."""
 
     size: Size
     shapes: Shapes
@@ -116,6 +77,14 @@ class Plan:
     def by_index(self, index: int) -> TierPlan:
         """Return the plan of the tier at this position of the fleet."""
         return next(plan for plan in self.tiers if plan.index == index)
+
+    @property
+    def serving(self) -> dict[Submodel, list[TierPlan]]:
+        """The distinct submodels that serve tiers, largest first, with those tiers."""
+        tiers: dict[Submodel, list[TierPlan]] = {}
+        for plan in self.tiers:
+            tiers.setdefault(plan.serves, []).append(plan)
+        return tiers
 
     def by_name(self, name: str) -> TierPlan:
         """Return the plan of the tier of this name."""
@@ -246,8 +215,8 @@ def decode_ranks(plan: Plan, text: str) -> Plan:
 
 def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
     """Return the distinct submodels inside ``trains`` that serve smaller tiers, largest first: a device's levels."""
-    distinct = {other.cost.params: other for other in serving if other.cost.params < trains.cost.params}
-    return [distinct[params] for params in sorted(distinct, reverse=True)]
+    distinct = {other for other in serving if other.cost.params < trains.cost.params}
+    return sorted(distinct, key=lambda other: -other.cost.params)
 
 
 def _check_ranked(architecture: Architecture, tiers: tuple[Tier, ...]) -> None:
@@ -266,14 +235,13 @@ def _assemble(
     setting: Setting,
 ) -> Plan:
     """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
-    known: dict[int, Submodel] = {}
+    known: dict[Signature, Submodel] = {}
 
     def submodel(size: Size) -> Submodel:
-        figures = _cost(architecture, size, setting)
-        # In a chain, parameters identify a size.
-        if figures.params not in known:
-            known[figures.params] = Submodel(size=size, shapes=architecture.shapes(size), cost=figures)
-        return known[figures.params]
+        # Two widths can have the same channels: the shapes say what a size is.
+        shapes = architecture.shapes(size)
+        new = Submodel(size=size, shapes=shapes, cost=_cost(architecture, size, setting))
+        return known.setdefault(signature(shapes), new)
 
     whole, own = submodel(full), [submodel(size) for size in sizes]
     smallest = min(own, key=lambda x: x.cost.params)
@@ -307,7 +275,7 @@ def _tier_plan(
 
 
 def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:
-    if rule.trains == "capable" and own.cost.params != whole.cost.params:
+    if rule.trains == "capable" and own is not whole:
         return None
     return {"own": own, "smallest": smallest}.get(rule.trains, whole)
 

@@ -1,39 +1,79 @@
 """Flower ClientApp: a host runs cohorts of simulated devices, and evaluates submodels.
 
-Handlers hold no state between messages; models and data stay resident per process (Ray actor or SuperNode).
+Both ends of the conversation are here: what a message to a host holds, what the host does with it, and what its reply
+means. Handlers hold no state between messages; models and data stay resident per process (Ray actor or SuperNode).
+
+Tensors travel as Flower Arrays under their own names: their bytes are what the closed form of ``fleet.cost`` predicts,
+and each Array adds the 128 bytes of NumPy's header.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedmaestro.fleet.plan import Plan
-from fedmaestro.flower import wire
-from fedmaestro.rounds.device import evaluate_part, train_cohort
+from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_part, train_cohort
 from fedmaestro.rounds.environment import Environment, environment_of
+from fedmaestro.submodel import State
+from fedmaestro.tasks.task import Score
 
 app = ClientApp()
 
-DESCRIBE = "describe"
+DESCRIBE = f"{MessageType.QUERY}.describe"
+JOB, SUBMODEL, PROBES, METRICS, FAILURES = "job", "submodel", "probes", "metrics", "failures"
 
 
-def _environment(message: Message) -> tuple[Environment, Plan, dict[str, Any]]:
+def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return the record of a state; each tensor is copied once."""
+    return ArrayRecord({name: Array(tensor.detach().contiguous().numpy()) for name, tensor in state.items()})
+
+
+def to_state(arrays: ArrayRecord) -> State:
+    """Return the state of a record."""
+    return {name: torch.from_numpy(_writable(array.numpy())) for name, array in arrays.items()}
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.writeable else array.copy()
+
+
+def message(kind: str, node: int, env: Environment, submodel: ArrayRecord | None = None, **job: Any) -> Message:
+    """Return a message to a host.
+
+    Args:
+        kind: message type.
+        node: the host.
+        env: the experiment, which the host opens too.
+        submodel: the tensors that it is about; messages of one size share them, so they are serialised once.
+        job: what to do, by the parameters of the handler's function; ``ranks`` names the plan where it has changed.
+    """
+    about = {"experiment": env.config.model_dump_json(by_alias=True), "fingerprint": env.fingerprint}
+    content = RecordDict({JOB: ConfigRecord({**about, **job})})
+    if submodel is not None:
+        content[SUBMODEL] = submodel
+    return Message(content=content, dst_node_id=node, message_type=kind)
+
+
+def _opened(message: Message) -> tuple[Environment, Plan, dict[str, Any]]:
     """Return what a message is about: the experiment, the plan of this moment, the job."""
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
-    job: dict[str, Any] = dict(message.content.config_records[wire.JOB])
-    env = environment_of(job["experiment"])
-    if job.get("fingerprint", env.fingerprint) != env.fingerprint:
+    job: dict[str, Any] = dict(message.content.config_records[JOB])
+    env = environment_of(job.pop("experiment"))
+    if job.pop("fingerprint") != env.fingerprint and message.metadata.message_type != DESCRIBE:
         raise RuntimeError("the data, the partition or the fleet file changed during the run")
-    return env, env.plan_at(job.get("ranks", "")), job
+    return env, env.plan_at(job.pop("ranks", "")), job
 
 
-@app.query(DESCRIBE)
+@app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Say which of how many hosts this is and what data it sees."""
-    env, _, _ = _environment(message)
+    env, _, _ = _opened(message)
     record = ConfigRecord(
         {
             "partition-id": int(context.node_config.get("partition-id", 0)),
@@ -41,23 +81,66 @@ def describe(message: Message, context: Context) -> Message:
             "fingerprint": env.fingerprint,
         }
     )
-    return Message(RecordDict({wire.JOB: record}), reply_to=message)
+    return Message(RecordDict({JOB: record}), reply_to=message)
+
+
+def read_description(reply: Message) -> tuple[int, str]:
+    """Return how many hosts there are, and the fingerprint of the data that this one sees."""
+    record: dict[str, Any] = dict(reply.content.config_records[JOB])
+    return int(record["num-partitions"]), str(record["fingerprint"])
 
 
 @app.train()
 def train(message: Message, _context: Context) -> Message:
-    """Train the devices of a cohort and reply with their partial sum and one metrics row each."""
-    env, plan, job = _environment(message)
-    start = wire.to_state(message.content.array_records[wire.SUBMODEL])
+    """Train the devices of a cohort and reply with their partial sum and one metrics row each.
+
+    An upload is exactly as large as the prefix, and for one device it is that device's submodel bit for bit. Probes of
+    the factor bias are instruments of the simulation, no part of an upload.
+    """
+    env, plan, job = _opened(message)
+    start = to_state(message.content.array_records[SUBMODEL])
     result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()))
-    return Message(wire.cohort_reply(result), reply_to=message)
+    rows = result.reports
+    metrics: dict[str, Any] = {
+        "weight": result.weight,
+        "device": [row.device for row in rows],
+        "examples": [row.examples for row in rows],
+        "loss": [row.loss for row in rows],
+    }
+    failures: dict[str, Any] = {"device": list(result.failures), "reason": list(result.failures.values())}
+    content = RecordDict({METRICS: MetricRecord(metrics), FAILURES: ConfigRecord(failures)})
+    content.update({kind: to_arrays(state) for kind, state in {**result.mean, PROBES: result.probes}.items()})
+    return Message(content, reply_to=message)
+
+
+def read_cohort(reply: Message) -> CohortResult:
+    """Return what ``train`` replied."""
+    content = reply.content
+    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
+    failures: dict[str, Any] = dict(content.config_records[FAILURES])
+    rows = zip(metrics["device"], metrics["examples"], metrics["loss"], strict=True)
+    arrays = {kind: to_state(record) for kind, record in content.array_records.items()}
+    probes = arrays.pop(PROBES)
+    return CohortResult(
+        mean=arrays,
+        weight=metrics["weight"],
+        probes=probes,
+        reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
+        failures=dict(zip(failures["device"], failures["reason"], strict=True)),
+    )
 
 
 @app.evaluate()
 def evaluate(message: Message, _context: Context) -> Message:
     """Evaluate a tier's submodel on a part of the test set."""
-    env, plan, job = _environment(message)
-    state = wire.to_state(message.content.array_records[wire.SUBMODEL])
+    env, plan, job = _opened(message)
+    state = to_state(message.content.array_records[SUBMODEL])
     part = evaluate_part(env, plan, job["tier"], state, job["first"], job["last"])
     metrics = MetricRecord({"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples})
-    return Message(RecordDict({wire.METRICS: metrics}), reply_to=message)
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+def read_score(reply: Message) -> Score:
+    """Return what ``evaluate`` replied."""
+    metrics: dict[str, Any] = dict(reply.content.metric_records[METRICS])
+    return Score(metrics["correct"], metrics["loss-sum"], metrics["examples"])

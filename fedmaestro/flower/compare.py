@@ -6,31 +6,35 @@ with ``resume``: finished cells are kept, the one in work continues from its che
 same.
 """
 
-import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tomli_w
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedmaestro.config.experiment import ExperimentConfig, Value, from_flat, load, parse_assignment
+from fedmaestro.config.base import Value, parse_assignment
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.federation import Federation, Observer
+from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.hosts import InterruptedRunError
-from fedmaestro.flower.run import FREE_ON_RESUME, prepare
-from fedmaestro.flower.simulation import available_cpus, simulate
-from fedmaestro.rounds.environment import choose
-from fedmaestro.runs.folder import RunFolder, write_atomically
+from fedmaestro.flower.run import FREE_ON_RESUME, prepare, to_all
+from fedmaestro.flower.simulation import checked_actors, simulate
+from fedmaestro.report.compare_page import write_comparison
+from fedmaestro.rounds.method import method_of
+from fedmaestro.rounds.observer import ComparisonObserver
+from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
+from fedmaestro.runs.reader import read_json
+from fedmaestro.runs.records import Results, StrategyResults, Summary
 from fedmaestro.runs.results import FinishedCell, strategy_results
-from fedmaestro.runs.settings import prepare_folder, resolve
+from fedmaestro.runs.start import check_folder, name_of, resolve
 
 _FIXED = ("seed", "out", "data.", "train.strategy", "fleet.preset", "fleet.file", "fleet.match-macs", "model.name")
 """What all variants of a comparison share: settings, or tables with a dot at the end."""
@@ -57,29 +61,14 @@ class Cell:
     variant: Variant
     seed: int
     config: ExperimentConfig
-
-    @property
-    def folder(self) -> RunFolder:
-        """Its run folder."""
-        return RunFolder(Path(self.config.out))
+    folder: RunFolder
 
     def finished(self) -> FinishedCell | None:
         """Return its results, or None when it was not run to the end."""
         path = self.folder.summary
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"interrupted": True}
-        if summary.get("interrupted"):
+        if not path.exists() or (summary := read_json(path, Summary)).interrupted:
             return None
         return FinishedCell(seed=self.seed, summary=summary, records=self.folder.read_rounds())
-
-
-class ComparisonObserver(Observer, Protocol):
-    """What wants to know how a comparison goes."""
-
-    def on_cells(self, path: Path, done: int, total: int) -> None:
-        """``done`` of ``total`` cells are finished; results go to ``path``."""
-
-    def on_cell(self, label: str, seed: int) -> None:
-        """A cell starts or goes on."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +79,8 @@ class Comparison:
 
     @property
     def results(self) -> dict[str, Any]:
-        """``results.json``."""
-        results: dict[str, Any] = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
-        return results
+        """The content of ``results.json``."""
+        return read_json(self.path / "results.json", Results).to_dict()
 
 
 def compare(
@@ -106,8 +94,7 @@ def compare(
     actors: int | None = None,
     resume: bool = False,
     ray_address: str | None = None,
-    observer: ComparisonObserver | None = None,
-    on_data: Callable[[int, int], None] | None = None,
+    observers: Sequence[ComparisonObserver] = (),
     client_app: ClientApp = default_client_app,
 ) -> Comparison:
     """Run every strategy with every seed and write tables, plots and a report.
@@ -125,8 +112,7 @@ def compare(
         actors: Ray actors; the CPUs by default.
         resume: go on with the comparison in ``out``; strategies and seeds may be added.
         ray_address: a running Ray cluster.
-        observer: is told about the progress.
-        on_data: is told (done, total) while the data are decoded for the first time.
+        observers: are told about the progress.
         client_app: the hosts' app.
 
     Raises:
@@ -137,31 +123,39 @@ def compare(
     base = _base(experiment, overrides, data_dir, variants)
     numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     _check(variants, numbers)
-    name = Path(experiment).stem if isinstance(experiment, str | Path) else base.data.name
+    name = name_of(experiment, base)
     folder = Path(out or base.out or Path.cwd() / "runs" / f"{name}-compare-{datetime.now():%Y%m%d-%H%M%S}")
     folder = folder.expanduser().absolute()
     cells = [_cell(base, variant, seed, folder) for seed in numbers for variant in variants]
     _check_folder(folder, resume)
-    actors = available_cpus() if actors is None else actors
-    if actors < 1:
-        raise UserError(f"--actors {actors}: at least one is needed")
+    actors = checked_actors(actors)
     # Everything that can be wrong with a strategy shows here, before anything is written or started.
     for cell in cells:
         if cell.folder.holds_run():
-            prepare_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
+            check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
     for cell in cells[: len(variants)]:
-        prepare(cell.config, name, resume=cell.folder.holds_run(), on_data=on_data)
+        prepare(cell.config, name, resume=cell.folder.holds_run(), on_data=to_all(observers))
     write_atomically(folder / "compare.toml", _description(base, name, variants, numbers))
     stop = threading.Event()
     todo = [cell for cell in cells if cell.finished() is None]
 
+    def tell_cells() -> None:
+        done = sum(cell.finished() is not None for cell in cells)
+        for observer in observers:
+            observer.on_cells(folder, done, len(cells))
+
+    def write() -> Results:
+        results = _results(name, base, variants, numbers, cells)
+        write_record(folder / "results.json", results)
+        return results
+
     def server(grid: Grid, _context: Context) -> None:
         for cell in todo:
-            if observer is not None:
-                observer.on_cells(folder, sum(c.finished() is not None for c in cells), len(cells))
+            tell_cells()
+            for observer in observers:
                 observer.on_cell(cell.variant.label, cell.seed)
-            _run_cell(cell, grid, stop, observer, name)
-            _write_results(folder, name, base, variants, numbers, cells)
+            _run_cell(cell, grid, stop, observers, name)
+            write()
 
     interrupted = False
     if todo:
@@ -169,13 +163,10 @@ def compare(
             simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
         except InterruptedRunError:
             interrupted = True
-    results = _write_results(folder, name, base, variants, numbers, cells)
-    if interrupted and not any(row["seeds"] for row in results["strategies"]):
+    results = write()
+    if interrupted and not any(row.seeds for row in results.strategies):
         raise KeyboardInterrupt
-    if observer is not None:
-        observer.on_cells(folder, sum(c.finished() is not None for c in cells), len(cells))
-    from fedmaestro.report.compare_page import write_comparison
-
+    tell_cells()
     write_comparison(results, folder)
     return Comparison(folder)
 
@@ -201,7 +192,7 @@ def _base(
     """Return what all cells share; ranks and widths are matched when both occur and nobody decided otherwise."""
     changes = dict(overrides or {})
     base = resolve(ExperimentConfig, experiment, changes, data_dir, None, False)
-    forms = {choose(load(ExperimentConfig, None, _flat(base, variant)))[0].submodel.form for variant in variants}
+    forms = {method_of(_with(base, variant)).submodel.form for variant in variants}
     if len(forms) > 1 and "fleet.match-macs" not in changes:
         changes["fleet.match-macs"] = True
     # The strategy of the file is one of the variants or none.
@@ -209,20 +200,15 @@ def _base(
     return resolve(ExperimentConfig, experiment, changes, data_dir, None, False)
 
 
-def _flat(base: ExperimentConfig, variant: Variant) -> dict[str, Value]:
-    return {**base.flat(), "train.strategy": variant.strategy, **variant.changes}
+def _with(base: ExperimentConfig, variant: Variant, more: Mapping[str, Value] | None = None) -> ExperimentConfig:
+    changes = {"train.strategy": variant.strategy, **variant.changes, **(more or {})}
+    return base.changed(changes, f"strategy {variant.label!r}")
 
 
 def _cell(base: ExperimentConfig, variant: Variant, seed: int, folder: Path) -> Cell:
-    flat = _flat(base, variant) | {
-        "seed": seed,
-        "out": str(folder / "cells" / f"{variant.folder_name}-seed{seed}"),
-        "train.record-bias": True,
-    }
-    for key in ("data.dir", "fleet.file"):
-        if flat[key]:
-            flat[key] = str(Path(str(flat[key])).expanduser().absolute())
-    return Cell(variant=variant, seed=seed, config=from_flat(flat))
+    own = folder / "cells" / f"{variant.folder_name}-seed{seed}"
+    config = _with(base, variant, {"seed": seed, "out": str(own), "train.record-bias": True})
+    return Cell(variant=variant, seed=seed, config=config, folder=RunFolder(own))
 
 
 def _check(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
@@ -243,11 +229,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} already holds a comparison or a run: add --resume, or choose another --out")
 
 
-def _run_cell(cell: Cell, grid: Grid, stop: threading.Event, observer: Observer | None, name: str) -> None:
+def _run_cell(
+    cell: Cell, grid: Grid, stop: threading.Event, observers: Sequence[ComparisonObserver], name: str
+) -> None:
     resume = cell.folder.holds_run()
     folder, env = prepare(cell.config, name, resume=resume)
-    summary = Federation(grid, env, folder, stop, observer, resume=resume, report=False).run()
-    if summary.get("interrupted"):
+    if Federation(grid, env, folder, stop, observers, resume=resume).run().interrupted:
         raise InterruptedRunError(f"stopped in {folder.path}")
 
 
@@ -259,43 +246,40 @@ def _description(base: ExperimentConfig, name: str, variants: Sequence[Variant],
     return tomli_w.dumps({"experiment": name, "seeds": list(seeds), "strategies": rows, "settings": shared})
 
 
-def _write_results(
-    folder: Path,
+def _results(
     name: str,
     base: ExperimentConfig,
     variants: Sequence[Variant],
     seeds: Sequence[int],
     cells: Sequence[Cell],
-) -> dict[str, Any]:
+) -> Results:
     rows = []
     for variant in variants:
         finished = [done for cell in cells if cell.variant is variant and (done := cell.finished()) is not None]
-        rows.append(strategy_results(_facts(base, variant), finished))
+        rows.append(_row(base, variant, finished))
     private = ("seed", "out", "data.dir", "train.strategy")
-    results = {
-        "format": 1,
-        "experiment": name,
-        "complete": all(len(row["seeds"]) == len(seeds) for row in rows),
-        "seeds": list(seeds),
-        "tiers": next((list(row["tiers"]) for row in rows if row["tiers"]), []),
-        "matched_macs": base.fleet.match_macs,
-        "protocol": {key: value for key, value in base.flat().items() if key not in private},
-        "strategies": rows,
-    }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    return results
+    return Results(
+        experiment=name,
+        complete=all(len(row.seeds) == len(seeds) for row in rows),
+        seeds=list(seeds),
+        tiers=next((list(row.tiers) for row in rows if row.tiers), []),
+        matched_macs=base.fleet.match_macs,
+        protocol={key: value for key, value in base.flat().items() if key not in private},
+        strategies=rows,
+    )
 
 
-def _facts(base: ExperimentConfig, variant: Variant) -> dict[str, Any]:
-    row, objective = choose(from_flat(_flat(base, variant)))
+def _row(base: ExperimentConfig, variant: Variant, finished: Sequence[FinishedCell]) -> StrategyResults:
+    method = method_of(_with(base, variant))
     changed = ", ".join(f"{key}={value}" for key, value in variant.changes.items())
-    return {
-        "name": variant.label,
-        "summary": row.summary + (f" (with {changed})" if changed else ""),
-        "source": row.source,
-        "form": row.submodel.form,
-        "submodel": row.submodel.describe(),
-        "objective": objective.name,
-        "aggregation": row.aggregation.name,
-        "server": row.server.name,
-    }
+    return strategy_results(
+        finished,
+        name=variant.label,
+        summary=method.summary + (f" (with {changed})" if changed else ""),
+        source=method.source,
+        form=method.submodel.form,
+        submodel=method.submodel.describe(),
+        objective=method.objective.name,
+        aggregation=method.aggregation.name,
+        server=method.describe_server(),
+    )

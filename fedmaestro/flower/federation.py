@@ -1,43 +1,205 @@
-"""The loop over rounds: own because Flower's has no resume, no checkpoint and no per-round history."""
+"""The server's end: a row of ``STRATEGIES`` as a Flower strategy, and our own loop over rounds.
 
-import json
+Messages out, replies in, arithmetic in ``rounds.server``. The loop is our own because Flower's has no resume, no
+checkpoint and no per-round history; ``TieredStrategy`` works in Flower's too
+(``strategy.start(grid, arrays, num_rounds=…)``).
+"""
+
 import logging
-import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from itertools import cycle
+from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedmaestro.data import class_counts
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.plan import Plan
-from fedmaestro.flower import wire
-from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts
-from fedmaestro.flower.strategy import TieredStrategy
-from fedmaestro.report import plot_partition, write_run_report
-from fedmaestro.rounds import spectrum, storage
+from fedmaestro.fleet.learned import tails
+from fedmaestro.fleet.plan import Plan, Submodel, TierPlan, encode_ranks
+from fedmaestro.flower.client_app import message, read_cohort, read_score, to_arrays, to_state
+from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts, one_line
+from fedmaestro.rounds import storage
+from fedmaestro.rounds.device import CohortResult
 from fedmaestro.rounds.environment import Environment
-from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
-from fedmaestro.runs.folder import RoundRecord, RunFolder, summarize, write_atomically
+from fedmaestro.rounds.observer import Observer
+from fedmaestro.rounds.schedule import Cohort, Schedule
+from fedmaestro.rounds.server import (
+    Gathering,
+    ServerState,
+    evaluation_facts,
+    from_checkpoint,
+    rank_facts,
+    schedule,
+    start,
+    step,
+    to_checkpoint,
+)
+from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
+from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
+from fedmaestro.runs.model import ModelCard, write_model
+from fedmaestro.runs.records import RoundRecord, Summary, TierFigures
+from fedmaestro.runs.summary import summarize
 from fedmaestro.submodel import State
+from fedmaestro.tasks.task import Score
+
+log = logging.getLogger("fedmaestro")
+
+T = TypeVar("T")
+
+TEST_PART = 2500
+"""Test examples per evaluation message: fixed, so that sums do not depend on the number of hosts."""
 
 
-class Observer(Protocol):
-    """What wants to know how a run goes; called from the server's thread."""
+class TieredStrategy(FlowerStrategy):
+    """Sample devices, send each cohort its tier's submodel, merge partial sums in cohort order.
 
-    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:
-        """The hosts are there; ``first_round`` is 1, or the one after the checkpoint."""
+    Args:
+        env: the experiment.
+        server: what to go on from; by default, the start of a run.
 
-    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
-        """``done`` of ``total`` messages of this phase (train, evaluate) are back."""
+    Attributes:
+        server: the server's state; ``aggregate_train`` replaces it by that after the round.
+    """
 
-    def on_round(self, record: RoundRecord) -> None:
-        """A round is complete and written."""
+    def __init__(self, env: Environment, server: ServerState | None = None) -> None:
+        self.env = env
+        self.server = start(env) if server is None else server
+        self._records: dict[Submodel, ArrayRecord] = {}
+        self._schedule: Schedule | None = None
+        self._cohorts: list[tuple[Message, Cohort]] = []
+        self._parts: list[tuple[Message, Submodel]] = []
+
+    def train_messages(self, server_round: int, grid: Grid) -> list[Message]:
+        """Return one message per cohort, the one with the most work first (the shortest makespan)."""
+        self._schedule = schedule(self.env, self.server, server_round)
+        cohorts = sorted(self._schedule.cohorts, key=lambda cohort: -cohort.work)
+        self._cohorts = [
+            (self._train_message(cohort, server_round, node), cohort)
+            for cohort, node in zip(cohorts, _nodes(grid), strict=False)
+        ]
+        return [message for message, _ in self._cohorts]
+
+    def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
+        job: dict[str, Any] = {"round": server_round, "devices": list(cohort.devices)}
+        if self.env.config.train.group_lasso and None in self.server.models:
+            lacking = tails(self.server.models[None], cohort.submodel.size.ranks or {})
+            job["tails"] = [x for tail in lacking for x in tail]
+        return self._message(MessageType.TRAIN, node, cohort.submodel, cohort.tier, job)
+
+    def _message(self, kind: str, node: int, submodel: Submodel, tier: TierPlan, job: dict[str, Any]) -> Message:
+        plan = self.server.plan
+        if plan is not self.env.plan:
+            job["ranks"] = encode_ranks(plan)
+        # Messages of one size share one record, which is serialised once.
+        if submodel not in self._records:
+            self._records[submodel] = to_arrays(storage.download(plan, self.server.models, submodel))
+        return message(kind, node, self.env, self._records[submodel], tier=tier.tier.name, **job)
+
+    def receive(self, server_round: int, replies: Iterable[Message]) -> dict[str, Any]:
+        """Merge what came back, in cohort order, and take the server's step; return what the round's record says.
+
+        Devices of missing or erroneous replies count as failed.
+        """
+        assert self._schedule is not None
+        gathering = Gathering(self.env, self.server, self._schedule, server_round)
+        results = _matched(self._cohorts, replies)
+        for cohort, reply in sorted(results, key=lambda pair: pair[0].index):
+            gathering.receive(cohort, _read(cohort, reply))
+        failures = gathering.failures
+        for reason in dict.fromkeys(failures.values()):
+            devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == reason)
+            log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
+        facts = gathering.facts()
+        before, self.server = self.server, step(self.env, self.server, gathering.partials, server_round)
+        self._records = {}
+        if self.server.plan.full is not before.plan.full:
+            log.info("round %d: the whole model's ranks are %s", server_round, self.server.plan.full.size.ranks)
+        return facts
+
+    def evaluate_messages(self, server_round: int, grid: Grid) -> list[Message]:
+        """Return messages that evaluate every distinct submodel that serves a tier, in parts of the test set."""
+        nodes, examples = _nodes(grid), self.env.task.test_examples
+        self._parts = []
+        for submodel, (tier, *_) in self.server.plan.serving.items():
+            for first in range(0, examples, TEST_PART):
+                job = {"round": server_round, "first": first, "last": min(first + TEST_PART, examples)}
+                self._parts.append((self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job), submodel))
+        return [message for message, _ in self._parts]
+
+    def scores(self, server_round: int, replies: Iterable[Message]) -> dict[Submodel, Score]:
+        """Return the score of every serving submodel whose evaluation succeeded everywhere."""
+        scores: dict[Submodel, Score] = {}
+        broken: set[Submodel] = set()
+        for submodel, reply in _matched(self._parts, replies):
+            if reply is None or reply.has_error():
+                reason = "no reply" if reply is None else one_line(reply)
+                tier = self.server.plan.serving[submodel][0].tier.name
+                log.warning("round %d: evaluation of tier %s failed: %s", server_round, tier, reason)
+                broken.add(submodel)
+            else:
+                part = read_score(reply)
+                scores[submodel] = scores[submodel] + part if submodel in scores else part
+        return {submodel: score for submodel, score in scores.items() if submodel not in broken}
+
+    def configure_train(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,  # noqa: ARG002
+        grid: Grid,
+    ) -> list[Message]:
+        """Return ``train_messages`` of the state in ``arrays``."""
+        self._load(arrays)
+        return self.train_messages(server_round, grid)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Return the next state, and what the round's record says as numbers."""
+        facts = self.receive(server_round, replies)
+        numbers = {key: value for key, value in facts.items() if value is not None}
+        return to_arrays(self._shared()), MetricRecord(numbers)
+
+    def configure_evaluate(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,  # noqa: ARG002
+        grid: Grid,
+    ) -> list[Message]:
+        """Return ``evaluate_messages`` of the state in ``arrays``."""
+        self._load(arrays)
+        return self.evaluate_messages(server_round, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
+        """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""
+        tiers = evaluation_facts(self.server, self.scores(server_round, replies))["tiers"]
+        return MetricRecord(
+            {
+                f"{metric}.{tier}": value
+                for tier, row in tiers.items()
+                for metric, value in row.items()
+                if value is not None
+            }
+        )
+
+    def summary(self) -> None:
+        """Log what this strategy does (Flower calls it at the start of its own loop)."""
+        method = self.env.method
+        log.info("%s: %s; objective %s", method.name, method.summary, method.objective.name)
+
+    def _shared(self) -> State:
+        if None not in self.server.models:
+            raise UserError("separate models do not fit into the one record that Flower's own loop keeps")
+        return self.server.models[None]
+
+    def _load(self, arrays: ArrayRecord) -> None:
+        """Take the state that Flower's own loop keeps."""
+        self._shared()
+        self.server, self._records = replace(self.server, models={None: to_state(arrays)}), {}
 
 
 class Federation:
@@ -46,11 +208,10 @@ class Federation:
     Args:
         grid: Flower's connection to the hosts.
         env: the experiment.
-        folder: where everything goes; ``prepare_folder`` has checked it.
+        folder: where everything goes; ``check_folder`` has checked it.
         stop: set from outside to end the run after what is complete.
-        observer: is told about the progress.
+        observers: are told about the progress, in this order.
         resume: go on with the run in ``folder``; without it, a folder that holds one is refused.
-        report: also write plots and ``report.html``.
     """
 
     def __init__(
@@ -59,16 +220,15 @@ class Federation:
         env: Environment,
         folder: RunFolder,
         stop: threading.Event,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
         *,
         resume: bool = False,
-        report: bool = True,
     ) -> None:
-        self.grid, self.env, self.folder, self.stop, self.observer = grid, env, folder, stop, observer
-        self.resume, self.report = resume, report
+        self.grid, self.env, self.folder, self.stop, self.observers = grid, env, folder, stop, observers
+        self.resume = resume
         self.records: list[RoundRecord] = []
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Summary:
         """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary.
 
         Raises:
@@ -77,176 +237,128 @@ class Federation:
         """
         find_hosts(self.grid, self.env, self.stop)
         with self.folder.claim(self.resume), log_to(self.folder):
-            checkpoint = load_checkpoint(self.folder.checkpoint) or self._start()
-            if checkpoint.fingerprint != self.env.fingerprint:
-                raise UserError(
-                    f"{self.folder.path} was run on other data or another fleet: resume with those, or start a new run"
-                )
-            self.records = self.folder.keep_rounds(checkpoint.round)
+            server = self._server()
+            self.records = self.folder.keep_rounds(server.round)
             self.folder.summary.unlink(missing_ok=True)
-            if self.observer is not None:
-                self.observer.on_start(self.env, self.folder, checkpoint.round + 1)
-                for record in self.records:
-                    self.observer.on_round(record)
+            self._tell(lambda observer: observer.on_start(self.env, self.folder, server.round + 1))
+            for record in self.records:
+                self._tell_round(record)
             interrupted = False
             try:
-                checkpoint = self._rounds(checkpoint)
+                server = self._rounds(server)
             except InterruptedRunError:
-                interrupted = True
-                checkpoint = load_checkpoint(self.folder.checkpoint) or checkpoint
                 if not self.records:
                     raise
-            return self._finish(checkpoint, interrupted)
+                interrupted, server = True, self._server()
+            return self._finish(server, interrupted)
 
-    def _start(self) -> Checkpoint:
-        """Write the configuration and the partition's picture; return the initial model, before round 0."""
-        env = self.env
-        write_atomically(self.folder.config, env.config.to_toml())
-        if self.report:
-            self._plot_partition()
-        return Checkpoint(round=-1, global_state=env.initial_state(), server_memory={}, fingerprint=env.fingerprint)
-
-    def _plot_partition(self) -> None:
-        env = self.env
-        self.folder.plots.mkdir(parents=True, exist_ok=True)
-        plot_partition(
-            class_counts(env.dataset.train_labels, env.parts, env.dataset.num_classes),
-            self.folder.plots / "partition",
-            tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
-            tier_order=[tier.tier.name for tier in env.plan.tiers],
-            title=f"{env.dataset.name}: examples of each device by class",
-        )
-
-    def _rounds(self, checkpoint: Checkpoint) -> Checkpoint:
-        train = self.env.config.train
-        strategy = TieredStrategy(self.env, checkpoint)
-        arrays = wire.to_arrays(checkpoint.global_state)
-        for server_round in range(checkpoint.round + 1, train.rounds + 1):
-            started = time.monotonic()
-            arrays, record = self._round(strategy, server_round, arrays)
-            record = replace(record, wall_seconds=round(time.monotonic() - started, 4))
-            checkpoint = Checkpoint(
-                round=server_round,
-                global_state=wire.to_state(arrays),
-                server_memory=strategy.server_memory,
-                updates=strategy.updates,
-                ranks=strategy.ranks,
-                fingerprint=self.env.fingerprint,
+    def _server(self) -> ServerState:
+        """Return the state of the checkpoint, or that of a run's start, which is written down then."""
+        if (checkpoint := load_checkpoint(self.folder.checkpoint)) is None:
+            write_atomically(self.folder.config, self.env.config.to_toml())
+            return start(self.env)
+        if checkpoint.fingerprint != self.env.fingerprint:
+            raise UserError(
+                f"{self.folder.path} was run on other data or another fleet: resume with those, or start a new run"
             )
+        return from_checkpoint(self.env, checkpoint)
+
+    def _rounds(self, server: ServerState) -> ServerState:
+        strategy = TieredStrategy(self.env, server)
+        for server_round in range(server.round + 1, self.env.config.train.rounds + 1):
+            started = time.monotonic()
+            facts = self._round(strategy, server_round)
+            record = RoundRecord(round=server_round, wall_seconds=round(time.monotonic() - started, 4), **facts)
             self.folder.append(record)
-            save_checkpoint(self.folder.checkpoint, checkpoint)
+            save_checkpoint(self.folder.checkpoint, to_checkpoint(self.env, strategy.server))
             self.records.append(record)
-            if self.observer is not None:
-                self.observer.on_round(record)
-        return checkpoint
+            self._tell_round(record)
+        return strategy.server
 
-    def _round(
-        self, strategy: TieredStrategy, server_round: int, arrays: ArrayRecord
-    ) -> tuple[ArrayRecord, RoundRecord]:
-        train, config = self.env.config.train, ConfigRecord()
-        metrics = MetricRecord()
-        if server_round > 0:
-            messages = list(strategy.configure_train(server_round, arrays, config, self.grid))
-            arrays, metrics = strategy.aggregate_train(server_round, self._exchange(messages, server_round, "train"))
-        tiers: dict[str, dict[str, float | None]] = {}
+    def _round(self, strategy: TieredStrategy, server_round: int) -> dict[str, Any]:
+        """Run a round; return what its record says."""
+        train = self.env.config.train
+        facts: dict[str, Any] = {"tiers": {}}
+        if server_round == 0:
+            strategy.server = replace(strategy.server, round=0)
+        else:
+            messages = strategy.train_messages(server_round, self.grid)
+            facts |= strategy.receive(server_round, self._exchange(messages, server_round, "train"))
         if server_round % train.evaluate_every == 0 or server_round == train.rounds:
-            messages = list(strategy.configure_evaluate(server_round, arrays, config, self.grid))
-            scores = strategy.aggregate_evaluate(server_round, self._exchange(messages, server_round, "evaluate"))
-            tiers = _by_tier(scores or MetricRecord())
-        facts = self._new_ranks(strategy.plan, server_round)
-        if tiers:
-            facts["tail_energy"] = _tail_energy(strategy.plan, wire.to_state(arrays))
-        return arrays, RoundRecord(round=server_round, tiers=tiers, **facts, **metrics)  # type: ignore[arg-type]
+            messages = strategy.evaluate_messages(server_round, self.grid)
+            scores = strategy.scores(server_round, self._exchange(messages, server_round, "evaluate"))
+            facts |= evaluation_facts(strategy.server, scores)
+        return facts | rank_facts(self.env, strategy.server)
 
-    def _new_ranks(self, plan: Plan, server_round: int) -> dict[str, Any]:
-        """Return what a round's record says about ranks: nothing in most rounds, and where they cannot change."""
-        rule = self.env.rederivation
-        if not (rule.active and (server_round == 0 or rule.due(server_round, self.env.config.train.rounds))):
-            return {}
-        by_tier = {tier.tier.name: dict(tier.serves.size.ranks or {}) for tier in plan.tiers}
-        return {"ranks": by_tier, "full_ranks": dict(plan.full.size.ranks or {})}
-
-    def _exchange(self, messages: list[Any], server_round: int, phase: str) -> list[Any]:
+    def _exchange(self, messages: list[Message], server_round: int, phase: str) -> list[Message]:
         done = 0
 
         def on_reply() -> None:
             nonlocal done
             done += 1
-            if self.observer is not None:
-                self.observer.on_progress(server_round, phase, done, len(messages))
+            self._tell(lambda observer: observer.on_progress(server_round, phase, done, len(messages)))
 
-        timeout = self.env.config.train.reply_timeout_seconds
-        return exchange(self.grid, messages, self.stop, on_reply, timeout)
+        return exchange(self.grid, messages, self.stop, on_reply, self.env.config.train.reply_timeout_seconds)
 
-    def _finish(self, checkpoint: Checkpoint, interrupted: bool) -> dict[str, Any]:
-        env, plan = self.env, self.env.plan_at(checkpoint.ranks)
-        facts = run_facts(env) | ({"interrupted": True} if interrupted else {})
-        tiers = tier_facts(env, plan)
-        card = {
-            "model": env.config.model.name,
-            "form": plan.architecture.form,
-            "keep_dense": env.config.model.keep_dense,
-            "norm": plan.architecture.norm,
-            "input_shape": list(env.dataset.image_shape),
-            "num_classes": env.dataset.num_classes,
-            "mean": list(env.dataset.mean),
-            "std": list(env.dataset.std),
-            "size": plan.full.size.to_json(),
-            "tiers": {tier.tier.name: tier.serves.size.to_json() for tier in plan.tiers},
-            "round": checkpoint.round,
-        }
-        if plan.setting.rule.separate:
-            card["separate"] = {tier.tier.name: storage.owner_of(plan, tier.serves) for tier in plan.tiers}
-        sha256 = write_model(self.folder.path, checkpoint.global_state, card)
-        summary = summarize(self.records, tiers, facts, sha256)
-        write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")
-        if self.report:
-            write_run_report(self.folder.path)
+    def _finish(self, server: ServerState, interrupted: bool) -> Summary:
+        env = self.env
+        sha256 = write_model(self.folder.path, server.models, model_card(env, server))
+        summary = summarize(
+            self.records,
+            tier_figures(env, server.plan),
+            sha256,
+            strategy=env.method.name,
+            objective=env.method.objective.name,
+            settings=dict(env.method.settings),
+            seed=env.config.seed,
+            dataset=env.task.name,
+            model=env.config.model.name,
+            interrupted=interrupted,
+        )
+        write_record(self.folder.summary, summary)
+        self._tell(lambda observer: observer.on_finish(self.folder, summary))
         return summary
 
+    def _tell_round(self, record: RoundRecord) -> None:
+        self._tell(lambda observer: observer.on_round(record))
 
-def _tail_energy(plan: Plan, state: State) -> float | None:
-    smallest = plan.tiers[-1].serves.size.ranks
-    return None if plan.setting.rule.separate or not smallest else spectrum.tail_energy(state, smallest)
-
-
-def _by_tier(scores: MetricRecord) -> dict[str, dict[str, float | None]]:
-    """Turn ``accuracy.TIER`` into ``{TIER: {"accuracy": …}}``; what is not finite becomes None (JSON has no NaN)."""
-    tiers: dict[str, dict[str, float | None]] = {}
-    for key, value in dict[str, Any](scores).items():
-        metric, _, tier = key.partition(".")
-        tiers.setdefault(tier, {})[metric] = value if math.isfinite(value) else None
-    return tiers
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            what(observer)
 
 
-def run_facts(env: Environment) -> dict[str, Any]:
-    """Return what identifies a run in its summary."""
-    return {
-        "strategy": env.strategy.name,
-        "objective": env.objective.name,
-        "reorder_every": env.strategy.reorder_every,
-        "tail_start": env.strategy.tail_start,
-        "tail_decay": env.strategy.tail_decay,
-        "logit_adjustment": env.strategy.logit_adjustment,
-        "seed": env.config.seed,
-        "dataset": env.dataset.name,
-        "model": env.config.model.name,
-    }
+def model_card(env: Environment, server: ServerState) -> ModelCard:
+    """Return the card of a run's model."""
+    plan, architecture = server.plan, server.plan.architecture
+    separate = plan.setting.rule.separate
+    return ModelCard(
+        model=env.config.model.name,
+        form=architecture.form,
+        keep_dense=env.config.model.keep_dense,
+        norm=architecture.norm,
+        input_shape=list(env.task.input_shape),
+        num_classes=env.task.num_classes,
+        size=plan.full.size,
+        tiers={tier.tier.name: tier.serves.size for tier in plan.tiers},
+        separate={x.tier.name: storage.owner_of(plan, x.serves) or "" for x in plan.tiers} if separate else {},
+        round=server.round,
+        **env.task.facts,
+    )
 
 
-def tier_facts(env: Environment, plan: Plan) -> dict[str, dict[str, Any]]:
+def tier_figures(env: Environment, plan: Plan) -> dict[str, TierFigures]:
     """Return the figures of each tier's submodel under ``plan``, largest first."""
     return {
-        tier.tier.name: {
-            "devices": env.tier_of.count(tier.index),
-            "ranks": tier.serves.size.describe(),
-            "params": tier.serves.cost.params,
-            "macs_per_example": tier.serves.cost.macs_per_example,
-            "train_macs_per_example": tier.step_macs,
-            "train_memory_bytes": tier.step_memory_bytes,
-            "download_bytes": tier.serves.cost.download_bytes,
-            "upload_bytes": tier.serves.cost.upload_bytes,
-        }
+        tier.tier.name: TierFigures(
+            devices=env.tier_of.count(tier.index),
+            ranks=tier.serves.size.describe(),
+            params=tier.serves.cost.params,
+            macs_per_example=tier.serves.cost.macs_per_example,
+            train_macs_per_example=tier.step_macs,
+            train_memory_bytes=tier.step_memory_bytes,
+            download_bytes=tier.serves.cost.download_bytes,
+            upload_bytes=tier.serves.cost.upload_bytes,
+        )
         for tier in plan.tiers
     }
 
@@ -263,3 +375,24 @@ def log_to(folder: RunFolder) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+def _nodes(grid: Grid) -> Iterator[int]:
+    """Deal out the hosts in turn, without end."""
+    nodes = sorted(grid.get_node_ids())
+    if not nodes:
+        raise UserError("no host is connected any more: start hosts and go on with --resume")
+    return cycle(nodes)
+
+
+def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[tuple[T, Message | None]]:
+    """Pair what was sent with its reply, in the order of sending; None where none came."""
+    by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
+    return [(subject, by_id.get(message.metadata.message_id)) for message, subject in sent]
+
+
+def _read(cohort: Cohort, reply: Message | None) -> CohortResult:
+    if reply is not None and not reply.has_error():
+        return read_cohort(reply)
+    reason = "no reply" if reply is None else f"host error: {one_line(reply)}"
+    return CohortResult(reports=(), failures=dict.fromkeys(cohort.devices, reason))

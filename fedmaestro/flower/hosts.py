@@ -4,12 +4,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmaestro.errors import UserError
-from fedmaestro.flower import wire
-from fedmaestro.flower.client_app import DESCRIBE
+from fedmaestro.flower.client_app import DESCRIBE, message, read_description
 from fedmaestro.rounds.environment import Environment
 
 REGISTRATION_SECONDS = 120.0
@@ -25,9 +24,9 @@ def exchange(
     messages: Iterable[Message],
     stop: threading.Event,
     on_reply: Callable[[], None] | None = None,
-    timeout: float = 0.0,
+    timeout: float | None = None,
 ) -> list[Message]:
-    """Send ``messages`` and return the replies: all, or those that came within ``timeout`` wall seconds (0: no limit).
+    """Send ``messages`` and return the replies: all, or those that came within ``timeout`` wall seconds.
 
     Like ``Grid.send_and_receive``, but it polls faster at first (a small round is over within its 0.1 s) and raises
     InterruptedRunError when ``stop`` is set.
@@ -35,7 +34,7 @@ def exchange(
     waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
     replies: list[Message] = []
     started = time.monotonic()
-    while waiting and not (timeout and time.monotonic() - started > timeout):
+    while waiting and (timeout is None or time.monotonic() - started <= timeout):
         arrived = list(grid.pull_messages(waiting))
         replies += arrived
         waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
@@ -86,19 +85,9 @@ def _wait_for_nodes(grid: Grid, count: int, stop: threading.Event) -> list[int]:
 
 def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threading.Event) -> dict[int, tuple[int, str]]:
     """Return (number of hosts, data fingerprint) by node."""
-    experiment = env.config.to_json()
-    messages = [
-        Message(
-            content=RecordDict({wire.JOB: ConfigRecord({"experiment": experiment})}),
-            dst_node_id=node,
-            message_type=f"{MessageType.QUERY}.{DESCRIBE}",
-        )
-        for node in nodes
-    ]
     described: dict[int, tuple[int, str]] = {}
-    for reply in exchange(grid, messages, stop):
+    for reply in exchange(grid, [message(DESCRIBE, node, env) for node in nodes], stop):
         if reply.has_error():
             raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {one_line(reply)}")
-        record = reply.content.config_records[wire.JOB]
-        described[reply.metadata.src_node_id] = (int(record["num-partitions"]), str(record["fingerprint"]))  # type: ignore[arg-type]
+        described[reply.metadata.src_node_id] = read_description(reply)
     return described

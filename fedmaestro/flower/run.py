@@ -1,11 +1,8 @@
 """Run an experiment in this process: the function behind ``fedmaestro run`` and ``fedmaestro.run``."""
 
-import json
-import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,19 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedmaestro.config.experiment import ExperimentConfig, from_flat
-from fedmaestro.errors import UserError
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.federation import Federation, Observer
+from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.hosts import InterruptedRunError
-from fedmaestro.flower.simulation import available_cpus, simulate
+from fedmaestro.flower.simulation import checked_actors, simulate
+from fedmaestro.report.observer import RunReporter
 from fedmaestro.rounds.environment import Environment, open_environment
-from fedmaestro.runs.folder import RoundRecord, RunFolder
+from fedmaestro.rounds.observer import Observer
+from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import load_model
-from fedmaestro.runs.settings import prepare_folder, resolve
+from fedmaestro.runs.reader import read_json
+from fedmaestro.runs.records import RoundRecord, Summary
+from fedmaestro.runs.start import check_folder, folder_of, name_of, resolve
 
 FREE_ON_RESUME = {"out", "data.dir"}
 """Settings that may differ between a run and its continuation: they name places, not the experiment."""
@@ -42,9 +42,8 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``."""
-        summary: dict[str, Any] = json.loads(RunFolder(self.path).summary.read_text(encoding="utf-8"))
-        return summary
+        """The content of ``summary.json``."""
+        return read_json(RunFolder(self.path).summary, Summary).to_dict()
 
     def model(self, tier: str | None = None) -> nn.Module:
         """Return the trained model that serves ``tier`` (None: the whole one), in evaluation mode.
@@ -64,8 +63,7 @@ def run(
     actors: int | None = None,
     resume: bool = False,
     ray_address: str | None = None,
-    observer: Observer | None = None,
-    on_data: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
     client_app: ClientApp = default_client_app,
 ) -> Run:
     """Simulate a federation and return its run.
@@ -78,8 +76,7 @@ def run(
         actors: Ray actors that work in parallel; the CPUs by default. They change the speed, not the result.
         resume: go on with the run in ``out`` from its checkpoint; without ``experiment`` its own configuration is used.
         ray_address: a running Ray cluster; by default one is started on this machine.
-        observer: is told about the progress.
-        on_data: is told (done, total) while the data are decoded for the first time.
+        observers: are told about the progress.
         client_app: the hosts' app.
 
     Raises:
@@ -87,15 +84,13 @@ def run(
         KeyboardInterrupt: Ctrl-C before the first round (later, the run ends with what it has).
     """
     config = resolve(ExperimentConfig, experiment, overrides, data_dir, out, resume)
-    actors = available_cpus() if actors is None else actors
-    if actors < 1:
-        raise UserError(f"--actors {actors}: at least one is needed")
-    name = Path(experiment).stem if isinstance(experiment, str | Path) else config.data.name
-    folder, env = prepare(config, name, resume=resume, on_data=on_data)
+    actors = checked_actors(actors)
+    told = [RunReporter(), *observers]
+    folder, env = prepare(config, name_of(experiment, config), resume=resume, on_data=to_all(told))
     stop = threading.Event()
 
     def server(grid: Grid, _context: Context) -> None:
-        Federation(grid, env, folder, stop, observer, resume=resume).run()
+        Federation(grid, env, folder, stop, told, resume=resume).run()
 
     try:
         simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
@@ -103,6 +98,16 @@ def run(
         # Before the first round: there is nothing to keep.
         raise KeyboardInterrupt from None
     return Run(folder.path)
+
+
+def to_all(observers: Sequence[Observer]) -> Callable[[int, int], None]:
+    """Return what tells every observer about the decoding of data."""
+
+    def on_data(done: int, total: int) -> None:
+        for observer in observers:
+            observer.on_data(done, total)
+
+    return on_data
 
 
 def prepare(
@@ -115,7 +120,7 @@ def prepare(
     """Check everything that a run needs and return its folder and environment; nothing is written there yet.
 
     Args:
-        config: the experiment; its paths become absolute, because hosts may run in another working directory.
+        config: the experiment.
         name: first part of the default folder's name.
         resume: whether the folder must hold this very run, or none.
         on_data: is told (done, total) while the data are decoded for the first time.
@@ -123,18 +128,6 @@ def prepare(
     Raises:
         UserError: whatever is wrong.
     """
-    flat = config.flat()
-    for key in ("data.dir", "fleet.file", "out"):
-        if flat[key]:
-            flat[key] = str(Path(str(flat[key])).expanduser().absolute())
-    config = from_flat(flat)
-    folder = RunFolder(Path(config.out) if config.out else default_folder(name, config))
-    prepare_folder(folder, config, resume, FREE_ON_RESUME)
+    folder = folder_of(config, name, f"{config.train.strategy}-seed{config.seed}")
+    check_folder(folder, config, resume, FREE_ON_RESUME)
     return folder, open_environment(config, on_data)
-
-
-def default_folder(name: str, config: ExperimentConfig) -> Path:
-    """Return ``runs/NAME-STRATEGY-seedN-TIME`` under the working directory."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path.cwd() / "runs" / f"{name}-{config.train.strategy}-seed{config.seed}-{now}"

@@ -7,25 +7,27 @@ import threading
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmaestro.config.experiment import from_flat
+from fedmaestro.config.base import read
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.run import prepare
 from fedmaestro.report import format_percent
-from fedmaestro.runs.folder import RoundRecord, RunFolder
+from fedmaestro.report.observer import RunReporter
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.observer import Observer
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.records import RoundRecord
 
 app = ServerApp()
 
 log = logging.getLogger("fedmaestro")
 
 
-class LogObserver:
+class LogObserver(Observer):
     """Writes one log line per evaluated round; there is no terminal behind a ServerApp."""
 
-    def on_start(self, env: object, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
         log.info("results go to %s", folder.path)
-
-    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
-        pass
 
     def on_round(self, record: RoundRecord) -> None:
         if record.tiers:
@@ -35,14 +37,14 @@ class LogObserver:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment of the run config (the schema of ``fedmaestro.config.experiment``)."""
+    """Run the experiment of the run config (the schema of ``config.experiment``)."""
     # Only our own lines: at INFO, the HTTP library under Flower logs every heartbeat.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    config = from_flat(context.run_config, "Flower's run config")
+    config = read(ExperimentConfig, None, context.run_config, "Flower's run config")
     folder, env = prepare(config, config.data.name)
-    summary = Federation(grid, env, folder, threading.Event(), LogObserver()).run()
-    log.info("model_sha256 %s, results in %s", summary["model_sha256"], folder.path)
+    summary = Federation(grid, env, folder, threading.Event(), [RunReporter(), LogObserver()]).run()
+    log.info("model_sha256 %s, results in %s", summary.model_sha256, folder.path)

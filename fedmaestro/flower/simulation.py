@@ -39,6 +39,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def checked_actors(actors: int | None) -> int:
+    """Return how many actors work in parallel: as given, or one per CPU; UserError for none."""
+    if actors is None:
+        return available_cpus()
+    if actors < 1:
+        raise UserError(f"--actors {actors}: at least one is needed")
+    return actors
+
+
 def simulate(
     server: Callable[[Grid, Context], None],
     client_app: ClientApp,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,6 @@ class Size:
     def describe(self) -> dict[str, int | float]:
         """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``, rounded."""
         return {"width": round(float(self.width), 4)} if self.width is not None else dict(self.ranks or {})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the exact form that ``model.json`` keeps."""
-        return {"width": str(self.width)} if self.width is not None else {"ranks": dict(self.ranks or {})}
-
-    @classmethod
-    def from_json(cls, form: Mapping[str, Any]) -> "Size":
-        """Read what ``to_json`` wrote."""
-        return cls(width=Fraction(form["width"])) if "width" in form else cls(ranks=form["ranks"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from fedmaestro.report.format import format_bytes, format_count, format_percent,
 from fedmaestro.report.page import html_report, write_report, write_run_report
 from fedmaestro.report.partition_plot import plot_partition
 from fedmaestro.report.rank_plot import plot_ranks, plot_tier_ranks, rank_svg, tier_rank_svg
-from fedmaestro.report.records import RunRecord, read_run
+from fedmaestro.runs.reader import RunRecord, read_run
 
 __all__ = [
     "RunRecord",

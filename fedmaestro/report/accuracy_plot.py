@@ -1,9 +1,9 @@
 """Test accuracy per tier over communication rounds and over virtual time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedmaestro.report.curves import Curve, tier_curves, time_unit
 from fedmaestro.report.figure import (
@@ -17,6 +17,7 @@ from fedmaestro.report.figure import (
     tier_colors,
 )
 from fedmaestro.report.format import MISSING
+from fedmaestro.runs.records import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ _SETTLED = 0.25  # the y axis is chosen from what comes after this part of the r
 _MIN_SPAN = 2.0  # percentage points: less would blow noise up to the full height
 _MAX_MARKERS = 15  # per curve
 
-_Rounds = Sequence[Mapping[str, Any]]
+_Rounds = Sequence[RoundRecord]
 
 
 def plot_tier_accuracy(rounds: _Rounds, path_without_suffix: Path | str, title: str = "") -> tuple[Path, Path]:

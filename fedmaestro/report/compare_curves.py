@@ -6,9 +6,9 @@ more, each has a panel in which the others are grey: nobody tells twenty colours
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedmaestro.report.compare_figure import (
     FAMILIES,
@@ -25,11 +25,13 @@ from fedmaestro.report.compare_figure import (
     ranked,
     titled_figure,
 )
-from fedmaestro.report.compare_table import Results, Row, family, is_whole, seeds_text
+from fedmaestro.report.compare_table import family, is_whole, seeds_text
 from fedmaestro.report.cost_plot import log_ticks
 from fedmaestro.report.curves import as_number, time_unit
 from fedmaestro.report.figure import SERIES_COLORS, short_name
 from fedmaestro.report.rank_plot import spread
+from fedmaestro.runs.records import Results, Series
+from fedmaestro.runs.records import StrategyResults as Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +44,7 @@ _WIDE = 4.0  # costs that differ by more than this factor are drawn on a log sca
 _FLOOR = 1e-4  # percent: smaller values are drawn at the end of a log axis
 _BYTE_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
-Measure = Callable[[Mapping[str, Any]], list[float]]
+Measure = Callable[[Series], list[float]]
 """From the series of one seed to a value per evaluated round; nan where there is none."""
 
 
@@ -146,8 +148,8 @@ def _tick_count(lines: Sequence[Line]) -> int:
 
 
 def _accuracy_lines(results: Results, x_key: str) -> list[Line]:
-    def mean_of_tiers(series: Mapping[str, Any]) -> list[float]:
-        tiers = [series["accuracy"][tier] for tier in results["tiers"]]
+    def mean_of_tiers(series: Series) -> list[float]:
+        tiers = [series.accuracy[tier] for tier in results.tiers]
         return [100 * statistics.fmean(map(as_number, scores)) for scores in zip(*tiers, strict=True)]
 
     lines = [_line(row, results, x_key, mean_of_tiers) for row in ranked(results)]
@@ -160,8 +162,8 @@ def _layer_lines(results: Results, key: str, floor: float | None = None) -> list
     With a floor (percent) means and deviations are those of the logarithms, and nothing is below it.
     """
 
-    def percent(series: Mapping[str, Any]) -> list[float]:
-        return [100 * as_number(value) for value in series[key]]
+    def percent(series: Series) -> list[float]:
+        return [100 * as_number(value) for value in getattr(series, key)]
 
     lines = [_line(row, results, "round", percent, floor) for row in ranked(results)]
     return [line for line in lines if line is not None]
@@ -170,8 +172,8 @@ def _layer_lines(results: Results, key: str, floor: float | None = None) -> list
 def _line(row: Row, results: Results, x_key: str, measure: Measure, floor: float | None = None) -> Line | None:
     """Return the line over the rounds that any seed has evaluated; None where no point can be drawn."""
     points: dict[int, list[tuple[float, float]]] = {}
-    for series in row["series"]:
-        for number, x, y in zip(series["round"], series[x_key], measure(series), strict=True):
+    for series in row.series:
+        for number, x, y in zip(series.round, getattr(series, x_key), measure(series), strict=True):
             points.setdefault(number, []).append((as_number(x), y))
     rounds = sorted(points)
     x = [_band([x for x, _ in points[number]])[1] for number in rounds]
@@ -182,7 +184,7 @@ def _line(row: Row, results: Results, x_key: str, measure: Measure, floor: float
     low, mean, high = zip(*bands, strict=True)
     note = "" if is_whole(row, results) else f" ({seeds_text(row, results)})"
     return Line(
-        name=short_name(row["name"]),
+        name=short_name(row.name),
         family=family(row),
         failed=row in failed(results),
         final=f"{_ending(*drawn[-1], floor)}{note}",

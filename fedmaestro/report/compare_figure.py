@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedmaestro.report.compare_table import Results, Row, overall_stat
+from fedmaestro.report.compare_table import overall_stat
 from fedmaestro.report.figure import MUTED, SERIES_COLORS, new_figure
+from fedmaestro.runs.records import Results
+from fedmaestro.runs.records import StrategyResults as Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,19 +47,19 @@ class Scale:
 
 def ranked(results: Results) -> list[Row]:
     """Return the strategies by final accuracy (mean over tiers), best first; those without one last."""
-    means = [(overall_stat(row, "mean", "final").mean, row) for row in results["strategies"]]
+    means = [(overall_stat(row, "mean", "final").mean, row) for row in results.strategies]
     return [row for _, row in sorted(means, key=lambda pair: math.inf if math.isnan(pair[0]) else -pair[0])]
 
 
 def failed(results: Results) -> list[Row]:
     """Return the strategies whose final accuracy lies far below the others': accuracy axes do not follow them."""
-    means = {row["name"]: 100 * overall_stat(row, "mean", "final").mean for row in results["strategies"]}
+    means = {row.name: 100 * overall_stat(row, "mean", "final").mean for row in results.strategies}
     known = [mean for mean in means.values() if math.isfinite(mean)]
     if not known:
         return []
     median = statistics.median(known)
     lowest = median - _FAR * max(max(known) - median, _MIN_LEAD)
-    return [row for row in results["strategies"] if means[row["name"]] < lowest]
+    return [row for row in results.strategies if means[row.name] < lowest]
 
 
 def followed(values: Sequence[tuple[float, bool]]) -> list[float]:
@@ -96,9 +98,9 @@ def apply_scale(axes: "Axes", which: Literal["x", "y"], scale: Scale, *, label: 
 
 def titled_figure(results: Results, width: float, height: float) -> "Figure":
     figure = new_figure(width, height)
-    seeds = ", ".join(map(str, results["seeds"]))
-    incomplete = "" if results["complete"] else " · incomplete"
-    figure.suptitle(f"{results['experiment']} · seeds {seeds}{incomplete}", fontsize=11.5, fontweight="bold")
+    seeds = ", ".join(map(str, results.seeds))
+    incomplete = "" if results.complete else " · incomplete"
+    figure.suptitle(f"{results.experiment} · seeds {seeds}{incomplete}", fontsize=11.5, fontweight="bold")
     return figure
 
 

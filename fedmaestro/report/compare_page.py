@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedmaestro.report import compare_curves, compare_plots
 from fedmaestro.report.compare_figure import ranked
 from fedmaestro.report.compare_table import (
     BUDGETS,
     SCORE_NOTE,
-    Results,
     budget,
     family,
     is_whole,
@@ -27,6 +26,7 @@ from fedmaestro.report.curves import as_number
 from fedmaestro.report.figure import inline_svg, plot_style, save_figure
 from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds
 from fedmaestro.report.html import Cell, Content, Markup, details, document, escape, pairs, table
+from fedmaestro.runs.records import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,15 +90,15 @@ PLOTS = (
 )
 
 
-def write_comparison(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+def write_comparison(results: Results, folder: Path) -> dict[str, Path]:
     """Write the tables, the plots and the page of a comparison; return the paths by name relative to ``folder``.
 
     Args:
-        results: Content of ``results.json``. Strategies may lack seeds, series may hold nulls.
+        results: Strategies may lack seeds, series may hold nulls.
         folder: Made if it does not exist; files of the same names are replaced.
 
     """
-    assert results["strategies"], "a comparison needs at least one strategy"
+    assert results.strategies, "a comparison needs at least one strategy"
     plots = write_plots(results, folder)
     svgs = {name: plots[f"plots/{name}.svg"].read_text(encoding="utf-8") for name in (plot.name for plot in PLOTS)}
     texts = {
@@ -125,7 +125,7 @@ def comparison_page(results: Results, svgs: Mapping[str, str]) -> str:
     """Return the page.
 
     Args:
-        results: Content of ``results.json``.
+        results: What the page is about.
         svgs: The plots by name, as SVG documents that matplotlib wrote.
 
     """
@@ -136,7 +136,7 @@ def comparison_page(results: Results, svgs: Mapping[str, str]) -> str:
         _section("Plots", *(_plot(results, plot, svgs[plot.name]) for plot in PLOTS)),
         _section("What each row is", f'<div class="prose">{_row_table(results)}</div>'),
     ]
-    return document(f"Comparison: {results['experiment']}", "\n".join(sections))
+    return document(f"Comparison: {results.experiment}", "\n".join(sections))
 
 
 def _section(heading: str, *parts: str) -> str:
@@ -146,17 +146,17 @@ def _section(heading: str, *parts: str) -> str:
 
 def _headline(results: Results) -> str:
     facts = {
-        "experiment": results["experiment"],
-        "strategies": str(len(results["strategies"])),
-        "tiers, largest first": ", ".join(results["tiers"]),
-        "seeds": ", ".join(map(str, results["seeds"])),
-        "status": "complete" if results["complete"] else "incomplete",
+        "experiment": results.experiment,
+        "strategies": str(len(results.strategies)),
+        "tiers, largest first": ", ".join(results.tiers),
+        "seeds": ", ".join(map(str, results.seeds)),
+        "status": "complete" if results.complete else "incomplete",
     }
     return pairs("headline", facts)
 
 
 def _warning(results: Results) -> str:
-    if results["complete"]:
+    if results.complete:
         return ""
     lacking = "; ".join(unfinished(results)) or "it was interrupted"
     return f'<p class="warning">This comparison is incomplete: {escape(lacking)}.</p>'
@@ -175,13 +175,13 @@ def _named_table(header: list[str], rows: list[list[Content]]) -> str:
 
 def _result_table(results: Results) -> str:
     columns = score_columns(results)
-    rows = [
+    rows: list[list[Content]] = [
         [
-            row["name"],
-            Cell(str(len(row["seeds"])) if is_whole(row, results) else seeds_text(row, results), len(row["seeds"])),
+            row.name,
+            Cell(str(len(row.seeds)) if is_whole(row, results) else seeds_text(row, results), len(row.seeds)),
             *(Cell(column.texts[index], column.values[index], column.best[index]) for column in columns),
         ]
-        for index, row in enumerate(results["strategies"])
+        for index, row in enumerate(results.strategies)
     ]
     return _named_table(["Strategy", "Seeds", *(column.heading for column in columns)], rows)
 
@@ -191,16 +191,16 @@ def _budget_tables(results: Results) -> str:
     header = ["Strategy", *(heading for heading, _, _ in BUDGETS)]
     tables = [
         details(f"Tier {tier}", Markup(_named_table(header, _budget_rows(results, tier))), opened=index == 0).text
-        for index, tier in enumerate(results["tiers"])
+        for index, tier in enumerate(results.tiers)
     ]
     return "<p>Per example, or per device and round.</p>\n" + "\n".join(tables)
 
 
 def _budget_rows(results: Results, tier: str) -> list[list[Content]]:
     rows: list[list[Content]] = []
-    for row in results["strategies"]:
-        values = [(as_number(budget(row, tier).get(key)), to_text) for _, key, to_text in BUDGETS]
-        rows.append([row["name"], *(Cell(to_text(value), value) for value, to_text in values)])
+    for row in results.strategies:
+        values = [(as_number(budget(row, tier, key)), to_text) for _, key, to_text in BUDGETS]
+        rows.append([row.name, *(Cell(to_text(value), value) for value, to_text in values)])
     return rows
 
 
@@ -212,9 +212,9 @@ def _cost_table(results: Results) -> str:
         ("Device updates lost", "failed", format_count),
     )
     rows: list[list[Content]] = []
-    for row in results["strategies"]:
-        values = [(as_number(row.get(key)), to_text) for _, key, to_text in columns]
-        rows.append([row["name"], *(Cell(to_text(value), value) for value, to_text in values)])
+    for row in results.strategies:
+        values = [(as_number(getattr(row, key)), to_text) for _, key, to_text in columns]
+        rows.append([row.name, *(Cell(to_text(value), value) for value, to_text in values)])
     note = "<p>Of all devices and rounds, mean over seeds.</p>"
     return note + "\n" + _named_table(["Strategy", *(heading for heading, _, _ in columns)], rows)
 
@@ -222,8 +222,8 @@ def _cost_table(results: Results) -> str:
 def _plot(results: Results, plot: Plot, svg: str) -> str:
     best = ranked(results)[0]
     text = overall_stat(best, "mean", "final").text
-    summary = "" if text == MISSING else f" Best final mean of tiers: {best['name']}, {text} %."
-    label = escape(f"{plot.heading} of {len(results['strategies'])} strategies. {plot.caption}{summary}")
+    summary = "" if text == MISSING else f" Best final mean of tiers: {best.name}, {text} %."
+    label = escape(f"{plot.heading} of {len(results.strategies)} strategies. {plot.caption}{summary}")
     picture = inline_svg(svg, plot.name.replace("_", "-"), label)
     return f'<h3>{plot.heading}</h3>\n<p>{escape(plot.caption)}</p>\n<div class="plot">{picture}</div>'
 
@@ -232,7 +232,7 @@ def _row_table(results: Results) -> str:
     header = ["Strategy", "What it does", "Source", "Family", "Devices train", "Objective", "Aggregation", "Server"]
     keys = ("submodel", "objective", "aggregation", "server")
     rows = [
-        [row["name"], row["summary"], row["source"], family(row), *(str(row.get(key, MISSING)) for key in keys)]
-        for row in results["strategies"]
+        [row.name, row.summary, row.source, family(row), *(str(getattr(row, key)) for key in keys)]
+        for row in results.strategies
     ]
     return table(header, rows)

@@ -23,8 +23,10 @@ from fedmaestro.report.compare_figure import (
     ranked,
     titled_figure,
 )
-from fedmaestro.report.compare_table import Results, Row, Stat, family, is_whole, overall_stat, seeds_text, tier_stat
+from fedmaestro.report.compare_table import Fractions, family, is_whole, overall_stat, seeds_text, tier_stat
 from fedmaestro.report.figure import MARKERS, place_labels, quiet_glyphs, short_name, tier_colors
+from fedmaestro.runs.records import Results
+from fedmaestro.runs.records import StrategyResults as Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 def tier_accuracy_figure(results: Results) -> "Figure":
     """Draw the final accuracy (%) per tier ± its standard deviation: a row per strategy, a dot per tier."""
-    rows, tiers = ranked(results), list(results["tiers"])
+    rows, tiers = ranked(results), list(results.tiers)
     stats = [[tier_stat(row, tier, "final") for tier in tiers] for row in rows]
     lost = failed(results)
     edges = [
@@ -74,24 +76,24 @@ def worst_mean_figure(results: Results) -> "Figure":
         axes.plot(*at, marker, color=color, markersize=6.5, markeredgecolor="white")
     family_legend(figure, [family(row) for row, _ in shown], background=False)
     beyond = [
-        f"{short_name(row['name'])} ({at[0]:.1f}, {at[1]:.1f})"
+        f"{short_name(row.name)} ({at[0]:.1f}, {at[1]:.1f})"
         for row, at in zip(rows, points, strict=True)
         if (row, at) not in shown
     ]
     note = f"; beyond the axes (mean, worst): {', '.join(beyond)}" if beyond else ""
     note = f"grey line: all tiers equally good{note}" if rows else NOTHING
     figure.supxlabel(textwrap.fill(note, 100, break_on_hyphens=False), **NOTE)
-    _label_points(figure, axes, [short_name(row["name"]) for row, _ in shown], [at for _, at in shown])
+    _label_points(figure, axes, [short_name(row.name) for row, _ in shown], [at for _, at in shown])
     return figure
 
 
-def _interval(stat: Stat) -> tuple[float, float]:
+def _interval(stat: Fractions) -> tuple[float, float]:
     """Return mean ± standard deviation in percent."""
     half = 0.0 if math.isnan(stat.std) else 100 * stat.std
     return 100 * stat.mean - half, 100 * stat.mean + half
 
 
-def _draw_row(axes: "Axes", y: int, tiers: Sequence[Stat], scale: Scale) -> None:
+def _draw_row(axes: "Axes", y: int, tiers: Sequence[Fractions], scale: Scale) -> None:
     """Draw a dot per tier; one that lies beyond the axis is an arrow at its edge with the value in words."""
     colors, markers, step = tier_colors(len(tiers)), list(MARKERS), 0.8 / len(tiers)
     for index, stat in enumerate(tiers):
@@ -106,7 +108,7 @@ def _draw_row(axes: "Axes", y: int, tiers: Sequence[Stat], scale: Scale) -> None
             axes.plot(value, place, marker, **dot, markeredgewidth=0.5)
 
 
-def _draw_summary(axes: "Axes", y: int, mean: Stat, worst: Stat) -> None:
+def _draw_summary(axes: "Axes", y: int, mean: Fractions, worst: Fractions) -> None:
     """Draw the mean of the tiers as a line, and it and the worst as numbers at the right; shade every other row."""
     if y % 2:
         axes.axhspan(y - 0.5, y + 0.5, color="#f3f4f6", linewidth=0, zorder=0)
@@ -117,7 +119,7 @@ def _draw_summary(axes: "Axes", y: int, mean: Stat, worst: Stat) -> None:
 
 def _name_rows(axes: "Axes", rows: Sequence[Row], results: Results) -> None:
     notes = ["" if is_whole(row, results) else f"\n{seeds_text(row, results)}" for row in rows]
-    names = [short_name(row["name"]) + note for row, note in zip(rows, notes, strict=True)]
+    names = [short_name(row.name) + note for row, note in zip(rows, notes, strict=True)]
     axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -15,11 +15,9 @@ from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.format import MISSING, format_bytes, format_count
+from fedmaestro.runs.records import Results, Scores
+from fedmaestro.runs.records import StrategyResults as Row
 
-Results = Mapping[str, Any]
-"""Content of ``results.json``."""
-Row = Mapping[str, Any]
-"""One strategy of it."""
 Kind = Literal["final", "best"]
 
 BUDGETS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -52,7 +50,7 @@ _SAME_MACS = 0.03  # families whose MACs differ by more than this are not the sa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stat:
+class Fractions:
     """Accuracies (fractions) over seeds: mean and sample standard deviation, nan where unknown, and one per seed."""
 
     mean: float = math.nan
@@ -90,41 +88,41 @@ class MacsGap:
     excess: float
 
 
-def tier_stat(row: Row, tier: str, kind: Kind) -> Stat:
+def tier_stat(row: Row, tier: str, kind: Kind) -> Fractions:
     """Return the accuracy of one tier."""
-    return _stat((row.get("tiers") or {}).get(tier), kind)
+    return _fractions(row.tiers.get(tier), kind)
 
 
-def overall_stat(row: Row, over: Literal["mean", "worst"], kind: Kind) -> Stat:
+def overall_stat(row: Row, over: Literal["mean", "worst"], kind: Kind) -> Fractions:
     """Return the accuracy over all tiers: their mean, or the worst."""
-    return _stat(row.get(over), kind)
+    return _fractions(getattr(row, over), kind)
 
 
 def family(row: Row) -> str:
     """Return what a strategy cuts to fit a budget: ``rank`` or ``width``."""
-    return "rank" if row["form"] == "lod" else "width"
+    return "rank" if row.form == "lod" else "width"
 
 
 def seeds_text(row: Row, results: Results) -> str:
     """Return how many of the comparison's seeds a strategy has finished: ``1 of 3 seeds``."""
-    return f"{len(row['seeds'])} of {len(results['seeds'])} seeds"
+    return f"{len(row.seeds)} of {len(results.seeds)} seeds"
 
 
 def is_whole(row: Row, results: Results) -> bool:
     """Whether a strategy has finished all seeds."""
-    return len(row["seeds"]) == len(results["seeds"])
+    return len(row.seeds) == len(results.seeds)
 
 
 def unfinished(results: Results) -> list[str]:
     """Return ``name: 1 of 3 seeds`` for every strategy that lacks a seed."""
-    rows = (row for row in results["strategies"] if not is_whole(row, results))
-    return [f"{row['name']}: {seeds_text(row, results)}" for row in rows]
+    rows = (row for row in results.strategies if not is_whole(row, results))
+    return [f"{row.name}: {seeds_text(row, results)}" for row in rows]
 
 
 def score_columns(results: Results) -> list[Column]:
     """Return the columns of the result table: accuracies in percent and, last, the monotone seeds."""
-    rows = results["strategies"]
-    columns = [_score_column(tier, [tier_stat(row, tier, "final") for row in rows]) for tier in results["tiers"]]
+    rows = results.strategies
+    columns = [_score_column(tier, [tier_stat(row, tier, "final") for row in rows]) for tier in results.tiers]
     columns.append(_score_column("Mean of tiers", [overall_stat(row, "mean", "final") for row in rows]))
     columns.append(_score_column("Worst tier", [overall_stat(row, "worst", "final") for row in rows]))
     columns.append(_score_column("Best round: mean", [overall_stat(row, "mean", "best") for row in rows]))
@@ -137,9 +135,9 @@ def macs_gap(results: Results) -> MacsGap | None:
 
     A strategy that serves the smallest tier's model to every tier is left out: its MACs differ by design.
     """
-    rows = [row for row in results["strategies"] if "smallest" not in re.split(r"\W+", row.get("submodel", ""))]
+    rows = [row for row in results.strategies if "smallest" not in re.split(r"\W+", row.submodel)]
     pairs = [pair for pair in combinations(rows, 2) if family(pair[0]) != family(pair[1])]
-    gaps = [gap for tier in results["tiers"] for pair in pairs if (gap := _gap(tier, *pair)) is not None]
+    gaps = [gap for tier in results.tiers for pair in pairs if (gap := _gap(tier, *pair)) is not None]
     worst = max(gaps, key=lambda gap: gap.excess, default=None)
     return worst if worst is not None and worst.excess > _SAME_MACS else None
 
@@ -149,7 +147,7 @@ def macs_remark(results: Results) -> str:
     gap = macs_gap(results)
     if gap is None:
         return ""
-    more, less = (f"{row['name']} ({family(row)})" for row in (gap.more, gap.less))
+    more, less = (f"{row.name} ({family(row)})" for row in (gap.more, gap.less))
     limit = f"{100 * _SAME_MACS:.0f} %"
     return (
         f"MACs per tier differ by more than {limit} between families. "
@@ -161,9 +159,9 @@ def protocol(results: Results) -> dict[str, str]:
     """Return the settings that all cells share, as text, and whether the families' MACs were matched."""
     settings = {
         key: value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in results["protocol"].items()
+        for key, value in results.protocol.items()
     }
-    return {**settings, "MACs matched between families": "yes" if results["matched_macs"] else "no"}
+    return {**settings, "MACs matched between families": "yes" if results.matched_macs else "no"}
 
 
 def table_markdown(results: Results) -> str:
@@ -171,10 +169,10 @@ def table_markdown(results: Results) -> str:
     settings = ", ".join(f"{_md(key)} = {_md(value)}" for key, value in protocol(results).items())
     lacking = "; ".join(map(_md, unfinished(results)))
     parts = [
-        f"# Comparison: {_md(results['experiment'])}",
+        f"# Comparison: {_md(results.experiment)}",
         f"Protocol: {settings}",
-        f"Seeds: {', '.join(map(str, results['seeds']))}",
-        "" if results["complete"] else f"**Incomplete**{f': {lacking}' if lacking else ''}",
+        f"Seeds: {', '.join(map(str, results.seeds))}",
+        "" if results.complete else f"**Incomplete**{f': {lacking}' if lacking else ''}",
         f"Remark: {_md(remark)}" if (remark := macs_remark(results)) else "",
         "## Results",
         f"Test accuracy in %, {SCORE_NOTE} Bold: the best of a column.",
@@ -194,45 +192,43 @@ def table_csv(results: Results) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["strategy", "seed", "tier", "final_accuracy", "best_accuracy", *_CSV_BUDGETS])
-    for row in results["strategies"]:
-        for index, seed in enumerate(row["seeds"]):
-            for tier in results["tiers"]:
-                limits = budget(row, tier)
+    for row in results.strategies:
+        for index, seed in enumerate(row.seeds):
+            for tier in results.tiers:
                 scores = [_nth(tier_stat(row, tier, kind), index) for kind in ("final", "best")]
-                cells = [_csv_cell(limits.get(key)) for key in _CSV_BUDGETS]
-                writer.writerow([row["name"], seed, tier, *scores, *cells])
+                cells = [_csv_cell(budget(row, tier, key)) for key in _CSV_BUDGETS]
+                writer.writerow([row.name, seed, tier, *scores, *cells])
     return buffer.getvalue()
 
 
-def _stat(scores: Mapping[str, Any] | None, kind: Kind) -> Stat:
-    known = (scores or {}).get(kind)
-    if not known:
-        return Stat()
-    values = tuple(map(as_number, known["values"]))
-    return Stat(mean=as_number(known["mean"]), std=as_number(known["std"]), values=values)
+def _fractions(scores: Scores | None, kind: Kind) -> Fractions:
+    if scores is None:
+        return Fractions()
+    stat = scores.final if kind == "final" else scores.best
+    return Fractions(mean=as_number(stat.mean), std=as_number(stat.std), values=tuple(map(as_number, stat.values)))
 
 
-def _nth(stat: Stat, index: int) -> float | str:
+def _nth(stat: Fractions, index: int) -> float | str:
     value = stat.values[index] if index < len(stat.values) else math.nan
     return "" if math.isnan(value) else value
 
 
-def budget(row: Row, tier: str) -> Mapping[str, Any]:
-    """Return what a tier may spend under a strategy; empty where it is unknown."""
-    return (row.get("budgets") or {}).get(tier) or {}
+def budget(row: Row, tier: str, key: str) -> Any:
+    """Return what a tier may spend of something under a strategy; None where it is unknown."""
+    return getattr(row.budgets[tier], key) if tier in row.budgets else None
 
 
 def _csv_cell(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value
 
 
-def _score_column(heading: str, stats: Sequence[Stat]) -> Column:
+def _score_column(heading: str, stats: Sequence[Fractions]) -> Column:
     best = _are_best([stat.mean for stat in stats], [stat.mean_text for stat in stats])
     return Column(heading=heading, texts=[s.text for s in stats], values=[s.mean for s in stats], best=best)
 
 
 def _monotone_column(rows: Sequence[Row]) -> Column:
-    counts = [(as_number(row.get("monotone_seeds")), len(row["seeds"])) for row in rows]
+    counts = [(as_number(row.monotone_seeds), len(row.seeds)) for row in rows]
     known = [seeds > 0 and not math.isnan(count) for count, seeds in counts]
     texts = [f"{n:.0f} of {seeds}" if ok else MISSING for (n, seeds), ok in zip(counts, known, strict=True)]
     values = [n / seeds if ok else math.nan for (n, seeds), ok in zip(counts, known, strict=True)]
@@ -247,7 +243,7 @@ def _are_best(values: Sequence[float], texts: Sequence[str]) -> list[bool]:
 
 
 def _gap(tier: str, left: Row, right: Row) -> MacsGap | None:
-    macs = [as_number(budget(row, tier).get("macs_per_example")) for row in (left, right)]
+    macs = [as_number(budget(row, tier, "macs_per_example")) for row in (left, right)]
     if not min(macs) > 0:
         return None
     more, less = (left, right) if macs[0] >= macs[1] else (right, left)
@@ -257,18 +253,18 @@ def _gap(tier: str, left: Row, right: Row) -> MacsGap | None:
 def _result_table(results: Results) -> str:
     columns = score_columns(results)
     lines = []
-    for index, row in enumerate(results["strategies"]):
+    for index, row in enumerate(results.strategies):
         note = "" if is_whole(row, results) else f" ({seeds_text(row, results)})"
         cells = [f"**{c.texts[index]}**" if c.best[index] else c.texts[index] for c in columns]
-        lines.append([_md(row["name"]) + note, *cells])
+        lines.append([_md(row.name) + note, *cells])
     return _table(["Strategy", *(_md(column.heading) for column in columns)], lines, text_columns=1)
 
 
 def _budget_table(results: Results) -> str:
     lines = [
-        [_md(row["name"]), _md(tier), *(to_text(as_number(budget(row, tier).get(key))) for _, key, to_text in BUDGETS)]
-        for row in results["strategies"]
-        for tier in results["tiers"]
+        [_md(row.name), _md(tier), *(to_text(as_number(budget(row, tier, key))) for _, key, to_text in BUDGETS)]
+        for row in results.strategies
+        for tier in results.tiers
     ]
     return _table(["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS)], lines, text_columns=2)
 

@@ -7,7 +7,7 @@ from fedmaestro.report.curves import as_number
 from fedmaestro.report.facts import headline, mean_and_worst, tier_facts
 from fedmaestro.report.format import format_percent
 from fedmaestro.report.html import Cell, Content, Markup, escape, table
-from fedmaestro.report.records import RunRecord
+from fedmaestro.runs.reader import RunRecord
 
 
 def run_names(runs: Sequence[RunRecord]) -> list[str]:

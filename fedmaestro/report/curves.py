@@ -1,9 +1,10 @@
 """Accuracy per tier over rounds and over virtual time, from the lines of ``rounds.jsonl``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from fedmaestro.runs.records import RoundRecord
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
@@ -39,10 +40,10 @@ class Curve:
         return max(self.finite, default=math.nan)
 
 
-def tier_curves(rounds: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
+def tier_curves(rounds: Sequence[RoundRecord]) -> tuple[Curve, ...]:
     """Return one curve per tier in the order in which the tiers are listed: largest first."""
     clock = _virtual_clock(rounds)
-    names = dict.fromkeys(name for row in rounds for name in row.get("tiers") or {})
+    names = dict.fromkeys(name for row in rounds for name in row.tiers)
     return tuple(_curve(name, rounds, clock) for name in names)
 
 
@@ -56,26 +57,20 @@ def as_number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def total(rounds: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Return the sum of a per-round number; rounds without it count as zero."""
-    numbers = (as_number(row.get(key)) for row in rounds)
-    return sum(number for number in numbers if math.isfinite(number))
-
-
-def _virtual_clock(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
+def _virtual_clock(rounds: Sequence[RoundRecord]) -> list[float]:
     """Return the simulated time at the end of each round, counting the rounds that were not evaluated too."""
     clock, now = [], 0.0
     for row in rounds:
-        now += total([row], "virtual_seconds")
+        now += row.virtual_seconds
         clock.append(now)
     return clock
 
 
-def _curve(name: str, rounds: Sequence[Mapping[str, Any]], clock: Sequence[float]) -> Curve:
+def _curve(name: str, rounds: Sequence[RoundRecord], clock: Sequence[float]) -> Curve:
     points = [
-        (int(row["round"]), now, as_number(row["tiers"][name].get("accuracy")))
+        (row.round, now, as_number(row.tiers[name].get("accuracy")))
         for row, now in zip(rounds, clock, strict=True)
-        if name in (row.get("tiers") or {})
+        if name in row.tiers
     ]
     numbers, times, accuracies = zip(*points, strict=True)
     return Curve(tier=name, rounds=numbers, virtual_seconds=times, accuracy=accuracies)

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedmaestro.config.experiment import flatten
-from fedmaestro.report.curves import as_number, tier_curves, total
+from fedmaestro.config.base import flatten
+from fedmaestro.report.curves import as_number, tier_curves
 from fedmaestro.report.format import MISSING
-from fedmaestro.report.records import RunRecord
+from fedmaestro.runs.reader import RunRecord
 
 # The keys of summary.json and, for a run without one, where the configuration says the same.
 HEADLINE = {
@@ -21,8 +21,11 @@ HEADLINE = {
 
 def headline(run: RunRecord) -> dict[str, str]:
     """Return dataset, model, strategy, objective and seed."""
-    summary, config = run.summary or {}, flat_config(run.config)
-    return {key: str(summary.get(key, config.get(dotted, MISSING))) for key, dotted in HEADLINE.items()}
+    config = flat_config(run.config)
+    return {
+        key: str(config.get(dotted, MISSING) if run.summary is None else getattr(run.summary, key))
+        for key, dotted in HEADLINE.items()
+    }
 
 
 def run_title(run: RunRecord) -> str:
@@ -37,38 +40,38 @@ def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     facts = {
         curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best} for curve in tier_curves(run.rounds)
     }
-    for name, known in _summary_tiers(run).items():
-        facts[name] = {**facts.get(name, {}), **known}
+    if run.summary is not None:
+        for name, known in run.summary.tiers.items():
+            facts[name] = {**facts.get(name, {}), **known.to_dict()}
     return facts
 
 
 def totals(run: RunRecord) -> dict[str, float]:
     """Return rounds, bytes both ways, virtual and wall seconds, failed and dropped devices so far."""
     keys = ("download_bytes", "upload_bytes", "virtual_seconds", "wall_seconds", "failed", "dropped")
-    sums = {key: total(run.rounds, key) for key in keys}
-    measured = {key: as_number((run.summary or {}).get(key)) for key in ("virtual_seconds", "wall_seconds")}
-    sums.update({key: value for key, value in measured.items() if value == value})
-    return {"rounds": max((row["round"] for row in run.rounds), default=0), **sums}
+    sums = {key: float(sum(getattr(row, key) for row in run.rounds)) for key in keys}
+    if run.summary is not None:
+        sums |= {"virtual_seconds": run.summary.virtual_seconds, "wall_seconds": run.summary.wall_seconds}
+    return {"rounds": max((row.round for row in run.rounds), default=0), **sums}
 
 
 def rank_history(run: RunRecord) -> list[tuple[float, dict[str, dict[str, int]]]]:
     """Return (round, ``{tier: {layer: rank}}``) where ranks could change; the last entry is the last round's."""
-    changes = [(float(row["round"]), row["ranks"]) for row in run.rounds if row.get("ranks")]
-    if changes and (last := float(run.rounds[-1]["round"])) > changes[-1][0]:
+    changes = [(float(row.round), row.ranks) for row in run.rounds if row.ranks]
+    if changes and (last := float(run.rounds[-1].round)) > changes[-1][0]:
         changes.append((last, changes[-1][1]))
     return changes
 
 
 def full_ranks(run: RunRecord) -> dict[str, int]:
     """Return the ranks of the whole model at the start; empty where ranks could not change."""
-    return next((row["full_ranks"] for row in run.rounds if row.get("full_ranks")), {})
+    return next((row.full_ranks for row in run.rounds if row.full_ranks), {})
 
 
 def mean_and_worst(run: RunRecord) -> tuple[float, float]:
     """Return the mean and the worst final accuracy over the tiers, as fractions; nan where there is none."""
-    summary = run.summary or {}
-    if "mean_tier_accuracy" in summary and "worst_tier_accuracy" in summary:
-        return as_number(summary["mean_tier_accuracy"]), as_number(summary["worst_tier_accuracy"])
+    if run.summary is not None:
+        return as_number(run.summary.mean_tier_accuracy), as_number(run.summary.worst_tier_accuracy)
     finals = [as_number(facts.get("final_accuracy")) for facts in tier_facts(run).values()]
     finals = [value for value in finals if value == value]
     return (sum(finals) / len(finals), min(finals)) if finals else (float("nan"), float("nan"))
@@ -80,8 +83,3 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, str]:
         key: value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
         for key, value in flatten(config).items()
     }
-
-
-def _summary_tiers(run: RunRecord) -> Mapping[str, Mapping[str, Any]]:
-    tiers = (run.summary or {}).get("tiers")
-    return tiers if isinstance(tiers, Mapping) else {}

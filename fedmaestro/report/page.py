@@ -8,8 +8,8 @@ from fedmaestro.report.comparison import comparison, run_names
 from fedmaestro.report.facts import full_ranks, rank_history, run_title
 from fedmaestro.report.html import document
 from fedmaestro.report.rank_plot import plot_tier_ranks
-from fedmaestro.report.records import RunRecord, read_run
 from fedmaestro.report.run_section import run_section
+from fedmaestro.runs.reader import RunRecord, read_run
 
 
 def html_report(run_dirs: Sequence[Path | str]) -> str:

@@ -20,7 +20,7 @@ from fedmaestro.report.figure import inline_svg
 from fedmaestro.report.format import MISSING, format_bytes, format_count, format_percent, format_seconds
 from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
 from fedmaestro.report.rank_plot import tier_rank_svg
-from fedmaestro.report.records import RunRecord
+from fedmaestro.runs.reader import RunRecord
 
 # Column, key in the summary's tier, formatter. Memory and download are those of one device.
 _COLUMNS = (
@@ -111,7 +111,7 @@ def _tier_row(run: RunRecord, name: str, facts: Mapping[str, Any]) -> list[Conte
 
 def _final_round(run: RunRecord, facts: Mapping[str, Any]) -> str:
     """Return the round of the final accuracy where that was measured before the last one."""
-    measured, last = as_number(facts.get("final_round")), as_number((run.summary or {}).get("rounds"))
+    measured, last = as_number(facts.get("final_round")), as_number(run.summary.rounds if run.summary else None)
     return f" (round {measured:.0f})" if measured < last else ""
 
 

@@ -54,7 +54,7 @@ def schedule_round(
     cohort_size: int,
     local_epochs: int = 1,
     over_commit: float = 1.0,
-    deadline_seconds: float = 0.0,
+    deadline_seconds: float | None = None,
     upload_bytes: Callable[[Submodel], int] = lambda submodel: submodel.cost.upload_bytes,
 ) -> Schedule:
     """Sample the devices of a round and group those that finish into cohorts.
@@ -69,7 +69,7 @@ def schedule_round(
         cohort_size: devices of one tier per message at most.
         local_epochs: passes over a device's examples.
         over_commit: sample this many times more devices.
-        deadline_seconds: virtual limit of the round; 0: none.
+        deadline_seconds: virtual limit of the round; None: there is none.
         upload_bytes: of a device that trained this submodel; less than all where it does not train every tensor.
 
     Returns:

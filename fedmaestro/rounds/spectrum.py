@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedmaestro import rng
-from fedmaestro.strategies.base import Partial, factor_layers, present
+from fedmaestro.fleet.plan import Plan
+from fedmaestro.strategies.base import AnyPartial, factor_layers
 from fedmaestro.submodel import State
 from fedmaestro.threads import one_thread
 
@@ -43,6 +44,11 @@ def bounds(sizes: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
     return {layer: [0, *sorted({size[layer] for size in sizes})] for layer in layers}
 
 
+def rank_segments(plan: Plan) -> dict[str, list[int]]:
+    """Return the ends of the rank segments between the sizes that the tiers train."""
+    return bounds([tier.trains.size.ranks or {} for tier in plan.tiers if tier.trains is not None])
+
+
 def probe(submodel: Mapping[str, Tensor], ends: Mapping[str, Sequence[int]]) -> State:
     """Return ``U_b (V_b Z)`` for every segment ``b`` of every layer: ``(segments, O, PROBES)``, 0 beyond the prefix.
 
@@ -63,7 +69,7 @@ def probe(submodel: Mapping[str, Tensor], ends: Mapping[str, Sequence[int]]) -> 
 
 def factor_bias(
     sums: Mapping[str, Tensor],
-    partial: Partial,
+    partial: AnyPartial,
     means: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
     ends: Mapping[str, Sequence[int]],
@@ -80,7 +86,7 @@ def factor_bias(
     Returns:
         The mean over the layers that moved; None when there are none.
     """
-    blocks = [(shapes, block.weight) for shapes, block in present(partial)]
+    blocks = [(shapes, block.weight) for shapes, block in partial]
     ratios = []
     for layer, total in sums.items():
         held = [(rank, weight) for shapes, weight in blocks if (rank := _held_rank(shapes, layer)) is not None]

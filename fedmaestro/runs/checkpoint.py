@@ -1,34 +1,37 @@
-"""Atomic checkpoints of a run, and the model artefact; safetensors and JSON, no pickle."""
+"""Atomic checkpoints: tensors under keys of several parts, and a few facts; safetensors and JSON, no pickle."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from fedmaestro.errors import UserError
 from fedmaestro.runs.folder import write_atomically
-from fedmaestro.submodel import State
 
-_GLOBAL, _SERVER, _UPDATES = "global/", "server/", "updates/"
+Key = tuple[str, ...]
+"""Where a tensor belongs, for example ``("memory", "optimizer", "momentum", "fc1.u")``; parts may hold anything."""
+
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """All that the next round depends on besides the configuration (every random draw derives from the seed)."""
+    """All that the next round or step depends on besides the configuration (random draws derive from the seed)."""
 
-    round: int
-    global_state: State
-    server_memory: State
-    updates: State = field(default_factory=dict)
-    """Device updates that have trained each column, by layer (``rederive.Ranked``)."""
-    ranks: str = ""
-    """Of the whole model and of the tiers (``plan.encode_ranks``); empty: those that the configuration gives."""
+    number: int
+    """Of the last complete round or step."""
+    tensors: Mapping[Key, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever is no tensor: values that JSON holds."""
     fingerprint: str = ""
-    """Of data, partition and fleet (``Environment.fingerprint``): a resumed run must have the same."""
+    """Of the data, and of whatever else must not change in a continuation."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -36,16 +39,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     A crash between any two steps leaves a checkpoint that loads.
     """
-    name = _file_name(checkpoint.round)
-    tensors = {_GLOBAL + k: v.contiguous() for k, v in checkpoint.global_state.items()}
-    tensors |= {_SERVER + k: v.contiguous().clone() for k, v in checkpoint.server_memory.items()}
-    tensors |= {_UPDATES + k: v.contiguous() for k, v in checkpoint.updates.items()}
-    content = save(tensors)
+    name = _file_name(checkpoint.number)
+    # The file is the one place where a key is a string: its parts are quoted, so that slashes part them.
+    content = save({file_key(*key): tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
+    facts = dict(checkpoint.facts)
     progress = {
-        "round": checkpoint.round,
+        "format": FORMAT,
+        "round": checkpoint.number,
         "file": name,
-        "sha256": _digest(content, checkpoint.ranks),
-        "ranks": checkpoint.ranks,
+        "sha256": _digest(content, facts),
+        "facts": facts,
         "fingerprint": checkpoint.fingerprint,
     }
     write_atomically(folder / name, content)
@@ -59,67 +62,44 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the last checkpoint, or None when there is none yet.
 
     Raises:
-        UserError: a corrupt checkpoint.
+        UserError: a corrupt checkpoint, or one of another version.
     """
     pointer = folder / "progress.json"
     if not pointer.exists():
         return None
     try:
         progress = json.loads(pointer.read_text(encoding="utf-8"))
+        if (number := progress.get("format", 1)) != FORMAT:
+            raise UserError(f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew")
         content = (folder / progress["file"]).read_bytes()
-        tensors = load(content)
-        digest = _digest(content, progress.get("ranks", ""))
-        intact = progress["sha256"] == digest and progress["file"] == _file_name(progress["round"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors = {tuple(map(unquote, key.split("/"))): tensor for key, tensor in load(content).items()}
+        intact = progress["sha256"] == _digest(content, progress["facts"])
+        intact = intact and progress["file"] == _file_name(progress["round"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"the checkpoint in {folder} cannot be read ({reason}): start a new run") from None
     if not intact:
         raise UserError(f"the checkpoint {folder / progress['file']} is corrupt: start a new run")
     return Checkpoint(
-        round=progress["round"],
-        fingerprint=progress.get("fingerprint", ""),
-        ranks=progress.get("ranks", ""),
-        global_state=_under(_GLOBAL, tensors),
-        server_memory=_under(_SERVER, tensors),
-        updates=_under(_UPDATES, tensors),
+        number=progress["round"], tensors=tensors, facts=progress["facts"], fingerprint=progress["fingerprint"]
     )
 
 
-def _under(prefix: str, tensors: State) -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def below(tensors: Mapping[Key, Tensor], *prefix: str) -> dict[Key, Tensor]:
+    """Return the tensors whose keys start with ``prefix``, under what is left of their keys."""
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key[: len(prefix)] == prefix}
 
 
-def _digest(content: bytes, ranks: str) -> str:
-    return hashlib.sha256(content + ranks.encode()).hexdigest()
+def file_key(*parts: str) -> str:
+    """Return the one string that stands for a key in a file."""
+    return "/".join(quote(part, safe="") for part in parts)
 
 
-def _file_name(server_round: int) -> str:
-    return f"round-{server_round:06d}.safetensors"
+def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(content + json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def write_model(folder: Path, state: State, card: dict[str, Any]) -> str:
-    """Write ``model.safetensors`` and ``model.json``; return the SHA-256 of the former."""
-    content = save({name: tensor.contiguous() for name, tensor in state.items()})
-    sha256 = hashlib.sha256(content).hexdigest()
-    write_atomically(folder / "model.safetensors", content)
-    write_atomically(folder / "model.json", json.dumps({**card, "sha256": sha256}, indent=2) + "\n")
-    return sha256
-
-
-def read_model(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Read what ``write_model`` wrote.
-
-    Raises:
-        UserError: a missing or corrupt artefact.
-    """
-    try:
-        card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        content = (folder / "model.safetensors").read_bytes()
-        state = load(content)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"no readable model in {folder}: {error}") from None
-    if not isinstance(card, dict):
-        raise UserError(f"model.json in {folder} is no model card: it holds {card!r}")
-    if card.pop("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
-        raise UserError(f"{folder / 'model.safetensors'} is corrupt: its SHA-256 is not that of model.json")
-    return state, card
+def _file_name(number: int) -> str:
+    return f"round-{number:06d}.safetensors"

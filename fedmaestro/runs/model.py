@@ -1,16 +1,127 @@
-"""Model artefacts on disk as modules: ``model.safetensors`` holds the tensors, ``model.json`` what rebuilds them."""
+"""Model artefacts: ``model.safetensors`` holds the tensors, ``model.json`` (the card) what makes a module of them."""
 
+import hashlib
+from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from torch import nn
+from pydantic import Field, PlainSerializer, PlainValidator
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from fedmaestro import lod
-from fedmaestro.runs.checkpoint import read_model
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.runs.checkpoint import file_key
+from fedmaestro.runs.folder import write_atomically, write_record
+from fedmaestro.runs.reader import read_json
+from fedmaestro.runs.records import Record
 from fedmaestro.submodel import State, cut, load
+
+
+def _size(form: Any) -> Size:
+    if isinstance(form, Size):
+        return form
+    try:
+        if "width" in form:
+            return Size(width=Fraction(form["width"]))
+        return Size(ranks={str(layer): int(rank) for layer, rank in form["ranks"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"it gives no usable size: {type(error).__name__} {error}") from None
+
+
+def _size_form(size: Size) -> dict[str, Any]:
+    return {"width": str(size.width)} if size.width is not None else {"ranks": dict(size.ranks or {})}
+
+
+CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
+"""In JSON exactly ``{"ranks": {layer: rank}}`` or ``{"width": "1/4"}``."""
+
+
+class ModelCard(Record):
+    """``model.json``. Further keys are facts about the data and, of an extracted model, what it costs."""
+
+    format: int = 1
+    model: str
+    form: Literal["lod", "dense"]
+    keep_dense: str
+    norm: Literal["group", "static"] = "group"
+    input_shape: list[int]
+    num_classes: int
+    size: CardSize
+    """Of the whole model."""
+    tiers: dict[str, CardSize] = Field(default_factory=dict)
+    """What serves each tier of a federation."""
+    separate: dict[str, str] = Field(default_factory=dict)
+    """Where sizes are models of their own: under whose name each tier's lies. There is no whole model then."""
+    recomposed: bool = False
+    """Whether layers are dense wherever that has no more weights."""
+    sha256: str | None = None
+
+    def architecture(self, folder: Path) -> Architecture:
+        """Return the architecture; UserError if this version does not know the model."""
+        check_name("model", self.model, MODELS, f" in {folder}/model.json")
+        return Architecture(
+            name=self.model,
+            input_shape=tuple(self.input_shape),
+            num_classes=self.num_classes,
+            form=self.form,
+            keep_dense=self.keep_dense,
+            norm=self.norm,
+        )
+
+    def check_tier(self, tier: str | None, folder: Path) -> None:
+        """Raise UserError unless ``tier`` is None or one that the card knows."""
+        if tier is None:
+            return
+        if not self.tiers:
+            raise UserError(f"the model in {folder} is none of a federation: it has no tiers")
+        check_name("tier", tier, self.tiers, f" in {folder}")
+
+
+def write_model(folder: Path, models: Mapping[str | None, State], card: ModelCard) -> str:
+    """Write the tensors and the card; return the SHA-256 of the tensors' file.
+
+    Args:
+        folder: of the run.
+        models: the one model under None, or those of ``card.separate`` under their names.
+        card: what makes modules of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for owner, state in models.items():
+        prefix = "" if owner is None else f"{file_key(owner)}/"
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in state.items()}
+    content = save(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    write_atomically(folder / "model.safetensors", content)
+    write_record(folder / "model.json", card.model_copy(update={"sha256": sha256}))
+    return sha256
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Read ``model.json``; UserError if it is missing or no card."""
+    return read_json(folder / "model.json", ModelCard)
+
+
+def read_model(folder: Path) -> tuple[State, ModelCard]:
+    """Read what ``write_model`` wrote, all tensors in one state.
+
+    Raises:
+        UserError: a missing or corrupt artefact.
+    """
+    card = read_card(folder)
+    try:
+        content = (folder / "model.safetensors").read_bytes()
+        state = load_tensors(content)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"no readable model in {folder}: {error}") from None
+    if card.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(f"{folder / 'model.safetensors'} is corrupt: its SHA-256 is not that of model.json")
+    return state, card
 
 
 def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
@@ -23,24 +134,25 @@ def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
     Raises:
         UserError: no readable model, an unknown tier, or tensors that do not belong to the card.
     """
-    state, card = read_model(Path(folder))
-    architecture = architecture_of(card, Path(folder))
-    check_tier(card, tier, Path(folder))
-    if owners := card.get("separate"):
-        # Each size is a model of its own (``sharing``): there is no whole one.
+    folder = Path(folder)
+    state, card = read_model(folder)
+    architecture = card.architecture(folder)
+    card.check_tier(tier, folder)
+    if card.separate:
+        # Each size is a model of its own (``rounds.storage``): there is no whole one.
         if tier is None:
-            raise UserError(f"the tiers of {folder} are separate models: name one of {', '.join(owners)}")
-        owner = f"{owners[tier]}/"
+            raise UserError(f"the tiers of {folder} are separate models: name one of {', '.join(card.separate)}")
+        owner = f"{file_key(card.separate.get(tier, tier))}/"
         state = {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
+    size = card.size if tier is None else card.tiers[tier]
     try:
-        size = Size.from_json(card["size"] if tier is None else card["tiers"][tier])
         model = architecture.build(size)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
-    if card.get("recomposed"):
+    if card.recomposed:
         model = lod.recompose(model)
-    return filled(model, state, Path(folder), cut_to_size=tier is not None)
+    return filled(model, state, folder, cut_to_size=tier is not None)
 
 
 def filled(model: nn.Module, state: State, folder: Path, *, cut_to_size: bool = False) -> nn.Module:
@@ -52,34 +164,3 @@ def filled(model: nn.Module, state: State, folder: Path, *, cut_to_size: bool = 
     except (ValueError, KeyError) as error:
         raise UserError(f"model.safetensors in {folder} does not belong to its model.json: {error}") from None
     return model.eval()
-
-
-def architecture_of(card: dict[str, Any], folder: Path) -> Architecture:
-    """Return the architecture that ``model.json`` names.
-
-    Raises:
-        UserError: keys are missing, or this version does not know the model.
-    """
-    try:
-        architecture = Architecture(
-            name=card["model"],
-            input_shape=tuple(card["input_shape"]),
-            num_classes=card["num_classes"],
-            form=card["form"],
-            keep_dense=card["keep_dense"],
-            norm=card.get("norm", "group"),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"model.json in {folder} is no model card: {type(error).__name__} {error}") from None
-    check_name("model", architecture.name, MODELS, f" in {folder}/model.json")
-    check_name("form", architecture.form, ("lod", "dense"), f" in {folder}/model.json")
-    return architecture
-
-
-def check_tier(card: dict[str, Any], tier: str | None, folder: Path) -> None:
-    """Raise UserError unless ``tier`` is None or one that the card knows."""
-    if tier is None:
-        return
-    if not isinstance(card.get("tiers"), dict):
-        raise UserError(f"model.json in {folder} is no model card of a federation: it has no tiers")
-    check_name("tier", tier, card["tiers"], f" in {folder}")

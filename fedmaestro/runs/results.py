@@ -5,25 +5,13 @@ resumed comparison gives the same file.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fedmaestro.runs.folder import RoundRecord
+from fedmaestro.runs.records import RoundRecord, Scores, Series, Stat, StrategyResults, Summary, TierFigures
 
 MONOTONE_SLACK = 0.005
 """A tier may be this much below a smaller one before its seed no longer counts as monotone."""
-
-BUDGET_KEYS = (
-    "devices",
-    "ranks",
-    "params",
-    "macs_per_example",
-    "train_macs_per_example",
-    "train_memory_bytes",
-    "download_bytes",
-    "upload_bytes",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,53 +19,56 @@ class FinishedCell:
     """One strategy with one seed."""
 
     seed: int
-    summary: Mapping[str, Any]
+    summary: Summary
     records: Sequence[RoundRecord]
 
 
-def strategy_results(facts: Mapping[str, Any], cells: Sequence[FinishedCell]) -> dict[str, Any]:
-    """Return one entry of ``results.json``'s ``strategies``.
+def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyResults:
+    """Return one row of a comparison.
 
     Args:
-        facts: name, summary, source and switches of the row.
         cells: the finished ones, by seed.
+        facts: name, summary, source and switches of the row.
     """
-    tiers = {
-        name: [cell.summary["tiers"][name] for cell in cells] for name in (cells[0].summary["tiers"] if cells else {})
-    }
-    finals = [[tier["final_accuracy"] for tier in cell.summary["tiers"].values()] for cell in cells]
-    bests = [[tier["best_accuracy"] for tier in cell.summary["tiers"].values()] for cell in cells]
-    return {
+    first = cells[0].summary.tiers if cells else {}
+    of_tier = {name: [cell.summary.tiers[name] for cell in cells] for name in first}
+    finals = [[tier.final_accuracy for tier in cell.summary.tiers.values()] for cell in cells]
+    bests = [[tier.best_accuracy for tier in cell.summary.tiers.values()] for cell in cells]
+
+    def mean_of(key: str) -> float | None:
+        return statistics.fmean(getattr(cell.summary, key) for cell in cells) if cells else None
+
+    return StrategyResults(
         **facts,
-        "seeds": [cell.seed for cell in cells],
-        "budgets": {name: {key: of[0][key] for key in BUDGET_KEYS} for name, of in tiers.items()},
-        "tiers": {
-            name: {
-                "final": stat([tier["final_accuracy"] for tier in of]),
-                "best": stat([tier["best_accuracy"] for tier in of]),
-            }
-            for name, of in tiers.items()
+        seeds=[cell.seed for cell in cells],
+        budgets={
+            name: TierFigures(**{key: getattr(tier, key) for key in TierFigures.model_fields})
+            for name, tier in first.items()
         },
-        "mean": {"final": stat([_mean(x) for x in finals]), "best": stat([_mean(x) for x in bests])},
-        "worst": {"final": stat([_worst(x) for x in finals]), "best": stat([_worst(x) for x in bests])},
-        "monotone_seeds": sum(is_monotone(x) for x in finals),
-        **{
-            key: statistics.fmean(cell.summary[key] for cell in cells) if cells else None
-            for key in ("download_bytes", "upload_bytes", "virtual_seconds", "failed")
+        tiers={
+            name: Scores(final=stat([x.final_accuracy for x in tiers]), best=stat([x.best_accuracy for x in tiers]))
+            for name, tiers in of_tier.items()
         },
-        "series": [_series(cell) for cell in cells],
-    }
+        mean=Scores(final=stat([_mean(x) for x in finals]), best=stat([_mean(x) for x in bests])),
+        worst=Scores(final=stat([_worst(x) for x in finals]), best=stat([_worst(x) for x in bests])),
+        monotone_seeds=sum(is_monotone(x) for x in finals),
+        download_bytes=mean_of("download_bytes"),
+        upload_bytes=mean_of("upload_bytes"),
+        virtual_seconds=mean_of("virtual_seconds"),
+        failed=mean_of("failed"),
+        series=[_series(cell) for cell in cells],
+    )
 
 
-def stat(values: Sequence[float | None]) -> dict[str, Any]:
+def stat(values: Sequence[float | None]) -> Stat:
     """Return mean, sample standard deviation (None for fewer than two) and the values; None where any is missing."""
     known = [value for value in values if value is not None]
-    complete = len(known) == len(values) and known
-    return {
-        "mean": statistics.fmean(known) if complete else None,
-        "std": statistics.stdev(known) if complete and len(known) > 1 else None,
-        "values": list(values),
-    }
+    complete = len(known) == len(values) and bool(known)
+    return Stat(
+        mean=statistics.fmean(known) if complete else None,
+        std=statistics.stdev(known) if complete and len(known) > 1 else None,
+        values=list(values),
+    )
 
 
 def is_monotone(accuracies: Sequence[float | None]) -> bool:
@@ -98,7 +89,7 @@ def _worst(values: Sequence[float | None]) -> float | None:
     return min(known) if known and len(known) == len(values) else None
 
 
-def _series(cell: FinishedCell) -> dict[str, Any]:
+def _series(cell: FinishedCell) -> Series:
     sent, clock = 0, 0.0
     rows: list[tuple[RoundRecord, int, float]] = []
     for record in cell.records:
@@ -106,15 +97,14 @@ def _series(cell: FinishedCell) -> dict[str, Any]:
         clock += record.virtual_seconds
         if record.tiers:
             rows.append((record, sent, clock))
-    return {
-        "seed": cell.seed,
-        "round": [record.round for record, _, _ in rows],
-        "accuracy": {
-            name: [record.tiers.get(name, {}).get("accuracy") for record, _, _ in rows]
-            for name in cell.summary["tiers"]
+    return Series(
+        seed=cell.seed,
+        round=[record.round for record, _, _ in rows],
+        accuracy={
+            name: [record.tiers.get(name, {}).get("accuracy") for record, _, _ in rows] for name in cell.summary.tiers
         },
-        "bytes": [total for _, total, _ in rows],
-        "virtual_seconds": [seconds for _, _, seconds in rows],
-        "tail_energy": [record.tail_energy for record, _, _ in rows],
-        "factor_bias": [record.factor_bias for record, _, _ in rows],
-    }
+        bytes=[total for _, total, _ in rows],
+        virtual_seconds=[seconds for _, _, seconds in rows],
+        tail_energy=[record.tail_energy for record, _, _ in rows],
+        factor_bias=[record.factor_bias for record, _, _ in rows],
+    )

@@ -1,4 +1,4 @@
-"""What is learned on one machine: batches to train on, batches to score, and the loss, for images or translation.
+"""What is learnt: batches to train on, batches to score, the loss and the metric, for images or translation.
 
 Shapes: ``B`` examples, ``K`` classes or vocabulary, ``T`` tokens. Targets are ``(B,)`` or ``(B, T)``, logits have one
 more dimension of size ``K`` at the end.
@@ -36,12 +36,29 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Score over targets that count."""
+class Score:
+    """Counts over targets that count; scores of disjoint parts add up."""
 
-    loss: float
-    """Mean cross-entropy."""
-    accuracy: float
+    correct: int
+    loss_sum: float
+    """Sum of the cross-entropies."""
+    examples: int
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.correct + other.correct, self.loss_sum + other.loss_sum, self.examples + other.examples)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct predictions, 0 to 1."""
+        return self.correct / self.examples
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.loss_sum / self.examples
+
+
+NOTHING_SCORED = Score(0, 0.0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +70,10 @@ class Task:
         examples: number of training examples.
         batch: ``(indices, generator) -> Batch`` of training examples; the generator draws the augmentation.
         plain: the same without augmentation.
-        scored: batches of a split, always in the same order.
+        scored: ``(split, first, last) -> batches`` of the examples ``first … last - 1`` of a split (last None: to its
+            end), always in the same order.
+        test_examples: number of test examples that are scored.
+        labels: classes of the training examples, which partitions go by; None: they have none.
         has_validation: whether ``validation`` is a split of its own; without one, it is the test set.
         ignore_index: target value that does not count (padding).
         lengths: of the training examples, where batches of similar length save padding.
@@ -68,9 +88,11 @@ class Task:
     examples: int
     batch: Callable[[np.ndarray, np.random.Generator], Batch]
     plain: Callable[[np.ndarray], Batch]
-    scored: Callable[[Split], Iterable[Batch]]
+    scored: Callable[[Split, int, int | None], Iterable[Batch]]
+    test_examples: int
     has_validation: bool
     fingerprint: str
+    labels: np.ndarray | None = None
     ignore_index: int = NO_INDEX
     lengths: np.ndarray | None = None
     facts: dict[str, object] = field(default_factory=dict)
@@ -115,27 +137,29 @@ class Task:
         soft = teacher.detach().flatten(0, -2)[counted].softmax(dim=-1)
         return F.cross_entropy(logits.flatten(0, -2)[counted], soft)
 
-    def value(self, result: Result) -> float:
+    def value(self, score: Score) -> float:
         """Return the metric."""
-        return result.accuracy if self.metric == "accuracy" else math.exp(min(result.loss, 700.0))
+        return score.accuracy if self.metric == "accuracy" else math.exp(min(score.loss, 700.0))
+
+    def split(self, name: Split) -> Iterable[Batch]:
+        """Return the batches of a whole split."""
+        return self.scored(name, 0, None)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], device: torch.device | None = None) -> Result:
+def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], device: torch.device | None = None) -> Score:
     """Score ``model`` (in evaluation mode; its mode is restored)."""
     device = device or torch.device("cpu")
     training = model.training
     model.eval()
-    loss = correct = torch.zeros((), dtype=torch.float64)
-    counted = 0
+    total = NOTHING_SCORED
     for batch in batches:
         moved = batch.to(device)
         logits = model(*moved.inputs).float().flatten(0, -2)
         targets = moved.targets.flatten()
         valid = targets != task.ignore_index
+        correct = ((logits.argmax(dim=-1) == targets) & valid).sum()
         summed = F.cross_entropy(logits, targets, ignore_index=task.ignore_index, reduction="sum")
-        loss = loss + summed.double().cpu()
-        correct = correct + ((logits.argmax(dim=-1) == targets) & valid).sum().cpu()
-        counted += int(valid.sum())
+        total += Score(int(correct), float(summed), int(valid.sum()))
     model.train(training)
-    return Result(loss=float(loss) / counted, accuracy=float(correct) / counted)
+    return total

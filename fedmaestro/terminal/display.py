@@ -15,10 +15,12 @@ from rich.text import Text
 
 from fedmaestro.report import format_bytes, format_count, format_seconds
 from fedmaestro.rounds.environment import Environment
-from fedmaestro.runs.folder import RoundRecord, RunFolder
+from fedmaestro.rounds.observer import ComparisonObserver
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.records import RoundRecord
 
 
-class LiveDisplay:
+class LiveDisplay(ComparisonObserver):
     """Observer that shows rounds, accuracy per tier, bytes, virtual and wall time and failures.
 
     On a terminal the display refreshes in place; elsewhere (a log file, CI) it prints a line per evaluated round.
@@ -63,8 +65,8 @@ class LiveDisplay:
         self._names = [tier.tier.name for tier in env.plan.tiers]
         self._bars.update(self._bar, description="round", completed=max(0, first_round - 1), total=config.train.rounds)
         self.console.print(
-            f"{env.dataset.name}, {config.data.devices} devices, {config.train.devices_per_round} a round · "
-            f"{config.model.name} · {env.strategy.name} with {env.objective.name} · seed {config.seed}"
+            f"{env.task.name}, {config.data.devices} devices, {config.train.devices_per_round} a round · "
+            f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}"
         )
         self.console.print(f"results go to {folder.path}", soft_wrap=True)
 

@@ -10,11 +10,12 @@ from rich.table import Table
 
 from fedmaestro.config.training import TrainingConfig
 from fedmaestro.report import format_count
+from fedmaestro.runs.records import EpochRecord
 from fedmaestro.tasks.task import Task
-from fedmaestro.training.run import EpochRecord
+from fedmaestro.training.run import TrainingObserver
 
 
-class TrainingDisplay:
+class TrainingDisplay(TrainingObserver):
     """Observer of a training; without a terminal it prints only the line per epoch."""
 
     def __init__(self, console: Console | None = None) -> None:

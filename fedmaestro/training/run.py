@@ -5,30 +5,32 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.deploy.budget import deployed_cost
 from fedmaestro.deploy.curve import accuracy_cost_curve, budget_fractions, factors_of
-from fedmaestro.errors import UserError, check_name
+from fedmaestro.deploy.rank_search import deployed_cost
+from fedmaestro.errors import DivergedError, UserError, check_name
 from fedmaestro.fleet.cost import Trace, trace
 from fedmaestro.interrupt import interrupt_sets
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.report import plot_accuracy_cost, plot_ranks
-from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_model
-from fedmaestro.runs.folder import RunFolder, append_line, write_atomically
-from fedmaestro.runs.settings import prepare_folder, resolve
+from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmaestro.runs.folder import RunFolder, append_record, write_atomically, write_record, write_records
+from fedmaestro.runs.model import ModelCard, load_model, write_model
+from fedmaestro.runs.reader import read_json, read_lines
+from fedmaestro.runs.records import CostCurve, EpochRecord, TrainingSummary
+from fedmaestro.runs.start import check_folder, folder_of, name_of, resolve
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Split, Task, evaluate
-from fedmaestro.training.trainer import Trainer, TrainingFailedError
+from fedmaestro.training.trainer import ADVICE, Trainer
 
 CHECKPOINT_SECONDS = 300.0
 """Longest time between two checkpoints; there is one after every epoch too."""
@@ -37,25 +39,8 @@ _FREE_ON_RESUME = ("out", "data.dir", "curve.")
 """Settings that may differ in a continuation: they name places, or what is measured after the training."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """One line of ``epochs.jsonl``; epoch 0 is the initial model."""
-
-    epoch: int
-    train_loss: float | None
-    """Mean cross-entropy of the steps (with a full pass, of both passes)."""
-    loss: float
-    value: float
-    """The task's metric on the validation split at the current full ranks."""
-    ranks: dict[str, int]
-    params: int
-    macs_per_example: int
-    """Of the model as it would be deployed (dense where that is smaller)."""
-    seconds: float
-
-
-class Observer(Protocol):
-    """What wants to know how a training goes."""
+class TrainingObserver:
+    """Is told about a training; the methods do nothing until a subclass says what."""
 
     def on_start(self, config: TrainingConfig, task: Task, folder: Path, steps: int) -> None:
         """Data and model are there; an epoch has ``steps`` steps."""
@@ -83,18 +68,16 @@ class TrainingRun:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``."""
-        return _read_json(self.path / "summary.json")
+        """The content of ``summary.json``."""
+        return read_json(RunFolder(self.path).summary, TrainingSummary).to_dict()
 
     @property
     def curve(self) -> dict[str, Any]:
-        """``curve.json``: models per budget with their figures."""
-        return _read_json(self.path / "curve.json")
+        """The content of ``curve.json``: models per budget with their figures."""
+        return read_json(_curve(self.path), CostCurve).to_dict()
 
     def model(self) -> nn.Module:
         """Return the trained model in evaluation mode."""
-        from fedmaestro.runs.model import load_model
-
         return load_model(self.path)
 
 
@@ -106,7 +89,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     compare: str | Path | None = None,
-    observer: Observer | None = None,
+    observers: Sequence[TrainingObserver] = (),
 ) -> TrainingRun:
     """Train one model on this machine and draw its accuracy–cost curve.
 
@@ -117,20 +100,18 @@ def train(
         out: run folder; a new one under ``runs/`` by default.
         resume: go on with the run in ``out``; without ``config`` its own configuration is used.
         compare: folder of another training (of the dense model, say), whose curve is drawn along.
-        observer: is told about the progress.
+        observers: are told about the progress.
 
     Raises:
         UserError: anything wrong with the input; nothing was written then.
-        TrainingFailedError: the loss is not finite; the last checkpoint stays.
+        DivergedError: the loss is not finite; the last checkpoint stays.
     """
     resolved = resolve(TrainingConfig, config, overrides, data_dir, out, resume)
-    name = Path(config).stem if isinstance(config, str | Path) else resolved.data.name
-    folder = RunFolder(Path(resolved.out).expanduser() if resolved.out else _default_folder(name, resolved))
+    folder = folder_of(resolved, name_of(config, resolved), f"{resolved.model.form}-seed{resolved.seed}")
     _check(resolved, folder, resume)
     other = None if compare is None else _read_curve(Path(compare))
-    progress = None if observer is None else _decoding(observer)
-    task = open_task(resolved, progress)
-    session = _Session(resolved, task, folder, observer)
+    task = open_task(resolved, _decoding(observers))
+    session = _Session(resolved, task, folder, observers)
     stop = threading.Event()
     # Dropout needs PyTorch's global generator seeded; the caller's stays as it was.
     with folder.claim(resume), torch.random.fork_rng():
@@ -141,14 +122,15 @@ def train(
     return TrainingRun(folder.path)
 
 
-def _decoding(observer: Observer) -> Callable[[int, int], None]:
-    """Return what tells the observer about decoding, at every tenth of the images."""
+def _decoding(observers: Sequence[TrainingObserver]) -> Callable[[int, int], None]:
+    """Return what tells the observers about decoding, at every tenth of the images."""
     tenths: set[int] = set()
 
     def progress(done: int, total: int) -> None:
         if (tenth := 10 * done // total) not in tenths:
             tenths.add(tenth)
-            observer.on_note(f"decoding the images (once): {10 * tenth} %")
+            for observer in observers:
+                observer.on_note(f"decoding the images (once): {10 * tenth} %")
 
     return progress
 
@@ -156,8 +138,10 @@ def _decoding(observer: Observer) -> Callable[[int, int], None]:
 class _Session:
     """One process's part of a training."""
 
-    def __init__(self, config: TrainingConfig, task: Task, folder: RunFolder, observer: Observer | None) -> None:
-        self.config, self.task, self.folder, self.observer = config, task, folder, observer
+    def __init__(
+        self, config: TrainingConfig, task: Task, folder: RunFolder, observers: Sequence[TrainingObserver]
+    ) -> None:
+        self.config, self.task, self.folder, self.observers = config, task, folder, observers
         self.architecture = Architecture(
             name=config.model.name,
             input_shape=task.input_shape,
@@ -178,8 +162,8 @@ class _Session:
             epoch, first = trainer.epoch, trainer.step % trainer.steps_per_epoch
             for batch in self.task.epoch(self.config.seed, epoch, train.batch_size, first):
                 loss = trainer.train_step(batch)
-                if self.observer is not None:
-                    self.observer.on_step(epoch + 1, trainer.step - epoch * trainer.steps_per_epoch, loss)
+                for observer in self.observers:
+                    observer.on_step(epoch + 1, trainer.step - epoch * trainer.steps_per_epoch, loss)
                 if stop.is_set() and trainer.epoch == epoch:
                     self._save()
                     self._summarize(interrupted=True)
@@ -200,10 +184,10 @@ class _Session:
         if checkpoint is not None:
             self._resume(checkpoint)
         write_atomically(self.folder.config, self.config.to_toml())
-        if self.observer is not None:
-            self.observer.on_start(self.config, self.task, self.folder.path, self.trainer.steps_per_epoch)
+        for observer in self.observers:
+            observer.on_start(self.config, self.task, self.folder.path, self.trainer.steps_per_epoch)
             for record in self.records:
-                self.observer.on_epoch(record)
+                observer.on_epoch(record)
         if checkpoint is None:
             _epochs(self.folder.path).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             self._record(None, 0.0)
@@ -211,45 +195,41 @@ class _Session:
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.fingerprint != self._fingerprint():
             raise UserError(f"{self.folder.path} was trained on other data or another model: start a new run")
-        self.trainer.restore(checkpoint.global_state, checkpoint.server_memory)
+        self.trainer.restore(checkpoint.tensors)
         self.records = [record for record in read_epochs(self.folder.path) if record.epoch <= self.trainer.epoch]
         if len(self.records) != self.trainer.epoch + 1:
             raise UserError(f"{_epochs(self.folder.path)} lacks epochs of its checkpoint: start a new run")
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
-        write_atomically(_epochs(self.folder.path), lines)
+        write_records(_epochs(self.folder.path), self.records)
 
     def _record(self, train_loss: float | None, seconds: float) -> None:
         trainer = self.trainer
         split: Split = "validation" if self.task.has_validation else "test"
-        result = evaluate(trainer.model, self.task, self.task.scored(split), trainer.device)
-        if not math.isfinite(result.loss):
+        score = evaluate(trainer.model, self.task, self.task.split(split), trainer.device)
+        if not math.isfinite(score.loss):
             where = f"on the {split} set after epoch {trainer.epoch}"
-            raise TrainingFailedError(f"the loss is {result.loss} {where}: {TrainingFailedError.ADVICE}")
+            raise DivergedError(f"the loss is {score.loss} {where}: {ADVICE}")
         params, macs = deployed_cost(self.traced, self._ranks())
         record = EpochRecord(
             epoch=trainer.epoch,
             train_loss=train_loss,
-            loss=result.loss,
-            value=self.task.value(result),
+            loss=score.loss,
+            value=self.task.value(score),
             ranks=trainer.ranks,
             params=params,
             macs_per_example=macs,
             seconds=round(seconds, 3),
         )
-        append_line(_epochs(self.folder.path), json.dumps(asdict(record)))
+        append_record(_epochs(self.folder.path), record)
         self.records.append(record)
-        if self.observer is not None:
-            self.observer.on_epoch(record)
+        for observer in self.observers:
+            observer.on_epoch(record)
 
     def _ranks(self) -> dict[str, int]:
         """Return the model's ranks; a dense model has all of them."""
         return self.trainer.ranks or {x.name: x.max_rank for x in self.traced.layers if x.max_rank is not None}
 
     def _save(self) -> None:
-        state, memory = self.trainer.state()
-        checkpoint = Checkpoint(
-            round=self.trainer.step, global_state=state, server_memory=memory, fingerprint=self._fingerprint()
-        )
+        checkpoint = Checkpoint(number=self.trainer.step, tensors=self.trainer.state(), fingerprint=self._fingerprint())
         save_checkpoint(self.folder.checkpoint, checkpoint)
 
     def _fingerprint(self) -> str:
@@ -260,40 +240,41 @@ class _Session:
     def _summarize(self, *, interrupted: bool = False) -> None:
         best = max if self.task.metric == "accuracy" else min
         values = [record.value for record in self.records]
-        card = {
-            "model": self.config.model.name,
-            "form": self.architecture.form,
-            "keep_dense": self.architecture.keep_dense,
-            "input_shape": list(self.task.input_shape),
-            "num_classes": self.task.num_classes,
-            "size": self.architecture.size_of(self.trainer.model_state()).to_json(),
-            "tiers": {},
-            "task": self.task.name,
-            "epoch": self.trainer.epoch,
+        state = self.trainer.model_state()
+        card = ModelCard(
+            model=self.config.model.name,
+            form=self.architecture.form,
+            keep_dense=self.architecture.keep_dense,
+            input_shape=list(self.task.input_shape),
+            num_classes=self.task.num_classes,
+            size=self.architecture.size_of(state),
+            task=self.task.name,
+            epoch=self.trainer.epoch,
             **self.task.facts,
-        }
-        sha256 = write_model(self.folder.path, self.trainer.model_state(), card)
+        )
+        sha256 = write_model(self.folder.path, {None: state}, card)
         last = self.records[-1]
-        summary = {
-            "task": self.task.name,
-            "model": self.config.model.name,
-            "form": self.architecture.form,
-            "seed": self.config.seed,
-            "metric": self.task.metric,
-            "split": "validation" if self.task.has_validation else "test",
-            "epochs": last.epoch,
-            "final_value": last.value,
-            "final_loss": last.loss,
-            "best_value": best(values),
-            "params": last.params,
-            "macs_per_example": last.macs_per_example,
-            "ranks": last.ranks,
-            "dense_params": self.records[0].params,
-            "dense_macs_per_example": self.records[0].macs_per_example,
-            "wall_seconds": round(sum(record.seconds for record in self.records), 3),
-            "model_sha256": sha256,
-        } | ({"interrupted": True} if interrupted else {})
-        write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        summary = TrainingSummary(
+            task=self.task.name,
+            model=self.config.model.name,
+            form=self.architecture.form,
+            seed=self.config.seed,
+            metric=self.task.metric,
+            split="validation" if self.task.has_validation else "test",
+            interrupted=interrupted,
+            epochs=last.epoch,
+            final_value=last.value,
+            final_loss=last.loss,
+            best_value=best(values),
+            params=last.params,
+            macs_per_example=last.macs_per_example,
+            ranks=last.ranks,
+            dense_params=self.records[0].params,
+            dense_macs_per_example=self.records[0].macs_per_example,
+            wall_seconds=round(sum(record.seconds for record in self.records), 3),
+            model_sha256=sha256,
+        )
+        write_record(self.folder.summary, summary)
         if self.architecture.form == "lod":
             plot_ranks(
                 [(record.epoch, record.ranks) for record in self.records],
@@ -303,22 +284,20 @@ class _Session:
                 title=self._title(),
             )
 
-    def finish(self, other: dict[str, Any] | None) -> None:
+    def finish(self, other: tuple[str, dict[str, Any]] | None) -> None:
         """Write ``curve.json`` and the plot of the accuracy–cost curve."""
-        note = (lambda _text: None) if self.observer is None else self.observer.on_note
+
+        def note(text: str) -> None:
+            for observer in self.observers:
+                observer.on_note(text)
+
         curve = accuracy_cost_curve(self.config, self.task, self.architecture, self.trainer.model, note)
-        write_atomically(self.folder.path / "curve.json", json.dumps(curve, indent=1) + "\n")
-        drawn = curve
+        write_record(_curve(self.folder.path), curve)
+        drawn = curve.to_dict()
         if other is not None:
-            of_other = {
-                f"{name} ({other['name']})" if name in curve["series"] else name: points
-                for name, points in other["series"].items()
-            }
-            drawn = {
-                **curve,
-                "series": {**curve["series"], **of_other},
-                "dense": curve["dense"] or other["dense"],
-            }
+            name, its = other
+            series = {f"{x} ({name})" if x in curve.series else x: points for x, points in its["series"].items()}
+            drawn |= {"series": {**drawn["series"], **series}, "dense": drawn["dense"] or its["dense"]}
         plot_accuracy_cost(drawn, self.folder.plots / "accuracy_cost", title=self._title())
 
     def _title(self) -> str:
@@ -327,40 +306,23 @@ class _Session:
 
 def read_epochs(path: Path) -> list[EpochRecord]:
     """Return the epochs of a folder; a last line that a crash cut short is ignored."""
-    file = _epochs(path)
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(EpochRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{file}, line {number} is not an epoch's record") from None
-    return records
+    return read_lines(_epochs(path), EpochRecord)
 
 
 def _epochs(path: Path) -> Path:
     return path / "epochs.jsonl"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _curve(path: Path) -> Path:
+    return path / "curve.json"
 
 
-def _read_curve(folder: Path) -> dict[str, Any]:
+def _read_curve(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the name and the curve of another training."""
     try:
-        curve = _read_json(folder / "curve.json")
-        return {"name": folder.resolve().name, "series": dict(curve["series"]), "dense": curve["dense"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--compare {folder}: no readable curve.json ({error}): give the folder of a finished training"
-        ) from None
-
-
-def _default_folder(name: str, config: TrainingConfig) -> Path:
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path.cwd() / "runs" / f"{name}-{config.model.form}-seed{config.seed}-{now}"
+        return folder.resolve().name, read_json(_curve(folder), CostCurve).to_dict()
+    except UserError as error:
+        raise UserError(f"--compare {folder}: {error}: give the folder of a finished training") from None
 
 
 def _check(config: TrainingConfig, folder: RunFolder, resume: bool) -> None:
@@ -368,7 +330,7 @@ def _check(config: TrainingConfig, folder: RunFolder, resume: bool) -> None:
     check_name("model.name", config.model.name, MODELS)
     budget_fractions(config.curve)
     _check_device(config.train.device)
-    prepare_folder(folder, config, resume, _FREE_ON_RESUME)
+    check_folder(folder, config, resume, _FREE_ON_RESUME)
 
 
 def _check_device(name: str) -> None:

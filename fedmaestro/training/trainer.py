@@ -6,24 +6,22 @@ A dense model is trained by the same code without any of that.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedmaestro import lod, rng
 from fedmaestro.config.training import Optimisation, TrainingConfig
+from fedmaestro.errors import DivergedError
 from fedmaestro.lod import sampling
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.runs.checkpoint import Key, below
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Batch, Task
 
-_OPTIMIZER, _PROGRESS = "optimizer/", "progress/"
-
-
-class TrainingFailedError(RuntimeError):
-    """The loss is not finite."""
-
-    ADVICE = "lower train.lr, or set train.clip-norm or train.warmup-epochs"
+ADVICE = "lower train.lr, or set train.clip-norm or train.warmup-epochs"
+"""What to do about a loss that is not finite."""
 
 
 class Trainer:
@@ -60,7 +58,7 @@ class Trainer:
         """Take one step; return its cross-entropy.
 
         Raises:
-            TrainingFailedError: it is not finite; the model is as before.
+            DivergedError: it is not finite; the model is as before.
         """
         settings = self.settings
         for group in self.optimizer.param_groups:
@@ -71,9 +69,7 @@ class Trainer:
         task_loss = self._task_loss(batch.to(self.device))
         value = float(task_loss.detach())
         if not math.isfinite(value):
-            raise TrainingFailedError(
-                f"the loss is {value} in step {self.step + 1} (epoch {self.epoch + 1}): {TrainingFailedError.ADVICE}"
-            )
+            raise DivergedError(f"the loss is {value} in step {self.step + 1} (epoch {self.epoch + 1}): {ADVICE}")
         loss = task_loss
         if settings.group_lasso:
             loss = loss + settings.group_lasso * lod.group_lasso(self.model)
@@ -120,15 +116,14 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.settings, self.model)
 
-    def state(self) -> tuple[State, State]:
-        """Return the model's tensors, and those of the optimiser and the position in the run."""
+    def state(self) -> dict[Key, Tensor]:
+        """Return the tensors of the model, of the optimiser, and the position in the run."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        memory: State = {
-            f"{_OPTIMIZER}{key}/{names[parameter]}": value
-            for parameter, slots in self.optimizer.state.items()
-            for key, value in slots.items()
-            if isinstance(value, Tensor)
-        }
+        tensors: dict[Key, Tensor] = {("model", name): tensor for name, tensor in self.model_state().items()}
+        for parameter, slots in self.optimizer.state.items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor):
+                    tensors["optimizer", slot, names[parameter]] = value.detach().cpu().clone()
         position = {
             "step": self.step,
             "since": self._since,
@@ -136,25 +131,25 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "examples": self.examples,
         }
-        memory |= {_PROGRESS + key: torch.tensor(value, dtype=torch.float64) for key, value in position.items()}
-        return self.model_state(), {name: tensor.detach().cpu() for name, tensor in memory.items()}
+        return tensors | {("progress", k): torch.tensor(value, dtype=torch.float64) for k, value in position.items()}
 
     def model_state(self) -> State:
         """Return the model's tensors on the CPU."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
 
-    def restore(self, model_state: State, memory: State) -> None:
+    def restore(self, tensors: Mapping[Key, Tensor]) -> None:
         """Take up what ``state`` returned."""
-        self._place(self._architecture.with_state(model_state))
+        self._place(self._architecture.with_state({name: x for (name,), x in below(tensors, "model").items()}))
+        slots: dict[str, State] = {}
+        for (slot, name), value in below(tensors, "optimizer").items():
+            slots.setdefault(name, {})[slot] = value
         for name, parameter in self.model.named_parameters():
-            slots = {
-                key.split("/", 2)[1]: value.to(self.device) if value.shape == parameter.shape else value
-                for key, value in memory.items()
-                if key.startswith(_OPTIMIZER) and key.split("/", 2)[2] == name
-            }
-            if slots:
-                self.optimizer.state[parameter] = slots
-        position = {key: float(memory[_PROGRESS + key]) for key in ("step", "since", "cuts", "loss_sum", "examples")}
+            if name in slots:
+                self.optimizer.state[parameter] = {
+                    slot: value.to(self.device) if value.shape == parameter.shape else value
+                    for slot, value in slots[name].items()
+                }
+        position = {key: float(value) for (key,), value in below(tensors, "progress").items()}
         self.step, self._since, self._cuts = (int(position[key]) for key in ("step", "since", "cuts"))
         self.loss_sum, self.examples = position["loss_sum"], int(position["examples"])
         self._resample()

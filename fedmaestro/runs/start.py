@@ -1,10 +1,12 @@
 """From what the user gave (a file, overrides, a folder to go on in) to one validated configuration and its folder."""
 
+import re
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedmaestro.config.experiment import Schema, flatten, load
+from fedmaestro.config.base import Schema, Settings, read
 from fedmaestro.errors import UserError
 from fedmaestro.runs.folder import RunFolder, holds_a_run
 
@@ -31,24 +33,32 @@ def resolve(
         UserError: unreadable or invalid settings, ``resume`` without a folder.
     """
     changes = dict(overrides or {})
-    if data_dir is not None:
-        changes["data.dir"] = str(data_dir)
-    if out is not None:
-        changes["out"] = str(out)
-    if changes.get("out"):
-        changes["out"] = str(Path(str(changes["out"])).expanduser())
-    if isinstance(source, schema):
-        config = load(schema, None, flatten(source.model_dump(by_alias=True)) | changes)
-    else:
-        path = source if isinstance(source, str | Path) else None
-        own = RunFolder(Path(str(changes.get("out", "")))).config
-        config = load(schema, own if resume and path is None and own.exists() else path, changes)
-    if resume and not config.model_dump()["out"]:
+    for key, path in (("data.dir", data_dir), ("out", out)):
+        if path is not None:
+            changes[key] = str(path)
+    if resume and source is None and changes.get("out"):
+        own = RunFolder(Path(str(changes["out"])).expanduser()).config
+        source = own if own.exists() else None
+    config = read(schema, source, changes)
+    if resume and config.get("out") is None:
         raise UserError("--resume needs the folder of the run: add --out DIR")
     return config
 
 
-def prepare_folder(folder: RunFolder, config: Schema, resume: bool, free: Collection[str]) -> None:
+def name_of(source: object, config: Settings) -> str:
+    """Return what a run is called: by its file, else by its dataset."""
+    return Path(source).stem if isinstance(source, str | Path) else str(config.get("data.name"))
+
+
+def folder_of(config: Settings, name: str, label: str) -> RunFolder:
+    """Return the folder that ``out`` names, or a new one: ``runs/NAME-LABEL-TIME`` under the working directory."""
+    if (out := config.get("out")) is not None:
+        return RunFolder(Path(out))
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{name}-{label}")
+    return RunFolder(Path.cwd() / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def check_folder(folder: RunFolder, config: Settings, resume: bool, free: Collection[str]) -> None:
     """Check that the run may use ``folder``; nothing is written.
 
     Args:
@@ -67,7 +77,7 @@ def prepare_folder(folder: RunFolder, config: Schema, resume: bool, free: Collec
         return
     if not folder.config.exists():
         raise UserError(f"{folder.path} holds no run to resume: leave --resume out")
-    before, now = (flatten(c.model_dump(by_alias=True)) for c in (load(type(config), folder.config), config))
+    before, now = read(type(config), folder.config).flat(), config.flat()
     fixed = [key for key in now if key not in free and f"{key.partition('.')[0]}." not in free]
     if changed := [key for key in fixed if before[key] != now[key]]:
         key = changed[0]

@@ -15,7 +15,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro import lod
-from fedmaestro.deploy.budget import Point, deployed_cost, deployed_weights, search, uniform, within, within_latency
+from fedmaestro.deploy.rank_search import (
+    Candidate,
+    deployed_cost,
+    deployed_weights,
+    search,
+    uniform,
+    within,
+    within_latency,
+)
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import LayerTrace, Trace, trace
 
@@ -133,7 +141,7 @@ def toy_loss(ranks: Ranks) -> float:
     return sum(worth[name] / (1 + rank) for name, rank in ranks.items())
 
 
-def check_points(points: list[Point], start: Ranks, loss: Callable[[Ranks], float]) -> None:
+def check_points(points: list[Candidate], start: Ranks, loss: Callable[[Ranks], float]) -> None:
     """What both ways to choose ranks have in common."""
     assert points[0].ranks == start
     for larger, smaller in pairwise(points):
@@ -208,14 +216,14 @@ budgets = st.just(math.inf) | st.integers(0, 1000)
 
 
 @st.composite
-def descending_points(draw: st.DrawFn) -> list[Point]:
+def descending_points(draw: st.DrawFn) -> list[Candidate]:
     count = draw(st.integers(1, 20))
     params, macs = (sorted(draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count)))[::-1] for _ in "ab")
-    return [Point(ranks={"a": count - i}, params=params[i], macs=macs[i], loss=0.0) for i in range(count)]
+    return [Candidate(ranks={"a": count - i}, params=params[i], macs=macs[i], loss=0.0) for i in range(count)]
 
 
 @given(descending_points(), budgets, budgets)
-def test_within_is_the_first_that_fits(points: list[Point], max_macs: float, max_params: float) -> None:
+def test_within_is_the_first_that_fits(points: list[Candidate], max_macs: float, max_params: float) -> None:
     fitting = [point for point in points if point.macs <= max_macs and point.params <= max_params]
     if fitting:
         assert within(points, max_macs=max_macs, max_params=max_params) is fitting[0]
@@ -225,9 +233,9 @@ def test_within_is_the_first_that_fits(points: list[Point], max_macs: float, max
 
 
 POINTS = [
-    Point(ranks={"a": 3}, params=50, macs=9000, loss=0.0),
-    Point(ranks={"a": 2}, params=20, macs=4000, loss=0.0),
-    Point(ranks={"a": 1}, params=5, macs=1200, loss=0.0),
+    Candidate(ranks={"a": 3}, params=50, macs=9000, loss=0.0),
+    Candidate(ranks={"a": 2}, params=20, macs=4000, loss=0.0),
+    Candidate(ranks={"a": 1}, params=5, macs=1200, loss=0.0),
 ]
 
 
@@ -249,10 +257,10 @@ def test_below_the_smallest_model_in_one_of_two_budgets() -> None:
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60, unique=True), st.integers(0, 101))
 def test_within_latency_is_the_first_that_fits(latencies: list[int], limit: int) -> None:
     by_rank = dict(enumerate(sorted(latencies)))
-    points = [Point(ranks={"a": rank}, params=1, macs=1, loss=0.0) for rank in sorted(by_rank, reverse=True)]
+    points = [Candidate(ranks={"a": rank}, params=1, macs=1, loss=0.0) for rank in sorted(by_rank, reverse=True)]
     measured: list[int] = []
 
-    def measure(point: Point) -> float:
+    def measure(point: Candidate) -> float:
         measured.append(point.ranks["a"])
         return by_rank[point.ranks["a"]]
 
@@ -271,12 +279,12 @@ def test_within_latency_is_the_first_that_fits(latencies: list[int], limit: int)
 def test_within_latency_never_trusts_a_model_that_it_did_not_measure() -> None:
     """Also when noise turns the order around, the answer was measured and fits."""
     noisy = {8: 5.0, 7: 1.0, 6: 9.0, 5: 1.5, 4: 9.0, 3: 1.0, 2: 0.5, 1: 0.9}
-    points = [Point(ranks={"a": rank}, params=1, macs=1, loss=0.0) for rank in noisy]
+    points = [Candidate(ranks={"a": rank}, params=1, macs=1, loss=0.0) for rank in noisy]
     point, latency = within_latency(points, 2.0, lambda point: noisy[point.ranks["a"]])
     assert latency == noisy[point.ranks["a"]] <= 2.0
 
 
 def test_below_the_smallest_latency() -> None:
     with pytest.raises(UserError, match=re.escape("no model fits 0.25 ms")) as error:
-        within_latency(POINTS, 0.25, lambda _point: 0.5)
+        within_latency(POINTS, 0.25, lambda _candidate: 0.5)
     assert "takes 0.5 ms on this machine" in str(error.value)

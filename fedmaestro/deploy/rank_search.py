@@ -17,7 +17,7 @@ LossOf = Callable[[Ranks], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Candidate:
     """One model on the way from the whole one down: its ranks and what it costs when deployed."""
 
     ranks: Ranks
@@ -43,7 +43,7 @@ def deployed_cost(traced: Trace, ranks: Mapping[str, int]) -> tuple[int, int]:
     return params, macs
 
 
-def search(traced: Trace, start: Mapping[str, int], loss_of: LossOf, *, level_ratio: float = 0.85) -> list[Point]:
+def search(traced: Trace, start: Mapping[str, int], loss_of: LossOf, *, level_ratio: float = 0.85) -> list[Candidate]:
     """Search one path from the ranks ``start`` down to rank 1 everywhere; every point is nested in the one before.
 
     A step lowers one layer's rank where the loss rises least per saved MAC (``lod.search.greedy_path``).
@@ -60,21 +60,21 @@ def search(traced: Trace, start: Mapping[str, int], loss_of: LossOf, *, level_ra
     def macs(name: str, rank: int) -> int:
         return lod[name].positions * deployed_weights(lod[name], rank)
 
-    return [_point(traced, step.ranks, step.loss) for step in greedy_path(ladders, macs, loss_of)]
+    return [_candidate(traced, step.ranks, step.loss) for step in greedy_path(ladders, macs, loss_of)]
 
 
-def uniform(traced: Trace, start: Mapping[str, int], loss_of: LossOf, count: int = 40) -> list[Point]:
+def uniform(traced: Trace, start: Mapping[str, int], loss_of: LossOf, count: int = 40) -> list[Candidate]:
     """Return models at one fraction of all ranks of ``start``: ``max(1, ⌊fraction · R⌋)``, largest first."""
-    points: list[Point] = []
+    points: list[Candidate] = []
     for step in range(count, 0, -1):
         fraction = Fraction(step, count)
         ranks = {name: max(min(1, rank), math.floor(fraction * rank)) for name, rank in start.items()}
         if not points or ranks != points[-1].ranks:
-            points.append(_point(traced, ranks, loss_of(ranks)))
+            points.append(_candidate(traced, ranks, loss_of(ranks)))
     return points
 
 
-def within(points: Sequence[Point], *, max_macs: float = math.inf, max_params: float = math.inf) -> Point:
+def within(points: Sequence[Candidate], *, max_macs: float = math.inf, max_params: float = math.inf) -> Candidate:
     """Return the first (largest) point that fits both budgets.
 
     Raises:
@@ -90,7 +90,9 @@ def within(points: Sequence[Point], *, max_macs: float = math.inf, max_params: f
     raise UserError(f"no model fits {budgets}: the smallest one (rank 1 everywhere) needs {needs}")
 
 
-def within_latency(points: Sequence[Point], max_ms: float, measure: Callable[[Point], float]) -> tuple[Point, float]:
+def within_latency(
+    points: Sequence[Candidate], max_ms: float, measure: Callable[[Candidate], float]
+) -> tuple[Candidate, float]:
     """Return the largest point whose measured latency fits, and that latency.
 
     Latencies fall along the path but for noise, so this is a binary search over it; the answer itself was measured.
@@ -119,6 +121,6 @@ def _last_cheaper(layer: LayerTrace) -> int:
     return max(1, math.ceil(layer.out * layer.inner / (layer.out + layer.inner)) - 1)
 
 
-def _point(traced: Trace, ranks: Ranks, loss: float) -> Point:
+def _candidate(traced: Trace, ranks: Ranks, loss: float) -> Candidate:
     params, macs = deployed_cost(traced, ranks)
-    return Point(ranks=ranks, params=params, macs=macs, loss=loss)
+    return Candidate(ranks=ranks, params=params, macs=macs, loss=loss)

@@ -1,0 +1,32 @@
+"""How many devices of a round hold each factor column, in expectation."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedmaestro.fleet.plan import Plan
+
+
+def expected_holders(plan: Plan, tier_of: Sequence[int], devices_per_round: int) -> dict[str, Tensor]:
+    """Return how many devices of a round hold each column, in expectation: ``(R,)`` by LoD layer.
+
+    Args:
+        plan: what each tier trains, and how often its devices can be reached.
+        tier_of: tier of every device, as an index into the fleet.
+        devices_per_round: devices whose work a round waits for; fewer where fewer can be reached.
+    """
+    counts = Counter(tier_of)
+    trained = [
+        (counts[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
+        for tier in plan.tiers
+        if tier.trains is not None
+    ]
+    reachable = sum(devices for devices, _ in trained)
+    sampled = min(devices_per_round, reachable) / reachable
+    holders = {layer: torch.zeros(rank, dtype=torch.float64) for layer, rank in (plan.full.size.ranks or {}).items()}
+    for devices, ranks in trained:
+        for layer, rank in ranks.items():
+            holders[layer][:rank] += sampled * devices
+    return holders

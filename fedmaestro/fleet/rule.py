@@ -1,0 +1,49 @@
+"""Which part of the network devices train, and how often: facts of a strategy's row that need no tensors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmodelRule:
+    """Which part of the network the devices of a tier train.
+
+    Attributes:
+        form: ``lod`` (rank prefixes) or ``dense`` (leading channels; a tier's width has the MACs of its ranks).
+        trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
+            ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
+        separate: each size is a model of its own instead of the leading block of one (exclusive training).
+        rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
+    """
+
+    form: Literal["lod", "dense"] = "lod"
+    trains: Literal["own", "smallest", "full", "capable"] = "own"
+    separate: bool = False
+    rolls: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rolls and self.form != "dense":
+            raise ValueError("only dense models have channels that could roll")
+
+    def describe(self) -> str:
+        """Return the rule in a few words: ``width, own, rolling``."""
+        marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
+        return ", ".join(["width" if self.form == "dense" else "rank", self.trains, *marks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often a local objective runs the nested levels of a device (its own submodel, then all smaller ones).
+
+    Attributes:
+        expected: passes (forward and backward) per step at each level, own first, for a number of levels.
+        together: whether the own level and a smaller one keep their activations at the same time.
+    """
+
+    expected: Callable[[int], Sequence[float]]
+    together: bool = False
+
+
+OWN_PASS = Passes(expected=lambda levels: [1.0] + [0.0] * (levels - 1))
+"""One pass of the own submodel per step."""

@@ -1,0 +1,31 @@
+"""The observer that draws a run's partition and writes its plots and page."""
+
+from fedmaestro.data import class_counts
+from fedmaestro.report.page import write_run_report
+from fedmaestro.report.partition_plot import plot_partition
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.observer import Observer
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.records import Summary
+
+
+class RunReporter(Observer):
+    """Writes ``plots/`` and ``report.html``."""
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
+        """Draw which device holds how much of which class."""
+        picture = folder.plots / "partition"
+        if env.task.labels is None or picture.with_suffix(".png").exists():
+            return
+        folder.plots.mkdir(parents=True, exist_ok=True)
+        plot_partition(
+            class_counts(env.task.labels, env.parts, env.task.num_classes),
+            picture,
+            tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
+            tier_order=[tier.tier.name for tier in env.plan.tiers],
+            title=f"{env.task.name}: examples of each device by class",
+        )
+
+    def on_finish(self, folder: RunFolder, summary: Summary) -> None:  # noqa: ARG002
+        """Write the page about what there is."""
+        write_run_report(folder.path)

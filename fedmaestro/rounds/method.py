@@ -1,0 +1,101 @@
+"""A method: a row of ``STRATEGIES`` with the experiment's settings laid over it."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from fedmaestro.clients import OBJECTIVES, Objective
+from fedmaestro.config.base import Value, describe
+from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig
+from fedmaestro.errors import UserError, check_name
+from fedmaestro.fleet.rule import SubmodelRule
+from fedmaestro.models.architecture import Norm
+from fedmaestro.strategies.base import AnyAggregation, factor_layers
+from fedmaestro.strategies.rows import PLAIN, STRATEGIES, SUBMODELS
+from fedmaestro.strategies.server_step import ServerStep
+from fedmaestro.strategies.tables import AGGREGATIONS, chain_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a run does, switch by switch."""
+
+    name: str
+    """Of the row."""
+    summary: str
+    source: str
+    settings: Mapping[str, Value]
+    """Every switch by its dotted key, as it was resolved."""
+    submodel: SubmodelRule
+    objective: Objective
+    aggregation: AnyAggregation
+    server: tuple[ServerStep, ...]
+    freeze: Literal["none", "v", "alternating"]
+    logit_adjustment: float
+    norm: Norm
+    scaler: bool
+
+    def frozen(self, submodel: Collection[str], server_round: int) -> frozenset[str]:
+        """Return the names of ``submodel`` that devices leave as they are in this round (from 1 on)."""
+        if self.freeze == "none":
+            return frozenset()
+        factor = "v" if self.freeze == "v" else ("u", "v")[server_round % 2]
+        return frozenset(f"{layer}.{factor}" for layer in factor_layers(submodel))
+
+    @property
+    def trains_prefixes(self) -> bool:
+        """Whether tiers are prefixes of one model all of whose tensors their devices train, or only send."""
+        return not self.submodel.separate and self.freeze == "none"
+
+    def describe_server(self) -> str:
+        """Return the server's settings that differ from a plain row's: ``reorder-every 1``, or none."""
+        own = {key: value for key, value in self.settings.items() if key.startswith("server.") and value != PLAIN[key]}
+        return ", ".join(f"{key.removeprefix('server.')} {value}" for key, value in own.items()) or "none"
+
+
+def switches() -> list[str]:
+    """Return the settings that each strategy has a value of its own for."""
+    return [setting.key for setting in describe(ExperimentConfig) if setting.default == BY_STRATEGY.word]
+
+
+def method_of(config: ExperimentConfig) -> Method:
+    """Return the method of an experiment.
+
+    Raises:
+        UserError: an unknown name, or a setting that the rules do not go with.
+    """
+    check_name("train.strategy", config.train.strategy, STRATEGIES)
+    row = STRATEGIES[config.train.strategy]
+
+    def value(key: str) -> Value | None:
+        if (own := config.get(key)) is not None:
+            return cast(Value, own)
+        if key in row.unless and config.get(row.unless[key][0]) == row.unless[key][1]:
+            return PLAIN.get(key)
+        return row.value(key)
+
+    settings = {key: found for key in switches() if (found := value(key)) is not None}
+    for key, table in (
+        ("train.submodel", SUBMODELS),
+        ("train.objective", OBJECTIVES),
+        ("train.aggregation", AGGREGATIONS),
+    ):
+        check_name(key, str(settings[key]), [*table, BY_STRATEGY.word])
+    aggregation = AGGREGATIONS[str(settings["train.aggregation"])]
+    for key, reason in aggregation.forbids.items():
+        if set_to := config.get(key):
+            raise UserError(f"{key}={set_to} {reason}")
+    return Method(
+        name=row.name,
+        summary=row.summary,
+        source=row.source,
+        settings=settings,
+        submodel=SUBMODELS[str(settings["train.submodel"])],
+        objective=OBJECTIVES[str(settings["train.objective"])],
+        aggregation=aggregation,
+        server=chain_of(value),
+        freeze=settings["train.freeze"],  # type: ignore[arg-type]
+        logit_adjustment=cast(float, settings["train.logit-adjustment"]),
+        norm=settings["model.norm"],  # type: ignore[arg-type]
+        scaler=settings["model.scaler"] == "on",
+    )

@@ -1,0 +1,36 @@
+"""What wants to know how a run goes: displays, reports, trackers."""
+
+from pathlib import Path
+
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.records import RoundRecord, Summary
+
+
+class Observer:
+    """Is told about a run, from the server's thread; the methods do nothing until a subclass says what."""
+
+    def on_data(self, done: int, total: int) -> None:
+        """``done`` of ``total`` examples are decoded, which happens once."""
+
+    def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:
+        """The hosts are there; ``first_round`` is 0, or the one after the checkpoint."""
+
+    def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
+        """``done`` of ``total`` messages of this phase (train, evaluate) are back."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round is complete and written; of a resumed run, those before it are told first."""
+
+    def on_finish(self, folder: RunFolder, summary: Summary) -> None:
+        """The run has ended, or was interrupted; its files are written."""
+
+
+class ComparisonObserver(Observer):
+    """Is told about a comparison and the run of each of its cells."""
+
+    def on_cells(self, path: Path, done: int, total: int) -> None:
+        """``done`` of ``total`` cells are finished; results go to ``path``."""
+
+    def on_cell(self, label: str, seed: int) -> None:
+        """A cell starts or goes on."""

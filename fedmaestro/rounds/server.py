@@ -1,0 +1,271 @@
+"""The server's side of a round: one pure step from what it has and what came back to what the next round starts from.
+
+``start`` makes the state before round 0; a ``Gathering`` adds up what the cohorts of a round bring back; ``step`` is
+the aggregation, the chain of server steps, and whatever the storage and the ranks ask for. Arrays are encoded and
+decoded outside, at the edge to Flower and to the checkpoint.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedmaestro import rng
+from fedmaestro.fleet.cost import BYTES_PER_SCALAR
+from fedmaestro.fleet.holders import expected_holders
+from fedmaestro.fleet.learned import Ranked, count_updates, no_updates, rederive
+from fedmaestro.fleet.plan import Plan, Submodel, encode_ranks
+from fedmaestro.rounds import spectrum, storage
+from fedmaestro.rounds.device import CohortResult, DeviceReport
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.schedule import Cohort, Schedule, schedule_round
+from fedmaestro.rounds.storage import Models, Owner
+from fedmaestro.runs.checkpoint import Checkpoint, Key, below
+from fedmaestro.strategies.base import WEIGHTED_SUMS, AnyPartial
+from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
+from fedmaestro.strategies.server_step import ChainMemory, Round, run_chain
+from fedmaestro.submodel import Signature, State, num_elements
+from fedmaestro.tasks.task import Score
+from fedmaestro.threads import one_thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """Everything that the server carries from round to round."""
+
+    round: int
+    """The last complete one; -1 at the start, before the evaluation that is round 0."""
+    models: Models
+    """The global state: usually one model, which all tiers share."""
+    memory: Mapping[Owner, ChainMemory] = field(default_factory=dict)
+    """Of the chain's steps, for each model."""
+    updates: State = field(default_factory=dict)
+    """Device updates that have trained each column, ``(R,)`` int64 by layer; empty where ranks cannot change."""
+    plan: Plan
+    """Who trains and is served what, at the current ranks."""
+
+
+def start(env: Environment) -> ServerState:
+    """Return the server's state at the start of a run."""
+    seed = rng.derived_seed(env.config.seed, "init")
+    models = storage.stored(env.plan, env.plan.architecture.initial_state(seed))
+    holders = expected_holders(env.plan, env.tier_of, env.config.train.devices_per_round)
+    for owner in models:
+        for link in env.method.server:
+            # A model of its own is held by all of its devices.
+            models[owner] = link.start(models[owner], holders if owner is None else {})
+    updates = no_updates(env.plan) if env.rederivation.active else {}
+    return ServerState(round=-1, models=models, updates=updates, plan=env.plan)
+
+
+def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPartial], server_round: int) -> ServerState:
+    """Return the server's state after a round.
+
+    Args:
+        env: the experiment: aggregation, chain, and when ranks change.
+        server: before the round; not changed.
+        partials: what the devices of each model amount to. When nobody trained, only ranks may change.
+        server_round: from 1 on.
+    """
+    models, memory = dict(server.models), dict(server.memory)
+    if any(partial.devices for partial in partials.values()):
+        for owner, before in server.models.items():
+            this = Round(
+                number=server_round, before=before, partial=partials[owner], aggregation=env.method.aggregation
+            )
+            aggregated = env.method.aggregation.finish(this.partial, before)
+            state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
+            models[owner] = _contiguous(storage.advanced(server.plan, state))
+            memory[owner] = {
+                name: {slot: storage.advanced(server.plan, moments) for slot, moments in slots.items()}
+                for name, slots in kept.items()
+            }
+    updates = server.updates
+    if updates:
+        for shapes, block in partials[None]:
+            ranks = {layer: shapes[f"{layer}.v"][0] for layer in updates}
+            updates = count_updates(updates, ranks, block.devices)
+    after = ServerState(round=server_round, models=models, memory=memory, updates=updates, plan=server.plan)
+    return _rederived(env, after) if env.rederivation.due(server_round, env.config.train.rounds) else after
+
+
+def _rederived(env: Environment, server: ServerState) -> ServerState:
+    """Return the state at the ranks that follow from the model, which all tiers share."""
+    now = Ranked(
+        plan=server.plan, state=server.models[None], memory=server.memory.get(None, {}), updates=server.updates
+    )
+    new = rederive(env.plan, now, env.rederivation)
+    return ServerState(
+        round=server.round,
+        models={None: new.state},
+        memory={None: new.memory},
+        updates=new.updates,
+        plan=new.plan,
+    )
+
+
+def _contiguous(state: State) -> State:
+    # As a checkpoint gives them back: a resumed run must not meet other strides.
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def schedule(env: Environment, server: ServerState, server_round: int) -> Schedule:
+    """Return who trains in a round, and in which cohorts."""
+    train, fleet = env.config.train, env.config.fleet
+    return schedule_round(
+        plan=server.plan,
+        tier_of=env.tier_of,
+        examples=env.examples,
+        seed=env.config.seed,
+        server_round=server_round,
+        devices_per_round=train.devices_per_round,
+        cohort_size=train.cohort_size,
+        local_epochs=train.local_epochs,
+        over_commit=fleet.over_commit,
+        deadline_seconds=fleet.deadline_seconds,
+        upload_bytes=lambda submodel: upload_bytes(env, submodel, server_round),
+    )
+
+
+def sent_back(env: Environment, submodel: Submodel, server_round: int) -> Signature:
+    """Return what a device that trains ``submodel`` sends back: all of it but what it leaves as it was."""
+    frozen = env.method.frozen(submodel.shapes, server_round)
+    return tuple((name, shape) for name, shape in submodel.shapes.items() if name not in frozen)
+
+
+def upload_bytes(env: Environment, submodel: Submodel, server_round: int) -> int:
+    """Return the bytes of a device's upload."""
+    kept = num_elements(submodel.shapes) - num_elements(dict(sent_back(env, submodel, server_round)))
+    return submodel.cost.upload_bytes - BYTES_PER_SCALAR * kept
+
+
+class Gathering:
+    """What the cohorts of one round bring back, added up as it comes: in the order of the cohorts.
+
+    Attributes:
+        partials: of the devices of each model.
+        reports: of the devices that trained.
+        failures: reason by device.
+    """
+
+    def __init__(self, env: Environment, server: ServerState, schedule: Schedule, server_round: int) -> None:
+        self._env, self._server, self._schedule, self._round = env, server, schedule, server_round
+        sizes: dict[Owner, list[Signature]] = {owner: [] for owner in server.models}
+        for tier in server.plan.tiers:
+            if tier.trains is not None:
+                sizes[self._owner(tier.trains)].append(sent_back(env, tier.trains, server_round))
+        aggregation = env.method.aggregation
+        self.partials = {owner: aggregation.init(server.models[owner], known) for owner, known in sizes.items()}
+        self.reports: list[DeviceReport] = []
+        self.failures: dict[int, str] = {}
+        self._probes: dict[str, Tensor] = {}
+        self._upload_bytes = 0
+
+    def _owner(self, submodel: Submodel) -> Owner:
+        return storage.owner_of(self._server.plan, submodel)
+
+    def receive(self, cohort: Cohort, result: CohortResult) -> None:
+        """Add the result of the next cohort."""
+        self.failures |= result.failures
+        self.reports += result.reports
+        self._upload_bytes += upload_bytes(self._env, cohort.submodel, self._round) * len(result.reports)
+        if result.mean:
+            owner, size = self._owner(cohort.submodel), sent_back(self._env, cohort.submodel, self._round)
+            self.partials[owner] = self._env.method.aggregation.receive(
+                self.partials[owner], size, result.mean, result.weight, len(result.reports)
+            )
+        for name, tensor in result.probes.items():
+            self._probes[name] = result.weight * tensor.double() + self._probes.get(name, 0.0)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``RoundRecord`` says of the round's training."""
+        examples = sum(report.examples for report in self.reports)
+        loss = sum(report.loss * report.examples for report in self.reports)
+        return {
+            "train_loss": loss / examples if self.reports else None,
+            "devices": len(self.reports),
+            "failed": len(self.failures),
+            "dropped": len(self._schedule.dropped),
+            "download_bytes": self._schedule.download_bytes,
+            "upload_bytes": self._upload_bytes,
+            "virtual_seconds": self._schedule.virtual_seconds,
+            "factor_bias": self._factor_bias(),
+        }
+
+    def _factor_bias(self) -> float | None:
+        """Return the round's factor bias; None for rules that do not average factors."""
+        averages = self._env.method.aggregation.reduction is WEIGHTED_SUMS
+        if not self._probes or not averages or None not in self.partials:
+            return None
+        partial, before = self.partials[None], self._server.models[None]
+        means = COVERAGE_MEAN.finish(partial, before)
+        with one_thread():
+            segments = spectrum.rank_segments(self._server.plan)
+            return spectrum.factor_bias(self._probes, partial, means, before, segments)
+
+
+def evaluation_facts(server: ServerState, scores: Mapping[Submodel, Score]) -> dict[str, Any]:
+    """Return what ``RoundRecord`` says of an evaluation.
+
+    Args:
+        server: what was evaluated.
+        scores: of the serving submodels whose evaluation succeeded.
+    """
+    tiers: dict[str, dict[str, float | None]] = {}
+    for tier in server.plan.tiers:
+        if (score := scores.get(tier.serves)) is not None:
+            tiers[tier.tier.name] = {"accuracy": score.accuracy, "loss": finite(score.loss)}
+    smallest = server.plan.tiers[-1].serves.size.ranks
+    if not tiers or not smallest or None not in server.models:
+        return {"tiers": tiers}
+    return {"tiers": tiers, "tail_energy": spectrum.tail_energy(server.models[None], smallest)}
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON can hold; None for one that it cannot."""
+    return value if math.isfinite(value) else None
+
+
+def rank_facts(env: Environment, server: ServerState) -> dict[str, Any]:
+    """Return what ``RoundRecord`` says of ranks: nothing in most rounds, and where they cannot change."""
+    rule, number = env.rederivation, server.round
+    if not (rule.active and (number == 0 or rule.due(number, env.config.train.rounds))):
+        return {}
+    by_tier = {tier.tier.name: dict(tier.serves.size.ranks or {}) for tier in server.plan.tiers}
+    return {"ranks": by_tier, "full_ranks": dict(server.plan.full.size.ranks or {})}
+
+
+def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
+    """Return the checkpoint of a state."""
+    tensors: dict[Key, Tensor] = {
+        ("global", owner or "", name): tensor
+        for owner, state in server.models.items()
+        for name, tensor in state.items()
+    }
+    tensors |= {
+        ("memory", owner or "", step, slot, name): tensor.clone()
+        for owner, memory in server.memory.items()
+        for step, slots in memory.items()
+        for slot, state in slots.items()
+        for name, tensor in state.items()
+    }
+    tensors |= {("updates", layer): counts for layer, counts in server.updates.items()}
+    ranks = "" if server.plan is env.plan else encode_ranks(server.plan)
+    return Checkpoint(number=server.round, tensors=tensors, facts={"ranks": ranks}, fingerprint=env.fingerprint)
+
+
+def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
+    """Return the state of a checkpoint that ``to_checkpoint`` made in the same environment."""
+    plan = env.plan_at(checkpoint.facts["ranks"])
+    stored: dict[Owner, State] = {}
+    for (owner, name), tensor in below(checkpoint.tensors, "global").items():
+        stored.setdefault(owner or None, {})[name] = tensor
+    # In the model's order: a file gives its tensors back in any.
+    models = {owner: {name: stored[owner][name] for name in shapes} for owner, shapes in storage.shapes(plan).items()}
+    memory: dict[Owner, dict[str, dict[str, State]]] = {}
+    for (owner, step_name, slot, name), tensor in below(checkpoint.tensors, "memory").items():
+        memory.setdefault(owner or None, {}).setdefault(step_name, {}).setdefault(slot, {})[name] = tensor
+    updates = {layer: counts for (layer,), counts in below(checkpoint.tensors, "updates").items()}
+    return ServerState(round=checkpoint.number, models=models, memory=memory, updates=updates, plan=plan)

@@ -1,0 +1,225 @@
+"""The table of named methods: which settings make each of them. Importing it loads no tensors.
+
+A method is a choice for each of several independent switches, and each switch is a setting. So a row is the values that
+settings take where the experiment leaves them at ``default``; whatever the experiment sets goes before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fedmaestro.config.base import Value
+from fedmaestro.fleet.rule import SubmodelRule
+
+if TYPE_CHECKING:
+    from fedmaestro.strategies.base import AnyAggregation
+    from fedmaestro.strategies.server_step import ServerStep
+
+SUBMODELS: dict[str, SubmodelRule] = {
+    "own": SubmodelRule(),
+    "smallest": SubmodelRule(trains="smallest"),
+    "full": SubmodelRule(trains="full"),
+    "capable": SubmodelRule(trains="capable"),
+    "separate": SubmodelRule(separate=True),
+    "width": SubmodelRule(form="dense"),
+    "width-smallest": SubmodelRule(form="dense", trains="smallest"),
+    "width-separate": SubmodelRule(form="dense", separate=True),
+    "width-rolling": SubmodelRule(form="dense", rolls=True),
+}
+"""Which part of the network a tier trains and is served (``SubmodelRule``)."""
+
+PLAIN: dict[str, Value] = {
+    "train.submodel": "own",
+    "train.objective": "own-prefix",
+    "train.aggregation": "coverage-mean",
+    "train.freeze": "none",
+    "train.logit-adjustment": 0.0,
+    "model.norm": "group",
+    "model.scaler": "off",
+    "server.steps": "optimizer tail-decay reorder tail-start",
+    "server.optimizer": "none",
+    "server.momentum": 0.9,
+    "server.damping": 0.0,
+    "server.tail-decay": 0.0,
+    "server.reorder-every": "never",
+    "server.tail-start": 0.0,
+}
+"""What a row does where it says nothing. A setting that is missing here, too, has no value of its own by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """One row of ``STRATEGIES``."""
+
+    name: str
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    """Dotted settings that differ from ``PLAIN``."""
+    unless: Mapping[str, tuple[str, Value]] = field(default_factory=dict)
+    """Settings of the row that do not hold in an experiment where another one has a certain value."""
+    summary: str
+    source: str
+
+    def value(self, key: str) -> Value | None:
+        """Return the row's value of a setting; None: it has none."""
+        return self.settings.get(key, PLAIN.get(key))
+
+    @property
+    def submodel(self) -> SubmodelRule:
+        """What devices train."""
+        return SUBMODELS[str(self.value("train.submodel"))]
+
+    @property
+    def objective(self) -> str:
+        """Name of the local objective in ``fedmaestro.clients.OBJECTIVES``."""
+        return str(self.value("train.objective"))
+
+    @property
+    def aggregation(self) -> "AnyAggregation":
+        """How devices' submodels become one model."""
+        from fedmaestro.strategies.tables import AGGREGATIONS
+
+        return AGGREGATIONS[str(self.value("train.aggregation"))]
+
+    @property
+    def server(self) -> "tuple[ServerStep, ...]":
+        """The chain of steps that this model goes through."""
+        from fedmaestro.strategies.tables import chain_of
+
+        return chain_of(self.value)
+
+    def describe_server(self) -> str:
+        """Return the server's settings that differ from ``PLAIN``: ``reorder-every 1, tail-start 4.0``, or none."""
+        own = {key.removeprefix("server."): x for key, x in self.settings.items() if key.startswith("server.")}
+        return ", ".join(f"{key} {value}" for key, value in own.items()) or "none"
+
+
+_ROWS = (
+    Strategy(
+        name="fedmaestro",
+        settings={
+            "train.objective": "self-distillation",
+            "train.logit-adjustment": 1.0,
+            "server.reorder-every": 1,
+            "server.tail-start": 4.0,
+        },
+        unless={"server.tail-start": ("ranks.rule", "learned")},
+        summary="own prefix learns from labels (logit-adjusted), a smaller one from its soft targets; per-column mean "
+        "over holders, then columns re-ordered by SVD; columns of few holders start small",
+        source="FedMaestro: the switches that paid in our ablation (experiments/README.md)",
+    ),
+    Strategy(
+        name="nested",
+        settings={"train.objective": "self-distillation"},
+        summary="each tier trains its rank prefix and smaller ones; every column is averaged over its holders",
+        source="per-column mean of RBLA and PreLort (2606.15963), here for LoD layers trained from scratch",
+    ),
+    Strategy(
+        name="partitioned",
+        summary="each tier trains its rank prefix; every column is averaged over its holders, in factor space",
+        source="RBLA; PreLort (2606.15963) without its nested training",
+    ),
+    Strategy(
+        name="partitioned-product",
+        settings={"train.aggregation": "partitioned-product"},
+        summary="each tier trains its rank prefix; rank segments are averaged over their holders as products, then SVD",
+        source="raFLoRA (2602.13486)",
+    ),
+    Strategy(
+        name="block-product",
+        settings={"train.aggregation": "block-product"},
+        summary="as partitioned-product, but each segment is refactored within itself: no tier's columns are re-mixed",
+        source="tier-preserving variant of raFLoRA (2602.13486), FedMaestro",
+    ),
+    Strategy(
+        name="reordered",
+        settings={"train.aggregation": "reordered"},
+        summary="per-column mean, then every layer's columns re-ordered by the SVD of their product",
+        source="FedMaestro's pilot; truncation by SVD as in FedHM (2111.14655)",
+    ),
+    Strategy(
+        name="product-svd",
+        settings={"train.aggregation": "product-svd"},
+        summary="products of all devices averaged, then SVD (the tail shrinks: rank collapse)",
+        source="FlexLoRA, FedHM (2111.14655)",
+    ),
+    Strategy(
+        name="zero-pad",
+        settings={"train.aggregation": "zero-pad"},
+        summary="prefixes padded with zeros and averaged over all devices (rank collapse)",
+        source="baseline of HetLoRA (2401.06432)",
+    ),
+    Strategy(
+        name="hetlora",
+        settings={"train.aggregation": "hetlora"},
+        summary="zero-padded, weighted by the norm of each device's products instead of its examples",
+        source="HetLoRA (2401.06432) without its rank self-pruning",
+    ),
+    Strategy(
+        name="alternating",
+        settings={"train.freeze": "alternating"},
+        summary="per-column mean; devices train V in one round, U in the next: exact per round, half the upload",
+        source="RoLoRA (2502.01755), for LoD layers trained from scratch",
+    ),
+    Strategy(
+        name="fedlmt",
+        settings={"train.submodel": "smallest"},
+        summary="every device trains the smallest tier's low-rank model, which then serves all tiers",
+        source="FedLMT (ICML 2024)",
+    ),
+    Strategy(
+        name="fedavg-small",
+        settings={"train.submodel": "width-smallest"},
+        summary="every device trains one dense model, as narrow as the smallest tier needs, which serves all tiers",
+        source="FedAvg (1602.05629)",
+    ),
+    Strategy(
+        name="fedavg-full",
+        settings={"train.submodel": "full"},
+        summary="oracle: every device trains the full model whatever its budget; tiers are served its prefixes",
+        source="FedAvg (1602.05629)",
+    ),
+    Strategy(
+        name="capable-only",
+        settings={"train.submodel": "capable"},
+        summary="only devices that afford the full model train; tiers are served its prefixes",
+        source="FedAvg (1602.05629) on the capable devices",
+    ),
+    Strategy(
+        name="exclusive",
+        settings={"train.submodel": "separate"},
+        summary="each tier trains a model of its own, with the ranks it affords, on its own devices only",
+        source="FedAvg (1602.05629) per tier; the baseline of DepthFL (ICLR 2023)",
+    ),
+    Strategy(
+        name="heterofl",
+        settings={
+            "train.submodel": "width",
+            "train.objective": "masked-cross-entropy",
+            "train.aggregation": "masked-mean",
+            "model.norm": "static",
+            "model.scaler": "on",
+        },
+        summary="leading channels; scaler, static normalisation, and a head that learns a device's own classes only",
+        source="HeteroFL (2010.01264); means weighted by examples",
+    ),
+    Strategy(
+        name="fjord",
+        settings={"train.submodel": "width", "train.objective": "ordered-prefixes"},
+        summary="leading channels; each step trains one random width that the device affords (ordered dropout)",
+        source="FjORD (2102.13451) without distillation",
+    ),
+    Strategy(
+        name="fjord-kd",
+        settings={"train.submodel": "width", "train.objective": "self-distillation"},
+        summary="leading channels; the own width learns from labels, a random smaller one from its soft targets",
+        source="FjORD (2102.13451) with self-distillation",
+    ),
+    Strategy(
+        name="fedrolex",
+        settings={"train.submodel": "width-rolling"},
+        summary="a window of channels as wide as the tier affords, which moves on by one channel in every round",
+        source="FedRolex (2212.01548); means weighted by examples",
+    ),
+)
+
+STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
