@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -91,7 +91,7 @@ def data_dir() -> Path:
 def federate(tmp_path: Path) -> Callable[..., Any]:
     """Run a small federation on `LocalGrid`: `federate(overrides, nodes=2, spoil=…, folder=…)`; `folder` may hold one.
 
-    Returns (summary, run folder, grid).
+    Returns (content of summary.json, run folder, grid). Without observers: nothing is drawn.
     """
     from fedmaestro.config.experiment import load_config
     from fedmaestro.flower.federation import Federation
@@ -107,14 +107,20 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
         spoil: Spoil | None = None,
         folder: Path | None = None,
         stop: threading.Event | None = None,
-        observer: Any = None,
+        observers: Sequence[Any] = (),
     ) -> tuple[dict[str, Any], RunFolder, LocalGrid]:
         small = {"train.rounds": 2, "train.evaluate-every": 2}
         env = open_environment(load_config(None, small | (overrides or {})))
         run_folder = RunFolder(folder or tmp_path / f"run{next(count)}")
         grid = LocalGrid(nodes, spoil)
-        federation = Federation(grid, env, run_folder, stop or threading.Event(), observer, resume=folder is not None)  # type: ignore[arg-type]
-        summary = federation.run()
-        return summary, run_folder, grid
+        federation = Federation(
+            grid,  # type: ignore[arg-type]
+            env,
+            run_folder,
+            stop or threading.Event(),
+            observers,
+            resume=folder is not None,
+        )
+        return federation.run().to_dict(), run_folder, grid
 
     return run

@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"model.name": "mlp"},
     "mlp with a dense head": {"model.name": "mlp", "model.keep-dense": "head"},
     "cnn": {"model.name": "cnn", "model.keep-dense": "first-conv head", "data.limit": 200},
-    "shrunken mlp": {"model.name": "mlp", "train.shrink-threshold": 2.0},
+    "shrunken mlp": {"model.name": "mlp", "ranks.shrink-threshold": 2.0},
     "dense mlp": {"model.name": "mlp", "model.form": "dense"},
     "dense cnn": {"model.name": "cnn", "model.form": "dense", "data.limit": 200},
 }

@@ -9,11 +9,11 @@ import fedmaestro
 CHANGING = {
     "train.rounds": 4,
     "train.evaluate-every": 2,
-    "train.shrink-every": 1,
-    "train.shrink-min-updates": 1,
-    "train.shrink-threshold": 0.5,
+    "ranks.shrink-every": 1,
+    "ranks.shrink-min-updates": 1,
+    "ranks.shrink-threshold": 0.5,
     "train.group-lasso": 0.01,
-    "fleet.ranks": "learned",
+    "ranks.rule": "learned",
 }
 
 

@@ -12,7 +12,7 @@ from fedmaestro.flower.compare import Comparison, compare
 from fedmaestro.runs.folder import RoundRecord
 
 SMALL = {"train.rounds": 3, "train.evaluate-every": 1, "train.local-epochs": 1}
-STRATEGIES = ["nested", "wide:heterofl", "own+adam:nested+train.objective=own-prefix+train.server-optimizer=adam"]
+STRATEGIES = ["nested", "wide:heterofl", "own+adam:nested+train.objective=own-prefix+server.optimizer=adam"]
 TABLES = ("results.json", "table.md", "table.csv", "report.html")
 
 

@@ -19,10 +19,8 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variants_have_labels_and_changed_switches() -> None:
     assert parse_variant(" nested ") == Variant(label="nested", strategy="nested", changes={})
-    both = parse_variant("sd+adam:nested+train.server-optimizer=adam+train.server-lr=0.1")
-    assert both == Variant(
-        label="sd+adam", strategy="nested", changes={"train.server-optimizer": "adam", "train.server-lr": 0.1}
-    )
+    both = parse_variant("sd+adam:nested+server.optimizer=adam+server.lr=0.1")
+    assert both == Variant(label="sd+adam", strategy="nested", changes={"server.optimizer": "adam", "server.lr": 0.1})
     assert parse_variant("nested+train.objective=own-prefix").label == "nested+train.objective=own-prefix"
     assert parse_variant("a b/c:nested").folder_name == "a-b-c"
 

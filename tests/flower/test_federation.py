@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.flower import federation, wire
+from fedmaestro.flower import federation
 from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.run import Run
 from fedmaestro.flower.strategy import TieredStrategy
@@ -45,26 +45,26 @@ def test_a_device_receives_and_sends_exactly_its_prefix(federate: Federate) -> N
     for message, reply in zip(grid.sent, grid.replies, strict=True):
         if message.metadata.message_type != "train":
             continue
-        down = message.content.array_records[wire.SUBMODEL]
-        up = reply.content.array_records[wire.PARTIAL]
-        job = message.content.config_records[wire.JOB]
+        down = message.content.array_records[SUBMODEL]
+        up = reply.content.array_records[SUMS]
+        job = message.content.config_records[JOB]
         (device,) = job["devices"]
         tier = env.tier(device)
         tiers_seen.add(tier.tier.name)
         assert tier.trains is not None
         assert payload_bytes(down) == tier.trains.cost.download_bytes
         assert payload_bytes(up) == tier.trains.cost.upload_bytes
-        assert shapes_of(wire.to_state(down)) == shapes_of(wire.to_state(up)) == tier.trains.shapes
+        assert shapes_of(to_state(down)) == shapes_of(to_state(up)) == tier.trains.shapes
         header_bytes = 128 * len(down)
         assert sum(len(array.data) for array in down.values()) == tier.trains.cost.download_bytes + header_bytes
     assert tiers_seen == {"flagship", "high", "mid", "low", "minimal"}
     trained = folder.read_rounds()[1:]
     sent = of_type(grid.sent, "train")
     assert sum(record.download_bytes for record in trained) == sum(
-        payload_bytes(message.content.array_records[wire.SUBMODEL]) for message in sent
+        payload_bytes(message.content.array_records[SUBMODEL]) for message in sent
     )
     assert sum(record.upload_bytes for record in trained) == sum(
-        payload_bytes(reply.content.array_records[wire.PARTIAL]) for reply in of_type(grid.replies, "train")
+        payload_bytes(reply.content.array_records[SUMS]) for reply in of_type(grid.replies, "train")
     )
 
 
@@ -133,7 +133,7 @@ def test_interrupted_in_the_middle_of_any_round_and_resumed_gives_the_same_model
     stop = threading.Event()
 
     def interrupt(message: Message) -> str | None:
-        job = message.content.config_records[wire.JOB]
+        job = message.content.config_records[JOB]
         if message.metadata.message_type == "train" and job["round"] == lost_round:
             stop.set()
             return "lost"
@@ -146,7 +146,7 @@ def test_interrupted_in_the_middle_of_any_round_and_resumed_gives_the_same_model
     assert folder.summary.exists()
 
     again, _, grid = federate(overrides, folder=folder.path)
-    assert min(m.content.config_records[wire.JOB]["round"] for m in of_type(grid.sent, "train")) == lost_round
+    assert min(m.content.config_records[JOB]["round"] for m in of_type(grid.sent, "train")) == lost_round
     assert again["model_sha256"] == whole["model_sha256"]
     assert without_time(folder.read_rounds()) == without_time(whole_folder.read_rounds())
 
@@ -210,7 +210,7 @@ def test_a_lost_host_costs_its_cohort_only(federate: Federate) -> None:
 
     def lose_first(message: Message) -> Message | None:
         if message.metadata.message_type == "train" and not lost:
-            lost.extend(message.content.config_records[wire.JOB]["devices"])
+            lost.extend(message.content.config_records[JOB]["devices"])
             return Message(Error(code=0, reason="the host died"), reply_to=message)
         return None
 
@@ -226,7 +226,7 @@ def test_hosts_with_other_data_are_refused(federate: Federate) -> None:
     def lie(message: Message) -> Message | None:
         if message.metadata.message_type.startswith("query"):
             record = ConfigRecord({"partition-id": 0, "num-partitions": 2, "fingerprint": "other"})
-            return Message(RecordDict({wire.JOB: record}), reply_to=message)
+            return Message(RecordDict({JOB: record}), reply_to=message)
         return None
 
     with pytest.raises(UserError, match="other data"):
@@ -244,7 +244,7 @@ def test_late_replies_count_as_failed(federate: Federate) -> None:
 
 def test_a_failed_last_evaluation_does_not_pass_for_the_final_accuracy(federate: Federate) -> None:
     def fail_last(message: Message) -> Message | None:
-        job = message.content.config_records[wire.JOB]
+        job = message.content.config_records[JOB]
         if message.metadata.message_type == "evaluate" and job["round"] == 2:
             return Message(Error(code=0, reason="out of memory"), reply_to=message)
         return None
@@ -260,7 +260,7 @@ def test_no_host_left_is_one_clear_error() -> None:
             return []
 
     env = open_environment(load_config(None))
-    arrays = wire.to_arrays(env.plan.architecture.initial_state(0))
+    arrays = to_arrays(env.plan.architecture.initial_state(0))
     with pytest.raises(UserError, match="no host is connected"):
         TieredStrategy(env).configure_train(1, arrays, ConfigRecord(), Empty())  # type: ignore[arg-type]
 
@@ -293,7 +293,7 @@ def test_resume_refuses_a_fleet_that_changed(federate: Federate, tmp_path: Path)
     stop = threading.Event()
 
     def interrupt(message: Message) -> str | None:
-        if message.content.config_records[wire.JOB].get("round") == 2:
+        if message.content.config_records[JOB].get("round") == 2:
             stop.set()
             return "lost"
         return None
@@ -335,11 +335,11 @@ def test_flowers_own_loop_runs_the_strategy(federate: Federate) -> None:
     _, folder, grid = federate({"train.rounds": 1})
     env = open_environment(load_config(None, {"train.rounds": 1, "train.evaluate-every": 2}))
     strategy = TieredStrategy(env)
-    arrays = wire.to_arrays(env.initial_state())
+    arrays = to_arrays(env.initial_state())
     messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
     ids = grid.push_messages(messages)
     arrays, metrics = strategy.aggregate_train(1, grid.pull_messages(ids))
     assert metrics["devices"] == 10
     state, _ = read_model(folder.path)
-    for name, tensor in wire.to_state(arrays).items():
+    for name, tensor in to_state(arrays).items():
         assert tensor.equal(state[name])

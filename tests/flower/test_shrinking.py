@@ -12,7 +12,6 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.flower import wire
 from fedmaestro.flower.run import Run
 from fedmaestro.rounds import device as host
 from fedmaestro.rounds.environment import open_environment
@@ -26,21 +25,21 @@ Federate = Callable[..., Any]
 CHANGING = {
     "train.rounds": 6,
     "train.evaluate-every": 2,
-    "train.shrink-every": 2,
-    "train.shrink-min-updates": 1,
-    "train.shrink-threshold": 0.5,
+    "ranks.shrink-every": 2,
+    "ranks.shrink-min-updates": 1,
+    "ranks.shrink-threshold": 0.5,
     "train.group-lasso": 0.01,
-    "fleet.ranks": "learned",
+    "ranks.rule": "learned",
 }
 """Strong enough for cuts within six rounds of the demo."""
 
 
-MOMENTUM = {"train.server-optimizer": "momentum", "train.server-momentum": 0.5, "train.reorder-every": 0}
+MOMENTUM = {"server.optimizer": "momentum", "server.momentum": 0.5, "server.reorder-every": 0}
 """A server optimiser with a memory that no re-ordering clears."""
 
 
 def jobs(messages: list[Message], kind: str) -> list[dict[str, Any]]:
-    return [dict(m.content.config_records[wire.JOB]) for m in messages if m.metadata.message_type == kind]
+    return [dict(m.content.config_records[JOB]) for m in messages if m.metadata.message_type == kind]
 
 
 def without_time(records: list[RoundRecord]) -> list[dict[str, Any]]:
@@ -84,9 +83,9 @@ def test_bytes_are_those_of_the_shapes_in_every_round(federate: Federate) -> Non
     for message, reply in zip(grid.sent, grid.replies, strict=True):
         if message.metadata.message_type != "train":
             continue
-        job = message.content.config_records[wire.JOB]
-        sent = wire.to_state(message.content.array_records[wire.SUBMODEL])
-        received = wire.to_state(reply.content.array_records[wire.PARTIAL])
+        job = message.content.config_records[JOB]
+        sent = to_state(message.content.array_records[SUBMODEL])
+        received = to_state(reply.content.array_records[SUMS])
         current = ranks[max(n for n in ranks if n < job["round"])]  # type: ignore[operator]
         assert {x: sent[f"{x}.u"].shape[1] for x in ("fc1", "fc2")} == current[str(job["tier"])]
         down[job["round"]] += 4 * sum(tensor.numel() for tensor in sent.values())  # type: ignore[index]
@@ -138,7 +137,7 @@ def test_interrupted_and_resumed_gives_the_same_model(federate: Federate) -> Non
         def interrupt(
             message: Message, lost_round: int = lost_round, kind: str = kind, stop: threading.Event = stop
         ) -> str | None:
-            job = message.content.config_records[wire.JOB]
+            job = message.content.config_records[JOB]
             if message.metadata.message_type == kind and job["round"] == lost_round:
                 stop.set()
                 return "lost"
@@ -187,14 +186,14 @@ def test_failed_devices_count_no_update(federate: Federate, monkeypatch: pytest.
 
 def test_columns_that_few_devices_have_trained_stay(federate: Federate) -> None:
     """The same run with a guard that the largest tier's columns cannot pass."""
-    _, folder, _ = federate({**CHANGING, "train.shrink-min-updates": 1000})
+    _, folder, _ = federate({**CHANGING, "ranks.shrink-min-updates": 1000})
     _, shrunk, _ = federate(CHANGING)
     assert folder.read_rounds()[4].full_ranks == {"fc1": 64, "fc2": 128}
     assert shrunk.read_rounds()[4].full_ranks != {"fc1": 64, "fc2": 128}
 
 
 def test_uniform_ranks_with_shrinking_only_lose_columns(federate: Federate) -> None:
-    _, folder, _ = federate({**CHANGING, "fleet.ranks": "uniform", "train.shrink-threshold": 1.0})
+    _, folder, _ = federate({**CHANGING, "ranks.rule": "uniform", "ranks.shrink-threshold": 1.0})
     first, last = folder.read_rounds()[0], folder.read_rounds()[4]
     assert last.full_ranks != first.full_ranks
     for tier, ranks in last.ranks.items():
@@ -205,7 +204,7 @@ def test_uniform_ranks_with_shrinking_only_lose_columns(federate: Federate) -> N
 
 
 @pytest.mark.parametrize(
-    "setting", [{"train.group-lasso": 0.1}, {"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str
+    "setting", [{"train.group-lasso": 0.1}, {"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str
 )
 @pytest.mark.parametrize("strategy", ["exclusive", "alternating"])
 def test_tiers_that_share_no_trained_factors_are_refused(
@@ -217,7 +216,7 @@ def test_tiers_that_share_no_trained_factors_are_refused(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"train.group-lasso": 0.1}, {"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str
+    "setting", [{"train.group-lasso": 0.1}, {"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str
 )
 def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(
@@ -241,10 +240,10 @@ def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[
 )
 def test_the_switch_that_is_in_the_way_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=rf"^train\.tail-start=4\.0 needs .*{named}"):
-        open_environment(load_config(None, {**changes, "train.tail-start": 4.0}))
+        open_environment(load_config(None, {**changes, "server.tail-start": 4.0}))
 
 
-@pytest.mark.parametrize("setting", [{"train.shrink-threshold": 0.1}, {"fleet.ranks": "learned"}], ids=str)
+@pytest.mark.parametrize("setting", [{"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str)
 def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"has no effect: train\.shrink-every=10 is not below train\.rounds=10"):
         open_environment(load_config(None, {**setting, "train.rounds": 10}))
@@ -255,10 +254,10 @@ def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> 
     ("key", "value"),
     [
         ("train.group-lasso", -0.1),
-        ("train.shrink-threshold", -1),
-        ("train.shrink-every", 0),
-        ("train.shrink-min-updates", -1),
-        ("fleet.ranks", "best"),
+        ("ranks.shrink-threshold", -1),
+        ("ranks.shrink-every", 0),
+        ("ranks.shrink-min-updates", -1),
+        ("ranks.rule", "best"),
     ],
 )
 def test_values_out_of_bounds_are_named(key: str, value: object) -> None:

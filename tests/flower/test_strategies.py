@@ -11,7 +11,6 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.flower import wire
 from fedmaestro.flower.run import Run
 from fedmaestro.rounds.environment import choose, open_environment
 from fedmaestro.runs.checkpoint import load_checkpoint, read_model
@@ -42,18 +41,18 @@ def test_a_row_trains_and_what_it_writes_is_what_it_says(federate: Federate, str
     sent: dict[int, int] = {}
     for message, reply in zip(grid.sent, grid.replies, strict=True):
         if message.metadata.message_type == "train":
-            job = message.content.config_records[wire.JOB]
+            job = message.content.config_records[JOB]
             devices = len(job["devices"])  # type: ignore[arg-type]
-            tensors = message.content.array_records[wire.SUBMODEL].values()
+            tensors = message.content.array_records[SUBMODEL].values()
             number = int(job["round"])  # type: ignore[call-overload]
             sent[number] = sent.get(number, 0) + devices * sum(array.numpy().nbytes for array in tensors)
-            assert reply.content.array_records[wire.PARTIAL]
+            assert reply.content.array_records[SUMS]
     assert [record.download_bytes for record in rounds] == [sent[record.round] for record in rounds]
 
 
 @pytest.mark.parametrize("strategy", ["fedmaestro", "exclusive", "fedrolex", "product-svd"])
 def test_hosts_change_nothing_and_a_run_goes_on_where_it_was(federate: Federate, strategy: str) -> None:
-    overrides = {"train.strategy": strategy, "train.rounds": 3, "train.server-optimizer": "momentum"}
+    overrides = {"train.strategy": strategy, "train.rounds": 3, "server.optimizer": "momentum"}
     one, folder, _ = federate(overrides, nodes=1)
     many, _, _ = federate(overrides, nodes=5)
     assert one["model_sha256"] == many["model_sha256"]
@@ -68,9 +67,9 @@ def test_alternating_uploads_one_factor_and_leaves_the_other(federate: Federate)
     up = {1: 0, 2: 0}
     for message, reply in zip(grid.sent, grid.replies, strict=True):
         if message.metadata.message_type == "train":
-            number = int(message.content.config_records[wire.JOB]["round"])  # type: ignore[arg-type]
-            arrays = reply.content.array_records[wire.PARTIAL]
-            names = set(message.content.array_records[wire.SUBMODEL]) - set(arrays)
+            number = int(message.content.config_records[JOB]["round"])  # type: ignore[arg-type]
+            arrays = reply.content.array_records[SUMS]
+            names = set(message.content.array_records[SUBMODEL]) - set(arrays)
             frozen = names.pop()[-1]
             assert {name[-1] for name in names} <= {frozen}
             assert frozen == ("v" if number % 2 else "u")
@@ -88,14 +87,14 @@ def test_separate_models_have_no_whole_one(federate: Federate) -> None:
 
 def test_reordering_is_the_switch_after_the_server_optimiser(federate: Federate) -> None:
     """With it, the stored factors are their own re-ordering; every second round leaves them alone in between."""
-    _, folder, _ = federate({"train.strategy": "nested", "train.reorder-every": 1, "train.rounds": 1})
+    _, folder, _ = federate({"train.strategy": "nested", "server.reorder-every": 1, "train.rounds": 1})
     state, _ = read_model(folder.path)
     again = reorder(state)
     for name, tensor in state.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
     plain = {"train.strategy": "nested", "train.rounds": 1}
     one, _, _ = federate(plain)
-    two, _, _ = federate(plain | {"train.reorder-every": 2})
+    two, _, _ = federate(plain | {"server.reorder-every": 2})
     assert one["model_sha256"] == two["model_sha256"], "round 1 is not a multiple of 2"
 
 
@@ -104,7 +103,7 @@ def test_tail_decay_is_a_switch_of_its_own(federate: Federate) -> None:
     settings = {"train.strategy": "nested", "train.rounds": 1, "train.evaluate-every": 1}
     states = {}
     for rate in (0.0, 0.5):
-        _, folder, _ = federate(settings | {"train.tail-decay": rate})
+        _, folder, _ = federate(settings | {"server.tail-decay": rate})
         states[rate], _ = read_model(folder.path)
     smallest = open_environment(load_config(None, settings)).plan.tiers[-1].serves.size.ranks or {}
     for layer, rank in smallest.items():
@@ -113,7 +112,7 @@ def test_tail_decay_is_a_switch_of_its_own(federate: Federate) -> None:
         assert bool((faded[:, rank:].norm(dim=0) < 0.95 * plain[:, rank:].norm(dim=0)).all())
 
 
-@pytest.mark.parametrize("key", ["train.tail-decay", "train.tail-start"])
+@pytest.mark.parametrize("key", ["server.tail-decay", "server.tail-start"])
 @pytest.mark.parametrize("strategy", ["exclusive", "fjord", "alternating"])
 def test_tails_need_prefixes_of_one_model(strategy: str, key: str) -> None:
     flat = {"train.strategy": strategy, key: 0.5}
@@ -127,7 +126,7 @@ def test_tail_start_is_a_switch_of_its_own(federate: Federate) -> None:
     """It takes energy from the columns of few holders before the first round; what all tiers hold is as it was."""
     energies, accuracies = {}, {}
     for threshold in (0.0, 3.0, 9.0):
-        settings = {"train.strategy": "nested", "train.rounds": 1, "train.tail-start": threshold}
+        settings = {"train.strategy": "nested", "train.rounds": 1, "server.tail-start": threshold}
         _, folder, _ = federate(settings)
         start = folder.read_rounds()[0]
         energies[threshold] = start.tail_energy
@@ -150,28 +149,28 @@ def test_logit_adjustment_is_a_switch_of_every_row(federate: Federate, strategy:
 def test_the_default_row_has_both_switches_on_and_they_can_be_set() -> None:
     row = open_environment(load_config(None, {})).strategy
     assert (row.name, row.tail_start, row.logit_adjustment) == ("fedmaestro", 4.0, 1.0)
-    off = {"train.tail-start": 0.0, "train.logit-adjustment": 0.0}
+    off = {"server.tail-start": 0.0, "train.logit-adjustment": 0.0}
     row = open_environment(load_config(None, off)).strategy
     assert (row.tail_start, row.logit_adjustment) == (0.0, 0.0)
-    assert open_environment(load_config(None, {"fleet.ranks": "learned"})).strategy.tail_start == 0.0
+    assert open_environment(load_config(None, {"ranks.rule": "learned"})).strategy.tail_start == 0.0
 
 
 @pytest.mark.parametrize("submodel", ["separate", "width", "smallest", "full", "capable"])
 def test_without_tiers_of_few_holders_there_is_nothing_to_start_small(submodel: str) -> None:
     """Such a submodel under the default row: all devices that train hold what they train."""
     state = open_environment(load_config(None, {"train.submodel": submodel})).initial_state()
-    plain = open_environment(load_config(None, {"train.submodel": submodel, "train.tail-start": 0.0})).initial_state()
+    plain = open_environment(load_config(None, {"train.submodel": submodel, "server.tail-start": 0.0})).initial_state()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in state.items())
 
 
 def test_a_small_start_happens_once(federate: Federate) -> None:
     """A run that goes on from its checkpoint does not start its tails again."""
-    settings = {"train.rounds": 3, "train.tail-start": 9.0}
+    settings = {"train.rounds": 3, "server.tail-start": 9.0}
     whole, _, _ = federate(settings)
     stop = threading.Event()
 
     def interrupt(message: Message) -> str | None:
-        if message.content.config_records[wire.JOB].get("round") == 2:
+        if message.content.config_records[JOB].get("round") == 2:
             stop.set()
             return "lost"
         return None
@@ -212,7 +211,7 @@ def test_static_norms_are_calibrated_the_same_on_every_host(federate: Federate) 
     [
         ({"train.submodel": "widht"}, "train.submodel.*widht.*width"),
         ({"train.aggregation": "mean"}, "train.aggregation.*mean"),
-        ({"train.server-optimizer": "sgd"}, "train.server-optimizer.*sgd"),
+        ({"server.optimizer": "sgd"}, "server.optimizer.*sgd"),
         ({"train.strategy": "heterofl", "train.weight-decay": 1e-4}, "masked-mean.*counts the devices"),
     ],
 )
@@ -225,10 +224,10 @@ def test_every_switch_can_be_changed_by_itself() -> None:
     settings = {
         "train.submodel": "width",
         "train.aggregation": "zero-pad",
-        "train.server-optimizer": "adam",
-        "train.server-lr": 0.5,
-        "train.server-momentum": 0.8,
-        "train.server-damping": 3.0,
+        "server.optimizer": "adam",
+        "server.lr": 0.5,
+        "server.momentum": 0.8,
+        "server.damping": 3.0,
         "train.objective": "own-prefix",
     }
     row, objective = choose(load_config(None, settings))

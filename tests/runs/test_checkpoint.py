@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, read_model, save_checkpoint, write_model
 from fedmaestro.errors import UserError
+from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, read_model, save_checkpoint, write_model
 from fedmaestro.submodel import State
 
 STEPS = ("fsync", "replace", "unlink")

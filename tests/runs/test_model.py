@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmaestro import lod
-from fedmaestro.runs.model import architecture_of, filled, load_model
-from fedmaestro.runs.checkpoint import write_model
 from fedmaestro.errors import UserError
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Form, Size
+from fedmaestro.runs.checkpoint import write_model
+from fedmaestro.runs.model import architecture_of, filled, load_model
 
 SHAPES = {"mlp": (1, 4, 5), "lenet": (1, 16, 16), "cnn": (3, 8, 8)}
 

@@ -36,7 +36,7 @@ QUICK: dict[str, Any] = {
 }
 """Five steps per epoch."""
 
-SHRINKING: dict[str, Any] = {**QUICK, "train.shrink-threshold": 2.0, "train.group-lasso": 1e-3, "train.lr": 0.02}
+SHRINKING: dict[str, Any] = {**QUICK, "ranks.shrink-threshold": 2.0, "train.group-lasso": 1e-3, "train.lr": 0.02}
 """Every epoch cuts something."""
 
 Train = Callable[..., TrainingRun]
@@ -215,7 +215,7 @@ def test_shrinking_shows_in_the_files(tmp_path: Path, quick: Train) -> None:
 
 
 def test_dense_form(tmp_path: Path) -> None:
-    overrides = {**QUICK, "model.form": "dense", "train.shrink-threshold": 10.0, "train.epochs": 2}
+    overrides = {**QUICK, "model.form": "dense", "ranks.shrink-threshold": 10.0, "train.epochs": 2}
     result = train(overrides=overrides, out=tmp_path / "run")
     assert lod.layers(result.model()) == {}
     assert {tuple(record.ranks) for record in result.epochs} == {()}
