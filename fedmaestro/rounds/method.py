@@ -49,7 +49,9 @@ class Method:
 
     def describe_server(self) -> str:
         """Return the server's settings that differ from a plain row's: ``reorder-every 1``, or none."""
-        own = {key: value for key, value in self.settings.items() if key.startswith("server.") and value != PLAIN[key]}
+        own = {
+            key: value for key, value in self.settings.items() if key.startswith("server.") and value != PLAIN.get(key)
+        }
         return ", ".join(f"{key.removeprefix('server.')} {value}" for key, value in own.items()) or "none"
 
 

@@ -12,13 +12,18 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
+from fedmaestro.flower.client_app import JOB, SUBMODEL, to_state
 from fedmaestro.flower.run import Run
 from fedmaestro.rounds import device as host
 from fedmaestro.rounds.environment import open_environment
-from fedmaestro.runs.checkpoint import load_checkpoint, read_model
-from fedmaestro.runs.folder import RoundRecord
+from fedmaestro.rounds.server import ServerState, from_checkpoint
+from fedmaestro.runs.checkpoint import load_checkpoint
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.model import read_model
+from fedmaestro.runs.records import RoundRecord
+from fedmaestro.strategies.base import SUMS
 from fedmaestro.submodel import shapes_of
-from fedmaestro.tasks.evaluate import score
+from fedmaestro.tasks.task import evaluate
 
 Federate = Callable[..., Any]
 
@@ -34,12 +39,19 @@ CHANGING = {
 """Strong enough for cuts within six rounds of the demo."""
 
 
-MOMENTUM = {"server.optimizer": "momentum", "server.momentum": 0.5, "server.reorder-every": 0}
+MOMENTUM = {"server.optimizer": "momentum", "server.momentum": 0.5, "server.reorder-every": "never"}
 """A server optimiser with a memory that no re-ordering clears."""
 
 
 def jobs(messages: list[Message], kind: str) -> list[dict[str, Any]]:
     return [dict(m.content.config_records[JOB]) for m in messages if m.metadata.message_type == kind]
+
+
+def state_of(folder: RunFolder, overrides: dict[str, Any]) -> ServerState:
+    """What the checkpoint of a run with these settings holds."""
+    checkpoint = load_checkpoint(folder.checkpoint)
+    assert checkpoint is not None
+    return from_checkpoint(open_environment(load_config(None, overrides)), checkpoint)
 
 
 def without_time(records: list[RoundRecord]) -> list[dict[str, Any]]:
@@ -63,15 +75,15 @@ def test_ranks_become_learned_and_everything_follows_them(federate: Federate) ->
 
     state, card = read_model(folder.path)
     assert {layer: state[f"{layer}.v"].shape[0] for layer in last.full_ranks} == last.full_ranks
-    assert card["size"] == {"ranks": last.full_ranks}
-    assert {name: size["ranks"] for name, size in card["tiers"].items()} == last.ranks
+    assert card.size.ranks == last.full_ranks
+    assert {name: size.ranks for name, size in card.tiers.items()} == last.ranks
     assert {name: tier["ranks"] for name, tier in summary["tiers"].items()} == last.ranks
     env = open_environment(load_config(None, CHANGING))
     for name, tier in summary["tiers"].items():
         model = Run(folder.path).model(name)
         assert sum(p.numel() for p in model.parameters()) == tier["params"] == tier["download_bytes"] / 4
         assert tier["macs_per_example"] <= env.plan.by_name(name).serves.cost.macs_per_example
-        result = score(model, env.dataset, env.dataset.test_images, env.dataset.test_labels)
+        result = evaluate(model, env.task, env.task.split("test"))
         assert result.accuracy == pytest.approx(tier["final_accuracy"])
     assert shapes_of(Run(folder.path).model()) == shapes_of(state)
 
@@ -108,9 +120,11 @@ def test_by_default_nothing_of_this_happens(federate: Federate) -> None:
     _, folder, grid = federate()
     assert all(record.ranks == record.full_ranks == {} for record in folder.read_rounds())
     assert all("ranks" not in job and "tails" not in job for job in jobs(grid.sent, "train"))
-    checkpoint = load_checkpoint(folder.checkpoint)
-    assert checkpoint is not None
-    assert (checkpoint.ranks, checkpoint.updates) == ("", {})
+    server = state_of(folder, {})
+    assert server.updates == {}
+    assert [tier.serves.size for tier in server.plan.tiers] == [
+        tier.serves.size for tier in open_environment(load_config(None)).plan.tiers
+    ]
 
 
 def test_number_of_hosts_changes_nothing(federate: Federate) -> None:
@@ -155,13 +169,11 @@ def test_interrupted_and_resumed_gives_the_same_model(federate: Federate) -> Non
 
 def test_the_checkpoint_holds_memory_and_counts_of_the_models_size(federate: Federate) -> None:
     _, folder, _ = federate(CHANGING | MOMENTUM)
-    checkpoint = load_checkpoint(folder.checkpoint)
-    assert checkpoint is not None
+    server = state_of(folder, CHANGING | MOMENTUM)
     full = folder.read_rounds()[4].full_ranks
-    memory = {name.removeprefix("momentum/"): tensor for name, tensor in checkpoint.server_memory.items()}
-    assert shapes_of(memory) == shapes_of(checkpoint.global_state)
-    assert {layer: len(counts) for layer, counts in checkpoint.updates.items()} == full
-    for counts in checkpoint.updates.values():
+    assert shapes_of(server.memory[None]["optimizer"]["momentum"]) == shapes_of(server.models[None])
+    assert {layer: len(counts) for layer, counts in server.updates.items()} == full
+    for counts in server.updates.values():
         assert int(counts[0]) == 60, "every device holds the first column"
         assert all(int(a) >= int(b) for a, b in pairwise(counts))
 
@@ -177,11 +189,10 @@ def test_failed_devices_count_no_update(federate: Federate, monkeypatch: pytest.
 
     monkeypatch.setattr(host, "train_device", every_third_raises)
     _, folder, _ = federate({**CHANGING, "train.rounds": 3})
-    checkpoint = load_checkpoint(folder.checkpoint)
-    assert checkpoint is not None
+    updates = state_of(folder, {**CHANGING, "train.rounds": 3}).updates
     trained = sum(record.devices for record in folder.read_rounds())
     assert 0 < trained < 30
-    assert int(checkpoint.updates["fc1"][0]) == trained
+    assert int(updates["fc1"][0]) == trained
 
 
 def test_columns_that_few_devices_have_trained_stay(federate: Federate) -> None:
@@ -239,13 +250,13 @@ def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[
     ids=str,
 )
 def test_the_switch_that_is_in_the_way_is_named(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.tail-start=4\.0 needs .*{named}"):
+    with pytest.raises(UserError, match=rf"^server\.tail-start=4\.0 needs .*{named}"):
         open_environment(load_config(None, {**changes, "server.tail-start": 4.0}))
 
 
 @pytest.mark.parametrize("setting", [{"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str)
 def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"has no effect: train\.shrink-every=10 is not below train\.rounds=10"):
+    with pytest.raises(UserError, match=r"has no effect: ranks\.shrink-every=10 is not below train\.rounds=10"):
         open_environment(load_config(None, {**setting, "train.rounds": 10}))
     assert open_environment(load_config(None, {**setting, "train.rounds": 11})).rederivation.active
 

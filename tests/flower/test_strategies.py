@@ -11,12 +11,17 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
+from fedmaestro.flower.client_app import JOB, SUBMODEL
 from fedmaestro.flower.run import Run
-from fedmaestro.rounds.environment import choose, open_environment
-from fedmaestro.runs.checkpoint import load_checkpoint, read_model
-from fedmaestro.strategies import STRATEGIES
+from fedmaestro.rounds.environment import open_environment
+from fedmaestro.rounds.method import method_of
+from fedmaestro.rounds.server import start
+from fedmaestro.runs.checkpoint import below, load_checkpoint
+from fedmaestro.runs.model import read_model
+from fedmaestro.strategies import STRATEGIES, Strategy
+from fedmaestro.strategies.base import SUMS
 from fedmaestro.strategies.reordered import reorder
-from fedmaestro.tasks.evaluate import score
+from fedmaestro.tasks.task import evaluate
 
 Federate = Callable[..., Any]
 
@@ -33,7 +38,7 @@ def test_a_row_trains_and_what_it_writes_is_what_it_says(federate: Federate, str
     for tier, scores in rounds[-1].tiers.items():
         assert scores["accuracy"] == summary["tiers"][tier]["final_accuracy"]
         model = Run(folder.path).model(tier)
-        result = score(model, env.dataset, env.dataset.test_images, env.dataset.test_labels)
+        result = evaluate(model, env.task, env.task.split("test"))
         assert result.accuracy == pytest.approx(scores["accuracy"]), "the artefact is what was evaluated"
     assert rounds[-1].tiers != start.tiers
     whole = env.plan.setting.rule.form == "lod" and not env.plan.setting.rule.separate
@@ -58,7 +63,7 @@ def test_hosts_change_nothing_and_a_run_goes_on_where_it_was(federate: Federate,
     assert one["model_sha256"] == many["model_sha256"]
     checkpoint = load_checkpoint(folder.checkpoint)
     assert checkpoint is not None
-    assert checkpoint.server_memory
+    assert below(checkpoint.tensors, "memory")
 
 
 def test_alternating_uploads_one_factor_and_leaves_the_other(federate: Federate) -> None:
@@ -118,8 +123,8 @@ def test_tails_need_prefixes_of_one_model(strategy: str, key: str) -> None:
     flat = {"train.strategy": strategy, key: 0.5}
     with pytest.raises(UserError, match=re.escape(f"{key}=0.5 needs")):
         open_environment(load_config(None, flat))
-    strategy_of = open_environment(load_config(None, flat | {key: 0.0})).strategy
-    assert strategy_of.tail_decay == strategy_of.tail_start == 0.0
+    settings = open_environment(load_config(None, flat | {key: 0.0})).method.settings
+    assert settings["server.tail-decay"] == settings["server.tail-start"] == 0.0
 
 
 def test_tail_start_is_a_switch_of_its_own(federate: Federate) -> None:
@@ -147,20 +152,25 @@ def test_logit_adjustment_is_a_switch_of_every_row(federate: Federate, strategy:
 
 
 def test_the_default_row_has_both_switches_on_and_they_can_be_set() -> None:
-    row = open_environment(load_config(None, {})).strategy
-    assert (row.name, row.tail_start, row.logit_adjustment) == ("fedmaestro", 4.0, 1.0)
-    off = {"server.tail-start": 0.0, "train.logit-adjustment": 0.0}
-    row = open_environment(load_config(None, off)).strategy
-    assert (row.tail_start, row.logit_adjustment) == (0.0, 0.0)
-    assert open_environment(load_config(None, {"ranks.rule": "learned"})).strategy.tail_start == 0.0
+    def switches(**settings: object) -> tuple[object, object]:
+        method = method_of(load_config(None, settings))
+        return method.settings["server.tail-start"], method.logit_adjustment
+
+    assert switches() == (4.0, 1.0)
+    assert switches(**{"server.tail-start": 0.0, "train.logit-adjustment": 0.0}) == (0.0, 0.0)
+    assert switches(**{"ranks.rule": "learned"}) == (0.0, 1.0), "learned ranks would read it as a spectrum"
+    assert switches(**{"ranks.rule": "learned", "server.tail-start": 2.0}) == (2.0, 1.0), "what is set counts"
 
 
 @pytest.mark.parametrize("submodel", ["separate", "width", "smallest", "full", "capable"])
 def test_without_tiers_of_few_holders_there_is_nothing_to_start_small(submodel: str) -> None:
     """Such a submodel under the default row: all devices that train hold what they train."""
-    state = open_environment(load_config(None, {"train.submodel": submodel})).initial_state()
-    plain = open_environment(load_config(None, {"train.submodel": submodel, "server.tail-start": 0.0})).initial_state()
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in state.items())
+    small, plain = (
+        start(open_environment(load_config(None, {"train.submodel": submodel, **more}))).models
+        for more in ({}, {"server.tail-start": 0.0})
+    )
+    for owner, state in small.items():
+        assert all(torch.equal(tensor, plain[owner][name]) for name, tensor in state.items())
 
 
 def test_a_small_start_happens_once(federate: Federate) -> None:
@@ -217,7 +227,7 @@ def test_static_norms_are_calibrated_the_same_on_every_host(federate: Federate) 
 )
 def test_switches_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose(load_config(None, settings))
+        method_of(load_config(None, settings))
 
 
 def test_every_switch_can_be_changed_by_itself() -> None:
@@ -230,10 +240,52 @@ def test_every_switch_can_be_changed_by_itself() -> None:
         "server.damping": 3.0,
         "train.objective": "own-prefix",
     }
-    row, objective = choose(load_config(None, settings))
-    assert row.submodel.form == "dense"
-    assert row.aggregation.name == "zero-pad"
-    assert (row.server.name, row.server.lr, row.server.beta1, row.server.damping) == ("adam", 0.5, 0.8, 3.0)
-    assert objective.name == "own-prefix"
-    default, _ = choose(load_config(None, {"train.strategy": "nested"}))
-    assert default == STRATEGIES["nested"]
+    method = method_of(load_config(None, settings))
+    assert method.submodel.form == "dense"
+    assert method.aggregation.name == "zero-pad"
+    assert method.objective.name == "own-prefix"
+    for key, value in settings.items():
+        assert method.settings[key] == value
+
+
+@pytest.mark.parametrize("row", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_row_is_made_of_settings_that_an_experiment_could_have(row: Strategy) -> None:
+    """So it can be written into an experiment's file, and says what its properties say."""
+    method = method_of(load_config(None, {"train.strategy": row.name}))
+    written = method_of(load_config(None, {"train.strategy": "partitioned", **row.settings}))
+    assert method.settings == written.settings
+    assert (method.submodel, method.objective.name, method.aggregation) == (
+        row.submodel,
+        row.objective,
+        row.aggregation,
+    )
+    assert [step.name for step in method.server] == [step.name for step in row.server]
+
+
+def test_a_rows_own_value_stands_until_the_experiment_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting's default must not go before a row's own β₁."""
+    row = Strategy(
+        name="mine",
+        settings={"server.optimizer": "momentum", "server.momentum": 0.5, "server.lr": 0.25},
+        summary="",
+        source="",
+    )
+    monkeypatch.setitem(STRATEGIES, "mine", row)
+    own = method_of(load_config(None, {"train.strategy": "mine"})).settings
+    assert (own["server.momentum"], own["server.lr"]) == (0.5, 0.25)
+    changed = method_of(load_config(None, {"train.strategy": "mine", "server.momentum": 0.8})).settings
+    assert (changed["server.momentum"], changed["server.lr"]) == (0.8, 0.25)
+
+
+def test_a_chain_is_what_the_settings_name(federate: Federate) -> None:
+    """Steps come in the named order; what a chain leaves out does not happen, whatever its own setting says."""
+    assert [step.name for step in method_of(load_config(None, {"server.steps": "reorder optimizer"})).server] == [
+        "reorder",
+        "optimizer",
+    ]
+    with pytest.raises(UserError, match=r"server\.steps.*reordr.*reorder"):
+        method_of(load_config(None, {"server.steps": "reordr"}))
+    settings = {"train.strategy": "nested", "train.rounds": 1}
+    plain, _, _ = federate(settings)
+    without, _, _ = federate(settings | {"server.steps": "optimizer", "server.reorder-every": 1})
+    assert plain["model_sha256"] == without["model_sha256"]
