@@ -53,10 +53,10 @@ class Optimisation(Table):
         "cosine", description="constant, cosine to zero, or ×0.1 after half and three quarters of the epochs"
     )
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="on all parameters, as in the authors' release")
     clip_norm: float = Field(2.0, ge=0, description="largest norm of a step's gradient; 0: no clipping")
-    label_smoothing: Fraction = Field(0.0, description="of the cross-entropy")
+    label_smoothing: Fraction = Field(0.0, description="label smoothing of the cross-entropy")
     sampling: Literal["pairs", "independent", "none"] = Field(
         "pairs", description="ranks of a step: pairs (Maestro), independent (uniform per layer) or none (full)"
     )

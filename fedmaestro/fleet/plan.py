@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
@@ -41,11 +41,22 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Submodel:
-    """One size with its shapes and costs. A plan has one object for each distinct size: equality is identity."""
+    """One size with its shapes and costs; equal to every other one of the same shapes."""
 
     size: Size
     shapes: Shapes
     cost: Cost
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The key of the size."""
+        return signature(self.shapes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Submodel) and self.signature == other.signature
+
+    def __hash__(self) -> int:
+        return hash(self.signature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,13 +246,12 @@ def _assemble(
     setting: Setting,
 ) -> Plan:
     """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
-    known: dict[Signature, Submodel] = {}
+    known: dict[Submodel, Submodel] = {}
 
     def submodel(size: Size) -> Submodel:
-        # Two widths can have the same channels: the shapes say what a size is.
-        shapes = architecture.shapes(size)
-        new = Submodel(size=size, shapes=shapes, cost=_cost(architecture, size, setting))
-        return known.setdefault(signature(shapes), new)
+        # Two widths can have the same channels: then they are one size.
+        new = Submodel(size=size, shapes=architecture.shapes(size), cost=_cost(architecture, size, setting))
+        return known.setdefault(new, new)
 
     whole, own = submodel(full), [submodel(size) for size in sizes]
     smallest = min(own, key=lambda x: x.cost.params)
@@ -275,7 +285,7 @@ def _tier_plan(
 
 
 def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:
-    if rule.trains == "capable" and own is not whole:
+    if rule.trains == "capable" and own != whole:
         return None
     return {"own": own, "smallest": smallest}.get(rule.trains, whole)
 

@@ -267,5 +267,6 @@ def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
     memory: dict[Owner, dict[str, dict[str, State]]] = {}
     for (owner, step_name, slot, name), tensor in below(checkpoint.tensors, "memory").items():
         memory.setdefault(owner or None, {}).setdefault(step_name, {}).setdefault(slot, {})[name] = tensor
-    updates = {layer: counts for (layer,), counts in below(checkpoint.tensors, "updates").items()}
+    counts = below(checkpoint.tensors, "updates")
+    updates = {layer: counts[layer,] for layer in plan.full.size.ranks or {} if counts}
     return ServerState(round=checkpoint.number, models=models, memory=memory, updates=updates, plan=plan)

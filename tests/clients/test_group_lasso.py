@@ -9,8 +9,9 @@ from torch import nn
 
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
-from fedmaestro.clients.base import LocalTraining, Prefixes, train_device
+from fedmaestro.clients.base import Prefixes
 from fedmaestro.lod.suffix import tail_of
+from fedmaestro.rounds.device import LocalTraining, train_device
 from fedmaestro.submodel import State
 
 ONE_STEP = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -27,7 +28,13 @@ def model() -> nn.Module:
 def trained(model: nn.Module, settings: LocalTraining) -> tuple[float, State]:
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loss = train_device(
-        Prefixes(model, []), start, OBJECTIVES["own-prefix"], IMAGES, LABELS, settings, np.random.default_rng(0)
+        Prefixes(model=model, num_classes=2),
+        start,
+        OBJECTIVES["own-prefix"],
+        IMAGES,
+        LABELS,
+        settings,
+        np.random.default_rng(0),
     )
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(start)

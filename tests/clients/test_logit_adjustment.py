@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
-from fedmaestro.clients.base import LocalTraining, Objective, Prefixes, logit_offsets, train_device
+from fedmaestro.clients.base import Objective, Prefixes, logit_offsets
+from fedmaestro.rounds.device import LocalTraining, train_device
 from fedmaestro.submodel import shapes_of
 
 SETTINGS = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0, logit_adjustment=1.0)
@@ -24,7 +25,7 @@ def prefixes() -> Prefixes:
     torch.manual_seed(0)
     model = lod.factorize(nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)))
     small = lod.truncate(model, {"0": 1, "2": 1}).to("meta")
-    return Prefixes(model, [(small, shapes_of(small))])
+    return Prefixes(model=model, smaller=[(small, shapes_of(small))], num_classes=4)
 
 
 def batch_of(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def test_equal_frequencies_change_nothing(prefixes: Prefixes, name: str) -> None
 def test_soft_targets_are_the_plain_logits(prefixes: Prefixes) -> None:
     """The adjustment is for labels: a smaller prefix learns from what its teacher says of balanced classes."""
     images, labels = batch_of(COUNTS)
-    prefixes.offsets = logit_offsets(COUNTS, 1.0)
+    prefixes = replace(prefixes, offsets=logit_offsets(COUNTS, 1.0))
     assert prefixes.offsets is not None
     own, smaller = prefixes(images), prefixes(images, 1)
     expected = F.cross_entropy(own + prefixes.offsets, labels) + F.cross_entropy(smaller, own.softmax(dim=1))

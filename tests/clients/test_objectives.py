@@ -1,6 +1,7 @@
 """Local objectives on a two-layer LoD net with three nested levels."""
 
 from collections import Counter
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def make_model() -> nn.Module:
 def prefixes_of(model: nn.Module, levels: int = 3) -> Prefixes:
     meta = lod.truncate(model, {}).to("meta")
     templates = [lod.truncate(meta, ranks) for ranks in RANKS[1:levels]]
-    return Prefixes(model, [(template, shapes_of(template)) for template in templates])
+    smaller = [(template, shapes_of(template)) for template in templates]
+    return Prefixes(model=model, smaller=smaller, num_classes=CLASSES)
 
 
 @pytest.fixture
@@ -42,10 +44,13 @@ def batch() -> tuple[Tensor, Tensor]:
 class Recorder(Prefixes):
     """Prefixes that note which levels an objective runs, and with which logits."""
 
-    def __init__(self, model: nn.Module, levels: int) -> None:
-        full = prefixes_of(model, levels)
-        super().__init__(model, full._smaller)
-        self.runs: list[int] = []
+    @classmethod
+    def of(cls, model: nn.Module, levels: int) -> "Recorder":
+        return cls(model=model, smaller=prefixes_of(model, levels).smaller, num_classes=CLASSES)
+
+    @cached_property
+    def runs(self) -> list[int]:
+        return []
 
     def __call__(self, images: Tensor, level: int = 0) -> Tensor:
         self.runs.append(level)
@@ -129,7 +134,7 @@ def test_the_same_generator_gives_the_same_loss(model: nn.Module, batch: tuple[T
 
 
 def test_own_prefix_is_the_cross_entropy_of_level_0(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    prefixes = Recorder(model, levels=3)
+    prefixes = Recorder.of(model, levels=3)
     assert torch.equal(loss_of("own-prefix", prefixes, batch), F.cross_entropy(model(batch[0]), batch[1]))
     assert prefixes.runs == [0]
 
@@ -138,7 +143,7 @@ def test_own_prefix_is_the_cross_entropy_of_level_0(model: nn.Module, batch: tup
 def test_ordered_prefixes_draws_every_level_equally_often(
     model: nn.Module, batch: tuple[Tensor, Tensor], levels: int
 ) -> None:
-    prefixes, generator = Recorder(model, levels), np.random.default_rng(0)
+    prefixes, generator = Recorder.of(model, levels), np.random.default_rng(0)
     expected = [F.cross_entropy(prefixes_of(model)(batch[0], level), batch[1]) for level in range(levels)]
     draws = 300
     for _ in range(draws):
@@ -154,7 +159,7 @@ def test_ordered_prefixes_draws_every_level_equally_often(
 def test_pairs_draw_every_smaller_level_equally_often(
     model: nn.Module, batch: tuple[Tensor, Tensor], name: str
 ) -> None:
-    prefixes, generator = Recorder(model, levels=3), np.random.default_rng(0)
+    prefixes, generator = Recorder.of(model, levels=3), np.random.default_rng(0)
     for _ in range(300):
         loss_of(name, prefixes, batch, generator)
     counts = Counter(prefixes.runs)

@@ -28,7 +28,7 @@ class Draws:
 @pytest.mark.parametrize("strategy", ["nested", "heterofl", "fedavg-small", "fedavg-full"])
 def test_step_macs_are_the_mean_over_all_draws(objective: str, strategy: str) -> None:
     env = open_environment(load_config(None, {"train.objective": objective, "train.strategy": strategy}))
-    images, labels = torch.zeros(3, *env.dataset.image_shape), torch.zeros(3, dtype=torch.long)
+    images, labels = torch.zeros(3, *env.task.input_shape), torch.zeros(3, dtype=torch.long)
     for tier in env.plan.tiers:
         assert tier.trains is not None
         prefixes = resident_prefixes(env.plan, tier.trains)
@@ -36,7 +36,7 @@ def test_step_macs_are_the_mean_over_all_draws(objective: str, strategy: str) ->
         while draw < choices:
             draws = Draws(draw)
             with FlopCounterMode(display=False) as counter:
-                env.objective.loss(prefixes, images, labels, cast(np.random.Generator, draws)).backward()  # type: ignore[no-untyped-call]
+                env.method.objective.loss(prefixes, images, labels, cast(np.random.Generator, draws)).backward()  # type: ignore[no-untyped-call]
             flops.append(counter.get_total_flops())
             draw, choices = draw + 1, draws.choices
         assert np.mean(flops) / 2 / 3 == pytest.approx(tier.step_macs, abs=0.5)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
-from fedmaestro.clients.base import LocalTraining, Objective, Prefixes, TrainingFailedError, train_device
+from fedmaestro.clients.base import Objective, Prefixes
+from fedmaestro.errors import DivergedError
+from fedmaestro.rounds.device import LocalTraining, train_device
 from fedmaestro.submodel import State, shapes_of
 
 SETTINGS = LocalTraining(epochs=2, batch_size=8, lr=0.2, momentum=0.9, weight_decay=0.0)
@@ -22,7 +24,7 @@ def prefixes() -> Prefixes:
     torch.manual_seed(0)
     model = lod.factorize(nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 2)))
     small = lod.truncate(model, {"0": 1, "2": 1}).to("meta")
-    return Prefixes(model, [(small, shapes_of(small))])
+    return Prefixes(model=model, smaller=[(small, shapes_of(small))], num_classes=2)
 
 
 @pytest.fixture
@@ -125,19 +127,19 @@ def test_a_step_is_clipped_to_the_norm(prefixes: Prefixes, start: State, share: 
 
 @pytest.mark.parametrize("lr", [1e30, float("nan")])
 def test_training_that_diverges_is_reported(prefixes: Prefixes, start: State, lr: float) -> None:
-    with pytest.raises(TrainingFailedError):
+    with pytest.raises(DivergedError):
         trained(prefixes, start, settings=replace(SETTINGS, lr=lr))
 
 
 def test_a_last_step_that_breaks_a_parameter_is_reported(prefixes: Prefixes, start: State) -> None:
     """All losses are finite: the only step comes after the only loss."""
-    with pytest.raises(TrainingFailedError, match=r"parameter .* is not finite"):
+    with pytest.raises(DivergedError, match=r"parameter .* is not finite"):
         trained(prefixes, start, settings=replace(SETTINGS, epochs=1, batch_size=100, lr=float("inf")))
 
 
 def test_a_device_that_failed_does_not_spoil_the_next_one(prefixes: Prefixes, start: State) -> None:
     alone = trained(prefixes, start)
-    with pytest.raises(TrainingFailedError):
+    with pytest.raises(DivergedError):
         trained(prefixes, start, settings=replace(SETTINGS, lr=1e30))
     again = trained(prefixes, start)
     assert equal(alone[1], again[1])

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedmaestro.fleet.cost import Cost, cost
 from fedmaestro.fleet.learned import (
+    Memories,
     Ranked,
     Rederivation,
     columns_to_keep,
     count_updates,
-    cut_memory,
     losses_of,
     no_updates,
     prices_of,
@@ -25,7 +25,8 @@ from fedmaestro.fleet.learned import (
     rederive,
     tails,
 )
-from fedmaestro.fleet.plan import OWN_PASS, Passes, Plan, SubmodelRule, decode_ranks, encode_ranks, make_plan, trace_of
+from fedmaestro.fleet.plan import Plan, decode_ranks, encode_ranks, make_plan, trace_of
+from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import FLEETS, Tier
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.submodel import State, cut, leading_block, shapes_of
@@ -60,7 +61,7 @@ def path_of(state: State) -> list[dict[str, int]]:
     return rank_path(losses_of(state, full_ranks()), prices_of(full_ranks(), trace_of(LENET)))
 
 
-def start(plan: Plan, state: State, memory: State | None = None, updates: State | None = None) -> Ranked:
+def start(plan: Plan, state: State, memory: Memories | None = None, updates: State | None = None) -> Ranked:
     return Ranked(plan=plan, state=state, memory=memory or {}, updates=updates or no_updates(plan))
 
 
@@ -266,11 +267,11 @@ def cut_case() -> tuple[Plan, Ranked, Ranked]:
     for layer, rank in (("conv2", 3), ("fc1", 5)):
         state[f"{layer}.u"][:, rank:] = 0
     memory = {
-        **{f"momentum/{name}": tensor + 1 for name, tensor in state.items()},
-        **{f"second/{name}": tensor.double() - 1 for name, tensor in state.items()},
-        "steps": torch.tensor(3),
-        "steps/fc1.u": torch.tensor(4),
-        "fc1.u": state["fc1.u"] * 2,
+        "optimizer": {
+            "momentum": {name: tensor + 1 for name, tensor in state.items()},
+            "second": {name: tensor.double() - 1 for name, tensor in state.items()},
+        },
+        "mine": {"steps": {"count": torch.tensor(3), "fc1.u": torch.tensor(4)}},
     }
     now = start(plan, state, memory, everything_trained(plan))
     return plan, now, rederive(plan, now, Rederivation(every=1, threshold=1e-9, min_updates=1000))
@@ -285,12 +286,10 @@ def test_state_memory_and_counts_are_cut_to_their_leading_blocks() -> None:
         assert torch.equal(tensor, leading_block(now.state[name], tuple(tensor.shape)))
         assert tensor.is_contiguous()
         for slot in ("momentum", "second"):
-            expected = leading_block(now.memory[f"{slot}/{name}"], tuple(tensor.shape))
-            assert torch.equal(new.memory[f"{slot}/{name}"], expected)
+            expected = leading_block(now.memory["optimizer"][slot][name], tuple(tensor.shape))
+            assert torch.equal(new.memory["optimizer"][slot][name], expected)
     assert {layer: len(counts) for layer, counts in new.updates.items()} == full
-    assert new.memory.keys() == now.memory.keys()
-    for name in ("steps", "steps/fc1.u", "fc1.u"):
-        assert new.memory[name] is now.memory[name], "no slot, or not the tensor's shape"
+    assert new.memory["mine"] == now.memory["mine"], "not a tensor of the model, or not its shape"
 
 
 def test_uniform_ranks_stay_as_far_as_columns_are_left() -> None:
@@ -323,7 +322,7 @@ def test_a_plan_whose_ranks_stay_is_the_same_one() -> None:
 
 def test_a_state_without_columns_to_cut_is_unchanged() -> None:
     plan = planned()
-    now = start(plan, model(9), {"momentum/fc1.u": torch.ones(3)})
+    now = start(plan, model(9), {"optimizer": {"momentum": {"fc1.u": torch.ones(3)}}})
     new = rederive(plan, now, LEARNED)
     assert all(torch.equal(tensor, now.state[name]) for name, tensor in new.state.items())
     assert new.memory == now.memory
@@ -350,10 +349,6 @@ def test_ranks_survive_their_text() -> None:
         assert again.tiers == new.tiers
         assert again.full == new.full
         assert len(text) < 200
-
-
-def test_memory_of_a_tensor_that_is_gone_is_left_alone() -> None:
-    assert cut_memory({"momentum/x": torch.ones(2)}, {}, {})["momentum/x"].tolist() == [1, 1]
 
 
 def test_tails_are_what_a_prefix_lacks() -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from fedmaestro.fleet.cost import LayerTrace, Trace
 from fedmaestro.fleet.match import TOLERANCE, ranks_of_macs
-from fedmaestro.fleet.plan import Plan, SubmodelRule, make_plan
+from fedmaestro.fleet.plan import Plan, make_plan
+from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.tiers import load_tiers
 from fedmaestro.models import InputShape
 from fedmaestro.models.architecture import Architecture

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from fedmaestro import lod
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.budgets import fit, within_ranks
 from fedmaestro.fleet.cost import Cost, cost, trace
-from fedmaestro.fleet.plan import Plan, Submodel, SubmodelRule, make_plan
-from fedmaestro.fleet.tiers import FLEETS, Tier, fit, within_ranks
+from fedmaestro.fleet.plan import Plan, Submodel, make_plan
+from fedmaestro.fleet.rule import SubmodelRule
+from fedmaestro.fleet.tiers import FLEETS, Tier
 from fedmaestro.models.architecture import Architecture
 
 IMAGES = {"mlp": (1, 8, 8), "lenet": (1, 28, 28), "cnn": (3, 32, 32), "resnet18": (3, 32, 32)}

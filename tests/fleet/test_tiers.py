@@ -12,17 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.budgets import TRAINING_SHARE_OF_RAM, exact, fit, within_ranks
 from fedmaestro.fleet.cost import Cost
-from fedmaestro.fleet.tiers import (
-    FLEETS,
-    TRAINING_SHARE_OF_RAM,
-    Tier,
-    assign_tiers,
-    exact,
-    fit,
-    load_tiers,
-    within_ranks,
-)
+from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers, load_tiers
 
 
 def make_cost(macs: int = 1, memory: int = 1, traffic: int = 2) -> Cost:

@@ -12,7 +12,7 @@ import torch
 
 from fedmaestro.strategies import AGGREGATIONS
 from fedmaestro.strategies.base import Partial, signature
-from fedmaestro.submodel import Shapes, State, cut, leading_block
+from fedmaestro.submodel import Shapes, State, cut
 
 Array = np.ndarray
 Dense = dict[str, Array]
@@ -229,9 +229,9 @@ def test_a_size_that_was_not_announced_is_aggregated_right(rule: str, known: lis
 @pytest.mark.parametrize("rule", ["partitioned-product", "block-product"])
 def test_without_announcements_nothing_is_added_up_across_devices(rule: str) -> None:
     partial, new = merged(rule, [], [(3, list(range(1, 30))), (3, list(range(30, 60))), (1, [60])])
-    whole = partial[signature(state_of(shapes(R1, R2), 0))]
-    assert whole.sums["stack/0:5/a.u"].shape == (7, 59 * R1)
-    assert whole.sums["stack/0:4/b.v"].shape == (59 * R2, 3, 2, 1)
+    ((stack_a,), (stack_b,)) = partial.blocks[signature(shapes(R1, R2))].sums.stacks.values()
+    assert stack_a.u.shape == (7, 59 * R1)
+    assert stack_b.v.shape == (59 * R2, 3, 2, 1)
     _, right = merged(rule, list(TIERS), [(3, list(range(1, 60))), (1, [60])])
     for name, matrix in prefixes(as_dense(new)).items():
         np.testing.assert_allclose(matrix, prefixes(as_dense(right))[name], rtol=1e-9, atol=1e-9)
@@ -249,7 +249,7 @@ def test_what_is_added_up_on_either_side_stays_so() -> None:
     wide = agg.init(state, [tuple(shapes(*TIERS[3]).items())])
     for seed in range(3):  # 15 columns are more than 2 · min(O, I)
         wide = agg.add(wide, state_of(shapes(*TIERS[3]), seed), 5)
-    thin, surprise = (agg.add({}, state_of(shapes(*TIERS[tier]), 9), 5) for tier in (3, 0))
+    thin, surprise = (agg.add(Partial(), state_of(shapes(*TIERS[tier]), 9), 5) for tier in (3, 0))
     for partial in (agg.merge(wide, thin), agg.merge(thin, wide)):
         with pytest.raises(ValueError, match="already added up"):
             agg.finish(agg.merge(partial, surprise), state)
@@ -265,19 +265,3 @@ def test_a_device_of_rank_0_holds_no_column(rule: str) -> None:
     without, beside = (product(as_dense(agg.finish(p, state)), "a") for p in (partial, more))
     share = 12 / 20 if rule == "product-svd" else 1.0
     np.testing.assert_allclose(beside, share * without, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("rule", ["partitioned-product", "block-product"])
-def test_a_part_of_the_sizes_can_be_finished_alone(rule: str) -> None:
-    """As for models that share nothing between tiers: stacks are split more finely than the sizes that are left."""
-    agg = AGGREGATIONS[rule]
-    partial, _ = merged(rule, list(TIERS), [(3, [1]), (3, [2]), (2, [3]), (2, [4])])
-    own = state_of(shapes(*TIERS[2]), 9)
-    new = agg.finish({key: block for key, block in partial.items() if key == signature(own)}, own)
-    devices = [as_dense(state_of(shapes(*TIERS[2]), seed)) for seed in (3, 4)]
-    mean = sum(w * product(d, "a") for w, d in zip((4, 5), devices, strict=True)) / 9
-    got = product(as_dense(new), "a")
-    if rule == "partitioned-product":
-        np.testing.assert_allclose(got, best(mean, TIERS[2][0]), rtol=1e-9, atol=1e-9)
-    assert np.linalg.norm(got - mean) < np.linalg.norm(product(as_dense(own), "a") - mean)
-    assert leading_block(new["a.u"], (7, 4)).shape == (7, 4)

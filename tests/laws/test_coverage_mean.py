@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmaestro.strategies.base import add_to_leading_block, signature
+from fedmaestro.strategies.base import Partial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
-from fedmaestro.submodel import Shapes, State
+from fedmaestro.submodel import Shapes, State, shapes_of, signature
 
 O1, I1, R1 = 5, 4, 4
 O2, I2, R2 = 3, 7, 3
@@ -75,17 +75,20 @@ def test_every_entry_is_the_mean_over_its_holders(devices: list[tuple[int, int, 
 def test_sizes_are_kept_apart_until_the_end() -> None:
     """A partial result has one block per size, whatever the number of devices."""
     small, large = state_of(shapes(1, 2, 1), 1), state_of(FULL, 2)
-    left = COVERAGE_MEAN.add(COVERAGE_MEAN.add({}, small, 2), small, 3)
-    right = COVERAGE_MEAN.add(COVERAGE_MEAN.add({}, large, 4), small, 5)
+    left = COVERAGE_MEAN.add(COVERAGE_MEAN.add(Partial(), small, 2), small, 3)
+    right = COVERAGE_MEAN.add(COVERAGE_MEAN.add(Partial(), large, 4), small, 5)
     merged = COVERAGE_MEAN.merge(left, right)
-    assert {key: block.weight for key, block in merged.items()} == {signature(small): 10.0, signature(large): 4.0}
-    torch.testing.assert_close(merged[signature(small)].sums["a.u"], 10.0 * small["a.u"].double())
-    torch.testing.assert_close(merged[signature(large)].sums["a.u"], 4.0 * large["a.u"].double())
+    assert {key: block.weight for key, block in merged.blocks.items()} == {
+        signature(shapes_of(small)): 10.0,
+        signature(shapes_of(large)): 4.0,
+    }
+    torch.testing.assert_close(merged.blocks[signature(shapes_of(small))].sums["a.u"], 10.0 * small["a.u"].double())
+    torch.testing.assert_close(merged.blocks[signature(shapes_of(large))].sums["a.u"], 4.0 * large["a.u"].double())
 
 
 def test_a_device_without_examples_covers_nothing() -> None:
     state = state_of(FULL, 0)
-    new = COVERAGE_MEAN.finish(COVERAGE_MEAN.add({}, state_of(FULL, 1), 0), state)
+    new = COVERAGE_MEAN.finish(COVERAGE_MEAN.add(Partial(), state_of(FULL, 1), 0), state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in new.items())
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedmaestro.strategies.base import contributors
+from fedmaestro.strategies.base import Partial
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.masked_mean import MASKED_MEAN, changed_rows
 from fedmaestro.strategies.server_optimizers import SERVER_OPTIMIZERS
@@ -75,19 +75,19 @@ def test_rows_of_any_type_and_dimension(dtype: torch.dtype) -> None:
 
 
 def test_row_weights_are_scaled_with_the_sums(state: State) -> None:
-    partial = MASKED_MEAN.add({}, with_row(state, 1, 2.0), 30, start=state)
-    ((_, block),) = partial.items()
-    scaled = MASKED_MEAN.reduction.scale(block.sums, 1 / 30)
-    assert scaled["rows/head.weight"].tolist() == pytest.approx([0, 1, 0])
-    assert scaled["rows/scale"].shape == ()
-    torch.testing.assert_close(scaled["head.weight"][1], torch.full((4,), 2.0).double())
+    partial = MASKED_MEAN.add(Partial(), with_row(state, 1, 2.0), 30, start=state)
+    ((_, block),) = partial
+    scaled = MASKED_MEAN.mean(block)
+    assert scaled["rows"]["head.weight"].tolist() == pytest.approx([0, 1, 0])
+    assert scaled["rows"]["scale"].shape == ()
+    torch.testing.assert_close(scaled["sums"]["head.weight"][1], torch.full((4,), 2.0))
 
 
 def test_a_row_that_no_device_changed_keeps_its_value_under_server_momentum(state: State) -> None:
     """Its holders do not count as contributors: its momentum of earlier rounds would move it otherwise."""
-    memory = {f"momentum/{name}": torch.ones_like(tensor) for name, tensor in state.items()}
+    memory = {"momentum": {name: torch.ones_like(tensor) for name, tensor in state.items()}}
     partial = MASKED_MEAN.add(MASKED_MEAN.init(state), with_row(state, 1, 2.0), 30, start=state)
-    devices = contributors(MASKED_MEAN, partial, state)
+    devices = MASKED_MEAN.contributors(partial, state)
     new, _ = SERVER_OPTIMIZERS["momentum"].step(state, MASKED_MEAN.finish(partial, state), memory, devices)
     for name in ("head.weight", "head.bias"):
         assert torch.equal(new[name][[0, 2]], state[name][[0, 2]])

@@ -8,10 +8,12 @@ Shapes: ``O`` out, ``I`` in, ``R`` full rank, ``r`` prefix, ``k×l`` kernel.
 """
 # ruff: noqa: N803 (O, I, R, k, l are the shape letters)
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache, reduce
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,8 @@ from torch import Tensor
 
 from fedmaestro import lod
 from fedmaestro.strategies import AGGREGATIONS
-from fedmaestro.strategies.base import Aggregation, Block, Partial, Signature, signature
-from fedmaestro.submodel import Shapes, State, cut, num_elements, shapes_of
+from fedmaestro.strategies.base import Aggregation, Block, Partial
+from fedmaestro.submodel import Shapes, Signature, State, cut, num_elements, shapes_of, signature
 
 SHARED_LAWS = (
     "a layer that nobody sent is kept",
@@ -142,7 +144,7 @@ class Federation:
 
     @property
     def announced(self) -> list[Signature]:
-        return [tuple(self.shapes(size).items()) for size in self.edges[1:]]
+        return [signature(self.shapes(size)) for size in self.edges[1:]]
 
     @property
     def state(self) -> State:
@@ -230,18 +232,30 @@ def assert_close(agg: Aggregation, fed: Federation, actual: State, expected: Sta
 
 
 def assert_equal_partials(actual: Partial, expected: Partial) -> None:
-    assert actual.keys() == expected.keys()
-    for key, block in actual.items():
-        assert (block.weight, block.devices) == (expected[key].weight, expected[key].devices)
-        assert_equal(block.sums, expected[key].sums)
+    assert (actual.sizes, actual.blocks.keys()) == (expected.sizes, expected.blocks.keys())
+    for size, block in actual.blocks.items():
+        other = expected.blocks[size]
+        assert (block.weight, block.devices) == (other.weight, other.devices)
+        assert_equal(tensors(block.sums), tensors(other.sums))
 
 
 def copied(state: State) -> State:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
+def tensors(sums: Any, prefix: str = "") -> State:
+    """Every tensor that a reduction's sums hold, whatever records they lie in."""
+    if isinstance(sums, Tensor):
+        return {prefix: sums}
+    parts = sums.items() if isinstance(sums, Mapping) else enumerate(sums) if isinstance(sums, tuple) else None
+    if parts is None:
+        parts = vars(sums).items() if is_dataclass(sums) else ()
+    return {key: x for name, part in parts for key, x in tensors(part, f"{prefix}/{name}").items()}
+
+
 def copied_partial(partial: Partial) -> Partial:
-    return {key: Block(copied(block.sums), block.weight, block.devices) for key, block in partial.items()}
+    blocks = {size: replace(block, sums=deepcopy(block.sums)) for size, block in partial.blocks.items()}
+    return Partial(blocks, partial.sizes)
 
 
 # ---------------------------------------------------------------- the laws
@@ -342,11 +356,11 @@ def order_and_split(agg: Aggregation, fed: Federation) -> None:
     left = agg.merge(agg.merge(agg.merge(fed.empty(agg), parts[0]), parts[1]), parts[2])
     right = agg.merge(agg.merge(parts[2], agg.merge(parts[1], parts[0])), fed.empty(agg))
     for other in (left, right):
-        for key, block in other.items():
-            assert block.devices == whole[key].devices
-            assert block.weight == pytest.approx(whole[key].weight, rel=1e-14)
-            assert {tensor.dtype for tensor in block.sums.values()} <= {torch.float64}
-        assert sum(block.devices for block in other.values()) == len(submodels)
+        for size, block in other.blocks.items():
+            assert block.devices == whole.blocks[size].devices
+            assert block.weight == pytest.approx(whole.blocks[size].weight, rel=1e-14)
+            assert {tensor.dtype for tensor in tensors(block.sums).values()} <= {torch.float64}
+        assert other.devices == len(submodels)
         assert_close(agg, fed, agg.finish(other, state), agg.finish(whole, state))
 
 
@@ -366,9 +380,9 @@ def wire(agg: Aggregation, fed: Federation) -> None:
     arrived = fed.empty(agg)
     for size in sorted({*fed.sizes}):
         devices = [k for k, other in enumerate(fed.sizes) if other == size]
-        ((key, block),) = fed.added(agg, agg.init(fed.state), devices, fed.submodels).items()
-        sent = agg.reduction.scale(block.sums, 1 / block.weight)
-        mean = {name: tensor.float() for name, tensor in sent.items()}
+        ((key, block),) = fed.added(agg, agg.init(fed.state), devices, fed.submodels).blocks.items()
+        mean = agg.mean(block)
+        assert {tensor.dtype for tensor in tensors(mean).values()} == {torch.float32}
         for _ in range(2):
             arrived = agg.receive(arrived, key, mean, block.weight, block.devices)
     new = agg.finish(arrived, fed.state)
@@ -382,27 +396,29 @@ def scaling(agg: Aggregation, fed: Federation) -> None:
     heavier = replace(
         fed, weights=tuple(n * (4 if s == size else 1) for s, n in zip(fed.sizes, fed.weights, strict=True))
     )
-    partial = dict(fed.partial(agg, fed.submodels))
-    key = tuple(fed.shapes(size).items())
-    partial[key] = Block(agg.reduction.scale(partial[key].sums, 4.0), 4 * partial[key].weight, partial[key].devices)
+    partial, key = fed.partial(agg, fed.submodels), signature(fed.shapes(size))
+    block = partial.blocks[key]
+    scaled = Block(agg.reduction.scale(block.sums, 4.0), 4 * block.weight, block.devices)
+    partial = replace(partial, blocks={**partial.blocks, key: scaled})
     assert_close(agg, fed, agg.finish(partial, fed.state), heavier.aggregated(agg, fed.submodels))
 
 
 def empty_partial(agg: Aggregation, fed: Federation) -> None:
     for empty in (agg.init(fed.state), fed.empty(agg)):
         partial = fed.added(agg, empty, range(len(fed.sizes)), fed.submodels)
-        assert_equal_partials(agg.merge(partial, empty), partial)
-        assert_equal_partials(agg.merge(empty, partial), partial)
+        for merged in (agg.merge(partial, empty), agg.merge(empty, partial)):
+            assert_equal_partials(replace(merged, sizes=partial.sizes), partial)
+            assert {*merged.sizes.known} == {*partial.sizes.known}
 
 
 def bounded_memory(agg: Aggregation, fed: Federation) -> None:
     """Of 50 devices, no more than a few copies of the model per rank segment are kept (once all sizes are known)."""
     full = replace(fed, sizes=(fed.full_size,) * 50, weights=(1,) * 50, tiers=(*fed.sizes, *fed.tiers))
     partial = full.added(agg, full.empty(agg), [0] * 50, full.submodels[:1])
-    (block,) = (block for block in partial.values() if block.devices)
+    ((_, block),) = partial
     limit = 4 * (len(full.edges) - 1) * num_elements(full.shapes(fed.full_size))
     assert block.devices == 50
-    assert num_elements(shapes_of(block.sums)) <= limit
+    assert sum(tensor.numel() for tensor in tensors(block.sums).values()) <= limit
 
 
 def purity(agg: Aggregation, fed: Federation) -> None:
@@ -413,7 +429,7 @@ def purity(agg: Aggregation, fed: Federation) -> None:
     agg.add(left, submodels[0], 7, start=starts[0])
     agg.finish(agg.merge(left, right), state)
     agg.finish(left, state)
-    for block in (*left.values(), *right.values()):
+    for block in (*left.blocks.values(), *right.blocks.values()):
         agg.reduction.scale(block.sums, 0.5)
     assert_equal_partials(left, before[0])
     assert_equal_partials(right, before[1])
@@ -570,4 +586,4 @@ def test_the_kinds_are_the_shapes_of_real_layers() -> None:
         for r in range(1, R + 1):
             model = lod.truncate(torch.nn.ModuleDict({"layer": layer}), {"layer": r})
             assert shapes_of(model) == KINDS[kind].shapes(r, R)
-            assert dict(signature(model.state_dict())) == KINDS[kind].shapes(r, R)
+            assert dict(signature(shapes_of(model))) == KINDS[kind].shapes(r, R)

@@ -2,6 +2,7 @@
 
 import torch
 
+from fedmaestro.strategies.base import Partial
 from fedmaestro.strategies.reordered import REORDERED, reorder
 from fedmaestro.submodel import State, cut
 
@@ -33,14 +34,14 @@ def test_a_state_keeps_its_function_and_a_second_time_is_rounding() -> None:
 def test_the_aggregation_is_the_mean_and_then_that() -> None:
     """One device that holds all of it: the mean is its state."""
     state, device = random_state(0), random_state(1)
-    new = REORDERED.finish(REORDERED.add({}, device, 5), state)
+    new = REORDERED.finish(REORDERED.add(Partial(), device, 5), state)
     assert all(torch.equal(tensor, reorder(device)[name]) for name, tensor in new.items())
 
 
 def test_a_pair_with_one_frozen_factor_is_ordered_too() -> None:
     state, device = random_state(0), random_state(1)
     sent = {name: tensor for name, tensor in device.items() if not name.endswith(".v") and name != "b.u"}
-    new = REORDERED.finish(REORDERED.add({}, sent, 5), state)
+    new = REORDERED.finish(REORDERED.add(Partial(), sent, 5), state)
     torch.testing.assert_close(products(new)["a"], device["a.u"].double() @ state["a.v"].double(), rtol=1e-5, atol=1e-5)
     gram = new["a.u"].double().T @ new["a.u"].double()
     torch.testing.assert_close(gram, gram.diag().diag(), rtol=0, atol=1e-5)
@@ -51,5 +52,5 @@ def test_a_pair_with_one_frozen_factor_is_ordered_too() -> None:
 def test_devices_without_examples_change_nothing() -> None:
     state = random_state(0)
     small = cut(random_state(1), {"a.u": (7, 2), "a.v": (2, 5)})
-    new = REORDERED.finish(REORDERED.add({}, small, 0), state)
+    new = REORDERED.finish(REORDERED.add(Partial(), small, 0), state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in new.items())

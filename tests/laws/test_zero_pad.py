@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from fedmaestro.strategies.base import Partial
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.zero_pad import ZERO_PAD
 from fedmaestro.submodel import State, cut
@@ -49,7 +50,7 @@ def test_a_coverage_mean_does_not_shrink_anything(state: State) -> None:
 
 
 def test_what_nobody_holds_becomes_zero(state: State) -> None:
-    new = ZERO_PAD.finish(ZERO_PAD.add({}, cut(state, {"u": (O, 2), "v": (2, I)}), 3), state)
+    new = ZERO_PAD.finish(ZERO_PAD.add(Partial(), cut(state, {"u": (O, 2), "v": (2, I)}), 3), state)
     assert torch.equal(new["u"][:, :2], state["u"][:, :2])
     assert not new["u"][:, 2:].any()
     assert not new["v"][2:].any()

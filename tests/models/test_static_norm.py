@@ -164,7 +164,9 @@ def test_a_smaller_level_computes_what_the_cut_model_does(scaler: bool) -> None:
     small = arch.materialize(size).double()
     load(small, cut(model.state_dict(), shapes_of(small)))
     x = images_of(arch, 4)
-    torch.testing.assert_close(Prefixes(model, [(template, shapes_of(template))])(x, 1), small(x))
+    torch.testing.assert_close(
+        Prefixes(model=model, smaller=[(template, shapes_of(template))], num_classes=10)(x, 1), small(x)
+    )
 
 
 @pytest.mark.parametrize("width", [Fraction(1, 16), FULL])

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmaestro.fleet.clock import device_timing
-from fedmaestro.fleet.plan import Plan, SubmodelRule, make_plan
+from fedmaestro.fleet.plan import Plan, make_plan
+from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.schedule import Schedule, schedule_round

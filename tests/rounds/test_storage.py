@@ -6,17 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmaestro.fleet.plan import Plan, SubmodelRule, make_plan
+from fedmaestro.fleet.plan import Plan, make_plan
+from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.tiers import load_tiers
 from fedmaestro.models import InputShape
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds import storage
 from fedmaestro.strategies import AGGREGATIONS
-from fedmaestro.strategies.base import contributors, signature
-from fedmaestro.submodel import State, load
+from fedmaestro.submodel import State, load, shapes_of
 
 SHAPES: dict[str, InputShape] = {"mlp": (1, 8, 8), "lenet": (1, 28, 28), "cnn": (3, 32, 32)}
-RULE = AGGREGATIONS["coverage-mean"]
 
 
 def plan_of(model: str, rule: SubmodelRule) -> Plan:
@@ -26,39 +25,22 @@ def plan_of(model: str, rule: SubmodelRule) -> Plan:
 
 def test_separate_models_start_as_prefixes_and_share_nothing() -> None:
     plan = plan_of("mlp", SubmodelRule(separate=True))
-    state = storage.stored(plan, plan.architecture.initial_state(0))
-    together = storage.stored(plan_of("mlp", SubmodelRule()), plan.architecture.initial_state(0))
-    high, low = plan.by_name("high").serves, plan.by_name("low").serves
-    for tier in (high, low):
-        own = storage.download(plan, state, tier)
-        assert {name: tuple(x.shape) for name, x in own.items()} == tier.shapes
+    models = storage.stored(plan, plan.architecture.initial_state(0))
+    (together,) = storage.stored(plan_of("mlp", SubmodelRule()), plan.architecture.initial_state(0)).values()
+    assert list(models) == ["flagship", "high", "mid", "low", "minimal"]
+    for tier in (plan.by_name("high"), plan.by_name("low")):
+        own = storage.download(plan, models, tier.serves)
+        assert shapes_of(own) == tier.serves.shapes
         for name, tensor in own.items():
             assert torch.equal(tensor, together[name][tuple(slice(n) for n in tensor.shape)])
-    trained = {name: tensor + 1 for name, tensor in storage.download(plan, state, high).items()}
-    partial = RULE.add(RULE.init(state), trained, 10)
-    new, devices = storage.aggregate(plan, RULE, partial, state)
-    assert list(new) == list(state)
-    for name, tensor in new.items():
-        moved = name.startswith("high/")
-        assert torch.equal(tensor, state[name] + 1 if moved else state[name]), name
-        assert float(devices[name].max()) == (1.0 if moved else 0.0)
-
-
-def test_separate_models_take_what_devices_send_when_a_factor_is_frozen() -> None:
-    plan = plan_of("mlp", SubmodelRule(separate=True))
-    state = storage.stored(plan, plan.architecture.initial_state(0))
-    own = storage.download(plan, state, plan.by_name("high").serves)
-    sent = {name: tensor + 1 for name, tensor in own.items() if not name.endswith(".u")}
-    new, _ = storage.aggregate(plan, RULE, RULE.add(RULE.init(state), sent, 10), state)
-    for name, tensor in new.items():
-        moved = name.startswith("high/") and not name.endswith(".u")
-        assert torch.equal(tensor, state[name] + 1 if moved else state[name]), name
+    storage.download(plan, models, plan.by_name("high").serves)["fc1.u"].zero_()
+    assert bool(models["flagship"]["fc1.u"].all())
 
 
 def test_a_mixing_rule_covers_both_factors_when_one_is_sent() -> None:
     state = {"a.u": torch.zeros(3, 2), "a.v": torch.zeros(2, 4), "b.u": torch.zeros(3, 2), "b.v": torch.zeros(2, 4)}
     rule = AGGREGATIONS["reordered"]
-    counts = contributors(rule, rule.add(rule.init(state), {"a.u": torch.ones(3, 1)}, 5), state)
+    counts = rule.contributors(rule.add(rule.init(state), {"a.u": torch.ones(3, 1)}, 5), state)
     assert {name: float(count.min()) for name, count in counts.items()} == {"a.u": 1, "a.v": 1, "b.u": 0, "b.v": 0}
 
 
@@ -67,7 +49,7 @@ def test_tiers_of_one_size_are_one_separate_model() -> None:
     twins = (tiers[0], replace_fraction(tiers[1], 1), *tiers[2:])
     architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10)
     plan = make_plan(architecture, twins, SubmodelRule(separate=True), batch_size=16)
-    assert list(storage.owners(plan)) == ["flagship", "mid", "low", "minimal"]
+    assert list(storage.shapes(plan)) == ["flagship", "mid", "low", "minimal"]
     assert storage.owner_of(plan, plan.by_name("high").serves) == "flagship"
 
 
@@ -84,20 +66,17 @@ def function(architecture: Architecture, state: State, images: Tensor) -> Tensor
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_rolling_keeps_the_whole_function_and_brings_every_channel_to_the_front(model: str) -> None:
     plan = plan_of(model, SubmodelRule(form="dense", rolls=True))
-    state = storage.stored(plan, plan.architecture.initial_state(0))
+    (state,) = storage.stored(plan, plan.architecture.initial_state(0)).values()
     images = torch.randn(4, *SHAPES[model], generator=torch.Generator().manual_seed(0))
     before = function(plan.architecture, state, images)
     bias = next(name for name, units in storage.rolling_units(plan.architecture).items() if units == (1,))
     first = [float(state[bias][0])]
-    memory = {f"momentum/{name}": tensor.clone() for name, tensor in state.items()}
     rolled = state
     for _ in range(len(state[bias]) - 1):
-        rolled, memory = storage.advance(plan, rolled, memory)
+        rolled = storage.advanced(plan, rolled)
         first.append(float(rolled[bias][0]))
     torch.testing.assert_close(function(plan.architecture, rolled, images), before, rtol=1e-4, atol=1e-5)
     assert first == state[bias].tolist()
-    for name, tensor in rolled.items():
-        assert torch.equal(memory[f"momentum/{name}"], tensor), "moments stay with their channels"
 
 
 def test_rolling_moves_whole_feature_maps_and_neither_pixels_nor_classes() -> None:
@@ -111,16 +90,16 @@ def test_rolling_moves_whole_feature_maps_and_neither_pixels_nor_classes() -> No
 
 def test_other_rules_do_not_move() -> None:
     plan = plan_of("mlp", SubmodelRule())
-    state = storage.stored(plan, plan.architecture.initial_state(0))
-    assert storage.advance(plan, state, {}) == (state, {})
+    (state,) = storage.stored(plan, plan.architecture.initial_state(0)).values()
+    assert storage.advanced(plan, state) is state
 
 
 def test_a_matched_plan_starts_from_the_leading_block_of_the_same_model() -> None:
     architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10)
     plan = make_plan(architecture, load_tiers("five-tiers"), SubmodelRule(), batch_size=16, match_macs=True)
     whole = architecture.initial_state(3)
-    state = storage.stored(plan, whole)
-    assert signature(state) == tuple(plan.full.shapes.items())
+    (state,) = storage.stored(plan, whole).values()
+    assert shapes_of(state) == plan.full.shapes
     assert state["fc2.u"].shape[1] < whole["fc2.u"].shape[1]
     assert torch.equal(state["fc2.u"], whole["fc2.u"][:, : state["fc2.u"].shape[1]])
     assert replace(architecture, form="dense").initial_state(3).keys() != whole.keys()

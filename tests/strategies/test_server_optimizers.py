@@ -13,6 +13,7 @@ With ``Δ = 0.01`` in the second step ``v > Δ²``: adam has ``v = 0.99·0.0025 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmaestro.errors import UserError
 from fedmaestro.fleet.learned import cut_memory
 from fedmaestro.strategies.base import add_to_leading_block
-from fedmaestro.strategies.server_optimizers import REPLACE, SERVER_OPTIMIZERS, ServerOptimizer
-from fedmaestro.submodel import State
+from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
+from fedmaestro.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer, optimize
+from fedmaestro.strategies.server_step import Memory, Round
+from fedmaestro.submodel import State, shapes_of
 
 MOMENTUM = ServerOptimizer(name="momentum", lr=0.5)
 ADAM = ServerOptimizer(name="adam", lr=0.1)
@@ -36,10 +40,10 @@ SLOTS = {"none": (), "momentum": ("momentum",)} | dict.fromkeys(("adam", "yogi")
 def run(optimizer: ServerOptimizer, deltas: Sequence[float]) -> tuple[float, dict[str, float]]:
     """Return the value that starts at 1 and the memory, after one step for each pseudo-gradient."""
     state: State = {"x": torch.tensor([1.0], dtype=torch.float64)}
-    memory: State = {}
+    memory: Memory = {}
     for delta in deltas:
         state, memory = optimizer.step(state, {"x": state["x"] + delta}, memory)
-    return state["x"].item(), {key: tensor.item() for key, tensor in memory.items()}
+    return state["x"].item(), {slot: moments["x"].item() for slot, moments in memory.items()}
 
 
 FIRST = 1 + 0.1 * 0.05 / 0.051  # 1.098039…
@@ -48,14 +52,14 @@ FIRST = 1 + 0.1 * 0.05 / 0.051  # 1.098039…
 @pytest.mark.parametrize(
     ("optimizer", "deltas", "value", "memory"),
     [
-        (MOMENTUM, [0.5], 1.25, {"momentum/x": 0.5}),
-        (MOMENTUM, [0.5, -0.25], 1.35, {"momentum/x": 0.2}),
-        (ADAM, [0.5], FIRST, {"momentum/x": 0.05, "second-moment/x": 0.0025}),
-        (ADAM, [0.5, -0.25], 1.13332650, {"momentum/x": 0.02, "second-moment/x": 0.0031}),
-        (ADAM, [0.5, 0.01], 1.18866279, {"momentum/x": 0.046, "second-moment/x": 0.002476}),
-        (YOGI, [0.5], FIRST, {"momentum/x": 0.05, "second-moment/x": 0.0025}),
-        (YOGI, [0.5, -0.25], 1.13318755, {"momentum/x": 0.02, "second-moment/x": 0.003125}),
-        (YOGI, [0.5, 0.01], 1.18825298, {"momentum/x": 0.046, "second-moment/x": 0.002499}),
+        (MOMENTUM, [0.5], 1.25, {"momentum": 0.5}),
+        (MOMENTUM, [0.5, -0.25], 1.35, {"momentum": 0.2}),
+        (ADAM, [0.5], FIRST, {"momentum": 0.05, "second-moment": 0.0025}),
+        (ADAM, [0.5, -0.25], 1.13332650, {"momentum": 0.02, "second-moment": 0.0031}),
+        (ADAM, [0.5, 0.01], 1.18866279, {"momentum": 0.046, "second-moment": 0.002476}),
+        (YOGI, [0.5], FIRST, {"momentum": 0.05, "second-moment": 0.0025}),
+        (YOGI, [0.5, -0.25], 1.13318755, {"momentum": 0.02, "second-moment": 0.003125}),
+        (YOGI, [0.5, 0.01], 1.18825298, {"momentum": 0.046, "second-moment": 0.002499}),
     ],
 )
 def test_steps_by_hand(optimizer: ServerOptimizer, deltas: list[float], value: float, memory: dict[str, float]) -> None:
@@ -105,11 +109,10 @@ def test_entries_without_contributors_keep_value_and_moments_bit_for_bit(optimiz
     assert not torch.isclose(new["u"][:, :2], state["u"][:, :2], rtol=1e-6, atol=0).any()
     assert torch.equal(new["bias"], state["bias"])
     assert kept.keys() == memory.keys()
-    for key, tensor in kept.items():
-        assert torch.equal(
-            tensor[..., 2] if key.endswith("/u") else tensor, memory[key][..., 2] if key.endswith("/u") else memory[key]
-        )
-        assert not key.endswith("/u") or not torch.equal(tensor[:, :2], memory[key][:, :2])
+    for slot, moments in kept.items():
+        assert torch.equal(moments["bias"], memory[slot]["bias"])
+        assert torch.equal(moments["u"][:, 2], memory[slot]["u"][:, 2])
+        assert not torch.equal(moments["u"][:, :2], memory[slot]["u"][:, :2])
 
 
 @settings(max_examples=20)
@@ -143,7 +146,7 @@ def test_damping_scales_the_step_and_not_the_moments(name: str, devices: float, 
     free, expected = ServerOptimizer(name=name).step(state, aggregated, {}, count)  # type: ignore[arg-type]
     torch.testing.assert_close(damped["x"] - state["x"], share * (free["x"] - state["x"]), rtol=1e-6, atol=1e-9)
     assert kept.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in kept.items())
+    assert all(torch.equal(moments["x"], expected[slot]["x"]) for slot, moments in kept.items())
 
 
 def test_without_counts_steps_are_whole() -> None:
@@ -158,8 +161,8 @@ def test_without_counts_steps_are_whole() -> None:
 
 
 def test_replacing_takes_the_aggregate_as_it_is() -> None:
-    state, aggregated, memory = {"x": torch.zeros(2)}, {"x": torch.ones(2)}, {"momentum/x": torch.ones(2)}
-    assert REPLACE.step(state, aggregated, memory, {"x": torch.zeros(2)}) == (aggregated, memory)
+    state, aggregated, memory = {"x": torch.zeros(2)}, {"x": torch.ones(2)}, {"momentum": {"x": torch.ones(2)}}
+    assert SERVER_OPTIMIZERS["none"].step(state, aggregated, memory, {"x": torch.zeros(2)}) == (aggregated, memory)
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
@@ -169,10 +172,10 @@ def test_memory_has_the_keys_and_shapes_that_shrinking_cuts(name: str) -> None:
     aggregated = {n: x + 1 for n, x in state.items()}
     new, memory = SERVER_OPTIMIZERS[name].step(state, aggregated, {})
     assert list(new) == list(state)
-    assert memory.keys() == {f"{slot}/{tensor}" for slot in SLOTS[name] for tensor in state}
-    shorter = cut_memory(memory, state, {"a.u": (4, 2), "a.v": (2, 2, 2)})
-    for key, tensor in shorter.items():
-        assert tensor.shape == ((4, 2) if key.endswith("u") else (2, 2, 2))
+    assert {slot: list(moments) for slot, moments in memory.items()} == {slot: list(state) for slot in SLOTS[name]}
+    shapes = {"a.u": (4, 2), "a.v": (2, 2, 2)}
+    shorter = cut_memory({"optimizer": memory}, state, shapes)["optimizer"]
+    assert all(shapes_of(moments) == shapes for moments in shorter.values())
 
 
 @pytest.mark.parametrize("optimizer", STATEFUL, ids=NAMES)
@@ -181,11 +184,23 @@ def test_inputs_are_not_modified_and_types_are_kept(optimizer: ServerOptimizer) 
         state, aggregated = {"x": random((3,), 0).to(dtype)}, {"x": random((3,), 1).to(dtype)}
         _, memory = optimizer.step(state, aggregated, {})
         inputs = (state, aggregated, memory, {"x": torch.tensor([0.0, 1.0, 2.0])})
-        before = [{key: tensor.clone() for key, tensor in x.items()} for x in inputs]
+        before = deepcopy(inputs)
         new, kept = optimizer.step(*inputs)
-        for tensor in (*new.values(), *kept.values()):
+        for tensor in (new["x"], *(moments["x"] for moments in kept.values())):
             assert tensor.dtype == dtype
             tensor.zero_()
-        for x, copy in zip(inputs, before, strict=True):
-            assert x.keys() == copy.keys()
-            assert all(torch.equal(tensor, copy[key]) for key, tensor in x.items())
+        for value, copy in zip((state, aggregated, *memory.values()), (*before[:2], *before[2].values()), strict=True):
+            assert torch.equal(value["x"], copy["x"])
+
+
+def test_a_step_takes_its_constants_from_the_settings_and_the_optimisers_own() -> None:
+    state, aggregated = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+    partial = COVERAGE_MEAN.add(COVERAGE_MEAN.init(state), aggregated, 1)
+    this = Round(number=1, before=state, partial=partial, aggregation=COVERAGE_MEAN)
+    for lr, expected in ((None, 0.03), (0.5, 0.5)):
+        new, memory = optimize("adam", lr, 0.9, 0.0).apply(aggregated, {}, this)
+        by_hand, moments = ServerOptimizer(name="adam", lr=expected).step(state, aggregated, {})
+        assert torch.equal(new["x"], by_hand["x"])
+        assert memory.keys() == moments.keys()
+    with pytest.raises(UserError, match=r"server\.optimizer 'adm': did you mean 'adam'"):
+        optimize("adm", None, 0.9, 0.0)

@@ -57,7 +57,7 @@ def test_without_a_rate_or_devices_nothing_changes(state: State) -> None:
 
 def test_a_column_that_nobody_of_the_round_holds_loses_the_whole_rate(state: State) -> None:
     shapes = {"a.u": (O, 2), "a.v": (2, I, 1, 1), "a.bias": (O,), "b.weight": (3, 2)}
-    new = decay_tails(state, COVERAGE_MEAN.add({}, cut(state, shapes), 5), 0.25)
+    new = decay_tails(state, COVERAGE_MEAN.add(COVERAGE_MEAN.init(state), cut(state, shapes), 5), 0.25)
     factors = torch.tensor([1.0, 1.0, 0.75, 0.75], dtype=torch.float64)
     torch.testing.assert_close(singular_values(new), factors * singular_values(state), rtol=1e-5, atol=1e-6)
 

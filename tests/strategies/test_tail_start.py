@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmaestro.fleet.holders import expected_holders
 from fedmaestro.fleet.plan import Plan, make_plan
 from fedmaestro.fleet.tiers import assign_tiers, load_tiers
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.schedule import schedule_round
 from fedmaestro.strategies import SUBMODELS
 from fedmaestro.strategies.reordered import reorder
-from fedmaestro.strategies.tail_start import expected_holders, start_tails
+from fedmaestro.strategies.tail_start import start_tails
 from fedmaestro.submodel import State, cut
 
 TIERS = load_tiers("skewed")
