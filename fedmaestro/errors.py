@@ -1,7 +1,8 @@
 """Errors that a user can act on."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,6 +25,12 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") ->
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names) or 'none'}")
+
+
+def reason_of(error: Mapping[str, Any]) -> str:
+    """Return what a pydantic error says, as the end of a sentence."""
+    message = str(error["msg"])
+    return message[:1].lower() + message[1:]
 
 
 def check_name(kind: str, name: str, valid: Collection[str], where: str = "") -> None:

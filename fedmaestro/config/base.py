@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from fedmaestro.errors import UserError, check_name
+from fedmaestro.errors import UserError, check_name, reason_of
 
 Value = bool | int | float | str
 """What a setting's text form can be, in TOML, on the command line and in Flower's run config."""
@@ -184,7 +184,7 @@ def _refusal(
     if isinstance(reason := first.get("ctx", {}).get("error"), UserError):  # of a rule about several settings
         return reason
     key = _key_of(first["loc"], known)
-    reasons = [x["msg"].lower() for x in (first, *others) if _key_of(x["loc"], known) == key]
+    reasons = [reason_of(x) for x in (first, *others) if _key_of(x["loc"], known) == key]
     marks = known[key].metadata if key in known else []
     words = [repr(mark.word) for mark in marks if isinstance(mark, Unset) and mark.word]
     said = ", or ".join(dict.fromkeys([*reasons, *words]))

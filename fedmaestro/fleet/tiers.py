@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmaestro import rng
-from fedmaestro.errors import UserError, check_name, unknown_name
+from fedmaestro.errors import UserError, check_name, reason_of, unknown_name
 
 
 class Tier(BaseModel):
@@ -148,7 +148,7 @@ def _parse_tier(file: str, name: str, table: Any) -> Tier:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: tiers.{name}.{key}: {first['msg'].lower()}, got {first['input']!r}") from None
+        raise UserError(f"{file}: tiers.{name}.{key}: {reason_of(first)}, got {first['input']!r}") from None
 
 
 def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
@@ -31,7 +32,7 @@ def _size(form: Any) -> Size:
             return Size(width=Fraction(form["width"]))
         return Size(ranks={str(layer): int(rank) for layer, rank in form["ranks"].items()})
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"it gives no usable size: {type(error).__name__} {error}") from None
+        raise PydanticCustomError("size", f"no usable size: {type(error).__name__} {error}") from None
 
 
 def _size_form(size: Size) -> dict[str, Any]:

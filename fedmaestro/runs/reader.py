@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fedmaestro.errors import UserError
+from fedmaestro.errors import UserError, reason_of
 from fedmaestro.runs.records import Record, RoundRecord, Summary
 
 R = TypeVar("R", bound=Record)
@@ -112,7 +112,7 @@ def parse(content: dict[str, Any], kind: type[R], where: str) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {key} is wrong: {first['msg'].lower()}") from None
+        raise UserError(f"{where}: {key} is wrong: {reason_of(first)}") from None
 
 
 def _parsed(content: bytes, kind: type[R], where: str) -> R:

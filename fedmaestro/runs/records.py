@@ -25,7 +25,7 @@ class RoundRecord(Record):
     """One line of ``rounds.jsonl``; round 0 is the initial model."""
 
     round: int
-    tiers: dict[str, dict[str, float | None]]
+    tiers: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """``{tier: {"accuracy", "loss"}}``, largest tier first; empty in rounds without evaluation.
 
     A loss that is not finite is None.

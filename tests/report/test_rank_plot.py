@@ -1,14 +1,15 @@
+"""Ranks per layer over time as pictures."""
+
 import math
-import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import svg_texts
 
 from fedmaestro.report import plot_ranks, plot_tier_ranks, rank_svg, tier_rank_svg
 from fedmaestro.report.rank_plot import hold, spread
@@ -37,25 +38,20 @@ def make_tier_history(full: dict[str, int]) -> list[tuple[float, dict[str, dict[
     ]
 
 
-def _texts(svg: str) -> list[str]:
-    root = ElementTree.fromstring(svg)
-    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
 def test_a_few_layers_are_lines_with_their_last_ranks_beside_them(tmp_path: Path) -> None:
     _, svg = plot_ranks(make_history(LENET), tmp_path / "plots" / "ranks", full=LENET, x_label="Epoch", title="a & b")
     text = svg.read_text(encoding="utf-8")
-    texts = _texts(text)
+    texts = svg_texts(text)
     assert {"a & b", "Epoch", "Rank (% of the full rank)"} <= set(texts)
     assert {"conv1  2 of 6", "conv2  5 of 16", "fc1  40 of 120", "fc2  28 of 84", "fc3  3 of 10"} <= set(texts)
     assert "<image" not in text
 
 
-@pytest.mark.parametrize("count", [9, 60, 400])
+@pytest.mark.parametrize("count", [9, 400])
 def test_many_layers_are_rows_of_a_heat_map(count: int) -> None:
     full = {f"block{index // 6}.attention.layer{index}": 512 for index in range(count)}
     svg = rank_svg(make_history(full), x_label="Epoch")
-    texts = _texts(svg)
+    texts = svg_texts(svg)
     rows = [row for row in texts if row.endswith("(512)")]
     assert rows[0] == "block0.attention.layer0 (512)"
     assert len(rows) == (count if count <= 130 else 100), "rows without a label rather than labels on each other"
@@ -72,7 +68,7 @@ def test_layers_are_in_network_order_and_long_names_keep_their_end() -> None:
         "a.second",
         *[f"a.very.long.prefix.of.a.module.layer{index}.attention.out" for index in range(9)],
     ]
-    texts = _texts(rank_svg([(0, dict.fromkeys(names, 5))], x_label="Epoch"))
+    texts = svg_texts(rank_svg([(0, dict.fromkeys(names, 5))], x_label="Epoch"))
     rows = [text for text in texts if text.endswith("(5)")]
     assert rows[:2] == ["z.first (5)", "a.second (5)"]
     assert [row[-len("layer0.attention.out (5)") :] for row in rows[2:]] == [
@@ -83,7 +79,7 @@ def test_layers_are_in_network_order_and_long_names_keep_their_end() -> None:
 
 def test_one_panel_per_layer_with_the_tiers_in_order(tmp_path: Path) -> None:
     _, svg = plot_tier_ranks(make_tier_history(LENET), tmp_path / "ranks", full={"fc1": 120}, title="federated")
-    texts = _texts(svg.read_text(encoding="utf-8"))
+    texts = svg_texts(svg.read_text(encoding="utf-8"))
     titles = ["conv1 (largest rank 6)", "conv2 (largest rank 16)", "fc1 (full rank 120)", "fc2 (largest rank 84)"]
     assert [text for text in texts if text in titles] == titles
     assert [text for text in texts if text in TIERS] == list(TIERS)
@@ -92,43 +88,25 @@ def test_one_panel_per_layer_with_the_tiers_in_order(tmp_path: Path) -> None:
 
 
 def test_many_layers_are_one_heat_map_per_tier() -> None:
-    texts = _texts(tier_rank_svg(make_tier_history(TRANSFORMER), full=TRANSFORMER, x_label="Round"))
+    texts = svg_texts(tier_rank_svg(make_tier_history(TRANSFORMER), full=TRANSFORMER, x_label="Round"))
     assert [text for text in texts if text in TIERS] == list(TIERS)
     assert len([text for text in texts if text.endswith("(512)")]) == 60
     assert texts.count("Round") == 3
     assert "Rank (% of the full rank)" in texts
 
 
-@pytest.mark.parametrize("count", [5, 9])
-def test_outputs_are_reproducible_and_leave_matplotlib_alone(tmp_path: Path, count: int) -> None:
-    history, before = make_history(dict(list(TRANSFORMER.items())[:count])), dict(matplotlib.rcParams)
-    first = plot_ranks(history, tmp_path / "a.b", x_label="Epoch")
-    assert dict(matplotlib.rcParams) == before
-    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "image.cmap": "jet"}):
-        second = plot_ranks(history, tmp_path / "c", x_label="Epoch")
-    assert first == (tmp_path / "a.b.png", tmp_path / "a.b.svg")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    assert first[0].stat().st_size > 5000
-
-
-@pytest.mark.parametrize("full", [LENET, TRANSFORMER])
-def test_tier_outputs_are_reproducible(full: dict[str, int]) -> None:
-    history = make_tier_history(full)[:3]
-    assert tier_rank_svg(history) == tier_rank_svg(history)
-
-
 @pytest.mark.parametrize("history", [[], [(0, {})], [(0, {}), (1, {})]])
 def test_an_empty_history_says_so(history: list[tuple[float, dict[str, Any]]]) -> None:
     for svg in (rank_svg(history, x_label="Epoch"), tier_rank_svg(history)):
-        assert "no ranks have been recorded yet" in _texts(svg)
+        assert "no ranks have been recorded yet" in svg_texts(svg)
 
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_one_moment(count: int) -> None:
     history = [(3.0, {f"_l${index}$": index for index in range(count)})]  # matplotlib hides _names and reads $ as maths
-    assert any(text.startswith("_l$0$") for text in _texts(rank_svg(history, x_label="Epoch")))
+    assert any(text.startswith("_l$0$") for text in svg_texts(rank_svg(history, x_label="Epoch")))
     svg = tier_rank_svg([(moment, {"_t$": ranks}) for moment, ranks in history])
-    assert "_t$" in _texts(svg)
+    assert "_t$" in svg_texts(svg)
 
 
 @pytest.mark.parametrize("count", [2, 9])
@@ -141,7 +119,7 @@ def test_null_and_missing_ranks_leave_gaps(count: int) -> None:
     del odd[3][1][names[0]]
     for row in odd:
         row[1][names[1]] = None
-    texts = _texts(rank_svg(odd, full=TRANSFORMER, x_label="Epoch"))
+    texts = svg_texts(rank_svg(odd, full=TRANSFORMER, x_label="Epoch"))
     assert any("–" in text for text in texts), "no rank is known"
     assert any("512 of 512" in text or text == "512" for text in texts), "the last known one"
     tier_rank_svg([(moment, {"a": row, "b": {}}) for moment, row in odd])

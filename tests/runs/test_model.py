@@ -1,5 +1,6 @@
 """Model artefacts as modules: what was written comes back, whole, as a tier, shrunken or recomposed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from fedmaestro import lod
 from fedmaestro.errors import UserError
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Form, Size
-from fedmaestro.runs.checkpoint import write_model
-from fedmaestro.runs.model import architecture_of, filled, load_model
+from fedmaestro.runs.model import ModelCard, filled, load_model, read_model, write_model
+from fedmaestro.submodel import State
 
 SHAPES = {"mlp": (1, 4, 5), "lenet": (1, 16, 16), "cnn": (3, 8, 8)}
 
@@ -24,17 +25,20 @@ def architecture(name: str = "mlp", form: Form = "lod", keep_dense: str = "head"
     return Architecture(name=name, input_shape=SHAPES[name], num_classes=7, form=form, keep_dense=keep_dense)
 
 
-def card_of(source: Architecture, size: Size, **more: Any) -> dict[str, Any]:
-    return {
-        "model": source.name,
-        "form": source.form,
-        "keep_dense": source.keep_dense,
-        "input_shape": list(source.input_shape),
-        "num_classes": source.num_classes,
-        "size": size.to_json(),
-        "tiers": {},
+def card_of(source: Architecture, size: Size, **more: Any) -> ModelCard:
+    return ModelCard(
+        model=source.name,
+        form=source.form,
+        keep_dense=source.keep_dense,
+        input_shape=list(source.input_shape),
+        num_classes=source.num_classes,
+        size=size,
         **more,
-    }
+    )
+
+
+def write(folder: Path, state: State, card: ModelCard) -> str:
+    return write_model(folder, {None: state}, card)
 
 
 def outputs(model: nn.Module, source: Architecture) -> Tensor:
@@ -49,7 +53,7 @@ def outputs(model: nn.Module, source: Architecture) -> Tensor:
 def test_a_whole_model_comes_back(name: str, form: Form, tmp_path: Path) -> None:
     source = architecture(name, form)
     state = source.initial_state(0)
-    write_model(tmp_path, state, card_of(source, source.full_size))
+    write(tmp_path, state, card_of(source, source.full_size))
     model = load_model(str(tmp_path))
     assert not any(module.training for module in model.modules())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -67,7 +71,7 @@ def test_a_smaller_model_comes_back_as_factors_or_recomposed(
     small = lod.truncate(source.with_state(source.initial_state(0)), ranks)
     model = lod.recompose(small) if recomposed else small
     more = {"recomposed": True} if recomposed else {}
-    write_model(folder, model.state_dict(), card_of(source, Size(ranks=ranks), **more))
+    write(folder, model.state_dict(), card_of(source, Size(ranks=ranks), **more))
     loaded = load_model(folder)
     assert {n: type(m) for n, m in loaded.named_modules()} == {n: type(m) for n, m in model.named_modules()}
     assert outputs(loaded, source).equal(outputs(model, source))
@@ -77,7 +81,7 @@ def test_recomposed_models_are_dense_where_that_is_smaller(tmp_path: Path) -> No
     source = architecture(keep_dense="none")
     ranks = {"fc1": 17, "fc2": 64, "fc3": 6}  # break-even at 17.3, 64 and 6.6
     model = lod.recompose(lod.truncate(source.with_state(source.initial_state(0)), ranks))
-    write_model(tmp_path, model.state_dict(), card_of(source, Size(ranks=ranks), recomposed=True))
+    write(tmp_path, model.state_dict(), card_of(source, Size(ranks=ranks), recomposed=True))
     loaded = load_model(tmp_path)
     assert lod.max_ranks(loaded) == {"fc1": 17, "fc3": 6}
     assert type(loaded.get_submodule("fc2")) is nn.Linear
@@ -89,8 +93,8 @@ def test_a_tier_is_the_leading_block(name: str, form: Form, tmp_path: Path) -> N
     source = architecture(name, form)
     state = source.initial_state(0)
     tiers = {str(i): source.size_at(fraction) for i, fraction in enumerate(source.fractions()[10:60:20])}
-    card = card_of(source, source.full_size, tiers={tier: size.to_json() for tier, size in tiers.items()})
-    write_model(tmp_path, state, card)
+    card = card_of(source, source.full_size, tiers=tiers)
+    write(tmp_path, state, card)
     for tier, size in tiers.items():
         model = load_model(tmp_path, tier)
         shapes = source.shapes(size)
@@ -101,7 +105,7 @@ def test_a_tier_is_the_leading_block(name: str, form: Form, tmp_path: Path) -> N
 
 def test_a_loaded_model_is_a_copy_of_its_own(tmp_path: Path) -> None:
     source = architecture()
-    write_model(tmp_path, source.initial_state(0), card_of(source, source.full_size))
+    write(tmp_path, source.initial_state(0), card_of(source, source.full_size))
     first, second = load_model(tmp_path), load_model(tmp_path)
     with torch.no_grad():
         for parameter in first.parameters():
@@ -116,8 +120,8 @@ def test_a_loaded_model_is_a_copy_of_its_own(tmp_path: Path) -> None:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     source = architecture()
-    low = Size(ranks={"fc1": 2, "fc2": 3}).to_json()
-    write_model(tmp_path, source.initial_state(0), card_of(source, source.full_size, tiers={"low": low}))
+    low = Size(ranks={"fc1": 2, "fc2": 3})
+    write(tmp_path, source.initial_state(0), card_of(source, source.full_size, tiers={"low": low}))
     return tmp_path
 
 
@@ -138,7 +142,7 @@ def test_an_unknown_tier(written: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    expect_error(tmp_path / "gone", "no readable model", str(tmp_path / "gone"))
+    expect_error(tmp_path / "gone", "cannot read", "model.json", str(tmp_path / "gone"))
 
 
 def test_an_unknown_model(written: Path) -> None:
@@ -146,26 +150,23 @@ def test_an_unknown_model(written: Path) -> None:
     expect_error(written, "'lenet5'", "did you mean 'lenet'?", "model.json", *MODELS)
 
 
-@pytest.mark.parametrize("key", ["model", "form", "keep_dense", "input_shape", "num_classes"])
+@pytest.mark.parametrize("key", ["model", "form", "keep_dense", "input_shape", "num_classes", "size"])
 def test_a_missing_key(written: Path, key: str) -> None:
     card = json.loads((written / "model.json").read_text())
     del card[key]
-    with pytest.raises(UserError, match=f"is no model card: KeyError '{key}'"):
-        architecture_of(card, written)
-
-
-@pytest.mark.parametrize(("key", "tier"), [("size", None), ("tiers", "low")])
-def test_a_missing_size(written: Path, key: str, tier: str | None) -> None:
-    card = json.loads((written / "model.json").read_text())
-    del card[key]
     (written / "model.json").write_text(json.dumps(card))
-    expect_error(written, "no model card", key, tier=tier)
+    expect_error(written, f"{key} is wrong: field required", str(written))
+
+
+def test_a_model_without_tiers_has_none(written: Path) -> None:
+    change(written, tiers={})
+    expect_error(written, "has no tiers", tier="low")
 
 
 @pytest.mark.parametrize("card", [[], 7, None, "mlp"], ids=str)
 def test_a_card_of_another_form(card: Any, written: Path) -> None:
     (written / "model.json").write_text(json.dumps(card))
-    expect_error(written, "is no model card", str(written))
+    expect_error(written, "expected a JSON object", str(written))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,10 @@ def test_tensors_of_another_model(values: dict[str, Any], written: Path) -> None
     ("values", "said"),
     [
         ({"size": {"ranks": {"fc1": 21, "fc2": 9}}}, ["'fc1'", "20", "21"]),
-        ({"size": {"ranks": {"fc1": 2.5, "fc2": 9}}}, ["'fc1'", "2.5"]),
+        ({"size": {"width": "1/0"}}, ["no usable size", "ZeroDivisionError"]),
+        ({"size": {"ranks": ["fc1"]}}, ["no usable size"]),
+        ({"size": 4}, ["no usable size"]),
+        ({"format": 9}, ["format 9 is not one that this version reads"]),
         ({"size": {"ranks": {"fc7": 2}}}, ["'fc7'"]),
         ({"keep_dense": "fc7"}, ["'fc7'"]),
         ({"input_shape": [4, 5]}, ["(4, 5)"]),
@@ -210,3 +214,33 @@ def test_a_tier_whose_tensors_are_missing(written: Path) -> None:
     del state["fc2.v"]
     with pytest.raises(UserError, match=r"does not belong.*fc2\.v"):
         filled(small, state, written, cut_to_size=True)
+
+
+def test_the_hash_is_that_of_the_tensors(tmp_path: Path) -> None:
+    source = architecture()
+    state, card = source.initial_state(0), card_of(source, source.full_size)
+    digest = write(tmp_path / "a", state, card)
+    assert digest == hashlib.sha256((tmp_path / "a" / "model.safetensors").read_bytes()).hexdigest()
+    again = card_of(source, source.full_size, note="another card")
+    assert write(tmp_path / "b", dict(reversed(state.items())), again) == digest
+    assert read_model(tmp_path / "b")[1].model_extra == {"note": "another card"}
+    assert write(tmp_path / "c", {**state, "fc3.bias": torch.ones(7)}, card) != digest
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_a_model_that_was_cut_short(written: Path, name: str) -> None:
+    file = written / name
+    file.write_bytes(file.read_bytes()[:-5])
+    expect_error(written, str(written))
+
+
+def test_separate_models_lie_side_by_side_whatever_their_names(tmp_path: Path) -> None:
+    source = architecture()
+    owners = ("a", "a/b", "a%2Fb")
+    models = {owner: source.initial_state(seed) for seed, owner in enumerate(owners)}
+    sizes = dict.fromkeys(owners, source.full_size)
+    write_model(tmp_path, models, card_of(source, source.full_size, tiers=sizes, separate={x: x for x in owners}))
+    for owner, state in models.items():
+        loaded = load_model(tmp_path, owner).state_dict()
+        assert loaded.keys() == state.keys()
+        assert all(tensor.equal(state[name]) for name, tensor in loaded.items())

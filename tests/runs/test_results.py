@@ -1,86 +1,117 @@
-"""From records and summaries to results.json."""
+"""From records to summaries, and from those to the results of a comparison."""
 
 from typing import Any
 
 import pytest
 
-from fedmaestro.runs.folder import RoundRecord, summarize
+from fedmaestro.runs.records import RoundRecord, Scores, Stat, StrategyResults, Summary, TierFigures
 from fedmaestro.runs.results import FinishedCell, is_monotone, stat, strategy_results
+from fedmaestro.runs.summary import summarize
 
-STATIC: dict[str, Any] = {
-    "devices": 2,
-    "ranks": {"fc1": 4},
-    "params": 10,
-    "macs_per_example": 20,
-    "train_macs_per_example": 60,
-    "train_memory_bytes": 400,
-    "download_bytes": 40,
-    "upload_bytes": 40,
-}
+FIGURES = TierFigures(
+    devices=2,
+    ranks={"fc1": 4},
+    params=10,
+    macs_per_example=20,
+    train_macs_per_example=60,
+    train_memory_bytes=400,
+    download_bytes=40,
+    upload_bytes=40,
+)
+FACTS: dict[str, Any] = {"strategy": "nested", "objective": "own", "seed": 4, "dataset": "digits", "model": "mlp"}
 
 
-def cell(seed: int, top: list[float | None], small: list[float | None]) -> FinishedCell:
-    """Rounds 0, 1, 2, …; an accuracy of every round for each of two tiers."""
-    records = [
-        RoundRecord(
-            round=i,
-            tiers={"top": {"accuracy": a, "loss": 1.0}, "small": {"accuracy": b, "loss": 1.0}},
-            download_bytes=100 * (i > 0),
-            upload_bytes=10 * (i > 0),
-            virtual_seconds=2.0 * (i > 0),
-            tail_energy=0.5,
-            factor_bias=None if i == 0 else 0.01,
-        )
-        for i, (a, b) in enumerate(zip(top, small, strict=True))
-    ]
-    records.insert(1, RoundRecord(round=1, tiers={}, download_bytes=100, upload_bytes=10, virtual_seconds=2.0))
-    return FinishedCell(
-        seed=seed, summary=summarize(records, {"top": STATIC, "small": STATIC}, {}, ""), records=records
+def scored(number: int, big: float | None, small: float | None, **more: Any) -> RoundRecord:
+    tiers = {name: {"accuracy": a, "loss": 1.0} for name, a in (("big", big), ("small", small))}
+    return RoundRecord(round=number, tiers=tiers, **more)
+
+
+def summary_of(records: list[RoundRecord]) -> Summary:
+    return summarize(records, {"big": FIGURES, "small": FIGURES}, "abc", **FACTS)
+
+
+def test_summary_figures() -> None:
+    summary = summary_of(
+        [
+            scored(0, 0.1, 0.1, wall_seconds=0.5),
+            RoundRecord(round=1, download_bytes=10, upload_bytes=3, failed=2, wall_seconds=1.0004, virtual_seconds=7.5),
+            scored(2, 0.9, 0.5, download_bytes=20, upload_bytes=4, failed=1, wall_seconds=2.0, virtual_seconds=2.25),
+            scored(3, 0.8, 0.4, wall_seconds=3.0),
+        ]
     )
+    assert list(summary.tiers) == ["big", "small"]
+    for name, final, best in (("big", 0.8, 0.9), ("small", 0.4, 0.5)):
+        tier = summary.tiers[name]
+        assert (tier.final_accuracy, tier.final_round, tier.best_accuracy) == (final, 3, best)
+        assert FIGURES.to_dict().items() <= tier.to_dict().items()
+    assert summary.to_dict() | FACTS == summary.to_dict()
+    assert summary.mean_tier_accuracy == pytest.approx(0.6)
+    assert (summary.worst_tier_accuracy, summary.rounds, summary.model_sha256) == (0.4, 3, "abc")
+    assert (summary.download_bytes, summary.upload_bytes, summary.failed) == (30, 7, 3)
+    assert (summary.wall_seconds, summary.virtual_seconds) == (6.5, 9.75)
+
+
+def test_a_tier_that_was_not_evaluated_has_no_accuracy_and_does_not_flatter_the_others() -> None:
+    summary = summary_of([scored(0, 0.3, None), scored(1, 0.5, None)])
+    tier = summary.tiers["small"]
+    assert (tier.final_accuracy, tier.final_round, tier.best_accuracy) == (None, None, None)
+    assert summary.mean_tier_accuracy == summary.worst_tier_accuracy == 0.5
+    nothing = summary_of([])
+    assert (nothing.rounds, nothing.mean_tier_accuracy, nothing.worst_tier_accuracy) == (0, None, None)
+
+
+# Comparisons
+
+
+def cell(seed: int, big: list[float | None], small: list[float | None]) -> FinishedCell:
+    """An accuracy of every evaluated round for each of two tiers; a round in between is not evaluated."""
+    cost = {"download_bytes": 100, "upload_bytes": 10, "virtual_seconds": 2.0}
+    records = [
+        scored(i, a, b, tail_energy=0.5, factor_bias=0.01 if i else None, **(cost if i else {}))
+        for i, (a, b) in enumerate(zip(big, small, strict=True))
+    ]
+    records.insert(1, RoundRecord(round=1, **cost))  # type: ignore[arg-type]
+    return FinishedCell(seed=seed, summary=summary_of(records), records=records)
+
+
+def row_of(*cells: FinishedCell) -> StrategyResults:
+    switches = dict.fromkeys(("summary", "source", "form", "submodel", "objective", "aggregation", "server"), "")
+    return strategy_results(cells, name="x", **switches)
 
 
 def test_means_and_deviations_are_over_seeds() -> None:
-    row = strategy_results(
-        {"name": "x"}, [cell(0, [0.1, 0.9, 0.8], [0.1, 0.5, 0.6]), cell(1, [0.1, 0.8, 0.9], [0.1, 0.6, 0.6])]
-    )
-    assert row["seeds"] == [0, 1]
-    assert row["tiers"]["top"]["final"] == {
-        "mean": pytest.approx(0.85),
-        "std": pytest.approx(0.0707106781),
-        "values": [0.8, 0.9],
-    }
-    assert row["tiers"]["top"]["best"]["values"] == [0.9, 0.9]
-    assert row["mean"]["final"]["values"] == [pytest.approx(0.7), pytest.approx(0.75)]
-    assert row["worst"]["final"]["values"] == [0.6, 0.6]
-    assert row["monotone_seeds"] == 2
-    assert row["budgets"]["small"] == STATIC
-    assert row["upload_bytes"] == 30
+    row = row_of(cell(0, [0.1, 0.9, 0.8], [0.1, 0.5, 0.6]), cell(1, [0.1, 0.8, 0.9], [0.1, 0.6, 0.6]))
+    assert row.seeds == [0, 1]
+    final = row.tiers["big"].final
+    assert (final.mean, final.std, final.values) == (pytest.approx(0.85), pytest.approx(0.0707106781), [0.8, 0.9])
+    assert row.tiers["big"].best.values == [0.9, 0.9]
+    assert row.mean.final.values == [pytest.approx(0.7), pytest.approx(0.75)]
+    assert row.worst.final.values == [0.6, 0.6]
+    assert row.monotone_seeds == 2
+    assert row.budgets["small"] == FIGURES
+    assert row.upload_bytes == 30
 
 
 def test_series_hold_evaluated_rounds_with_traffic_of_all_rounds() -> None:
-    (series,) = strategy_results({}, [cell(3, [0.1, 0.9], [0.1, 0.5])])["series"]
-    assert series["seed"] == 3
-    assert series["round"] == [0, 1]
-    assert series["bytes"] == [0, 220]
-    assert series["virtual_seconds"] == [0.0, 4.0]
-    assert series["accuracy"] == {"top": [0.1, 0.9], "small": [0.1, 0.5]}
-    assert series["factor_bias"] == [None, 0.01]
+    (series,) = row_of(cell(3, [0.1, 0.9], [0.1, 0.5])).series
+    assert (series.seed, series.round, series.bytes, series.virtual_seconds) == (3, [0, 1], [0, 220], [0.0, 4.0])
+    assert series.accuracy == {"big": [0.1, 0.9], "small": [0.1, 0.5]}
+    assert series.factor_bias == [None, 0.01]
 
 
 def test_without_cells_everything_is_unknown() -> None:
-    row = strategy_results({"name": "x"}, [])
-    assert row["seeds"] == row["series"] == []
-    assert row["tiers"] == row["budgets"] == {}
-    assert row["mean"]["final"] == {"mean": None, "std": None, "values": []}
-    assert row["upload_bytes"] is None
+    row = row_of()
+    assert row.seeds == row.series == []
+    assert row.tiers == row.budgets == {}
+    assert row.mean == row.worst == Scores()
+    assert row.upload_bytes is None
 
 
 def test_a_missing_accuracy_makes_the_mean_unknown_rather_than_flattering() -> None:
-    row = strategy_results({}, [cell(0, [None, None], [0.1, 0.5])])
-    assert row["mean"]["final"]["mean"] is None
-    assert row["worst"]["final"]["mean"] is None
-    assert row["monotone_seeds"] == 0
-    assert stat([0.5, None]) == {"mean": None, "std": None, "values": [0.5, None]}
+    row = row_of(cell(0, [None, None], [0.1, 0.5]))
+    assert row.mean.final.mean is row.worst.final.mean is None
+    assert row.monotone_seeds == 0
+    assert stat([0.5, None]) == Stat(values=[0.5, None])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
+"""The pictures of a comparison."""
+
 import math
-import runpy
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -12,17 +13,14 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from reports import edited, make_results, make_row
 
 from fedmaestro.report import compare_curves, compare_plots
 from fedmaestro.report.compare_figure import accuracy_scale, failed, ranked
 from fedmaestro.report.figure import place_labels, plot_style, save_figure, tier_colors
+from fedmaestro.runs.records import Results
 
-# Test modules cannot import each other; the comparisons are made in one place all the same.
-_MAKERS = runpy.run_path(str(Path(__file__).with_name("test_compare_table.py")))
-make_results: Callable[..., dict[str, Any]] = _MAKERS["make_results"]
-make_row: Callable[..., dict[str, Any]] = _MAKERS["make_row"]
-
-FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+FIGURES: dict[str, Callable[[Results], Figure]] = {
     "tier_accuracy": compare_plots.tier_accuracy_figure,
     "worst_mean": compare_plots.worst_mean_figure,
     "accuracy_round": compare_curves.accuracy_round_figure,
@@ -39,7 +37,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def draw(name: str, results: dict[str, Any]) -> Figure:
+def draw(name: str, results: Results) -> Figure:
     figure = FIGURES[name](results)
     figure.draw_without_rendering()
     return figure
@@ -64,15 +62,15 @@ def curve(axes: Axes, index: int = 0) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [*((name, count) for name in FIGURES for count in (1, 5)), *((name, 20) for name in list(FIGURES)[:3])],
+    [*((name, 5) for name in FIGURES), ("tier_accuracy", 20), ("accuracy_round", 1)],
 )
 def test_every_picture_names_every_strategy(name: str, count: int) -> None:
     results = make_results(count)
     figure = draw(name, results)
     shown = "\n".join(texts(figure))
     lod_only = name in ("tail_energy", "factor_bias")
-    for row in results["strategies"]:
-        assert (row["name"] in shown) == (row["form"] == "lod" or not lod_only)
+    for row in results.strategies:
+        assert (row.name in shown) == (row.form == "lod" or not lod_only)
     assert "mnist · seeds 0, 1, 2" in shown
 
 
@@ -159,9 +157,7 @@ def test_more_lines_have_a_panel_each_with_the_others_in_grey() -> None:
     assert legend == ["rank family", "width family", "± standard deviation over seeds", "the other strategies"]
 
 
-@pytest.mark.parametrize(
-    ("count", "shape"), [(5, (1, 5)), (8, (2, 4)), (9, (3, 3)), (16, (4, 4)), (20, (4, 5)), (23, (5, 5))]
-)
+@pytest.mark.parametrize(("count", "shape"), [(5, (1, 5)), (9, (3, 3)), (20, (4, 5))])
 def test_panels_leave_few_gaps(count: int, shape: tuple[int, int]) -> None:
     figure = compare_curves.accuracy_round_figure(make_results(count))
     spec = figure.axes[0].get_subplotspec()
@@ -184,7 +180,7 @@ def test_costs_that_differ_much_are_drawn_on_a_log_axis(name: str, unit: str, ch
 def test_a_strategy_that_fails_does_not_squash_the_others() -> None:
     rows = [make_row(f"m{rank}", rank / 2) for rank in range(6)] + [make_row("oracle", 40)]
     results = make_results(rows)
-    assert [row["name"] for row in failed(results)] == ["oracle"]
+    assert [row.name for row in failed(results)] == ["oracle"]
     (axes,) = draw("tier_accuracy", results).axes
     assert axes.get_xlim()[0] > 90
     assert {"57.2", "56.2", "55.2"} <= set(texts(axes.figure)), "what lies beyond the axis is a number at its edge"
@@ -201,13 +197,16 @@ def test_a_strategy_that_fails_does_not_squash_the_others() -> None:
 
 
 def test_what_a_failing_strategy_does_better_is_shown() -> None:
-    oracle = make_row("oracle", 40)
-    oracle["tiers"]["flagship"]["final"]["mean"] = 0.999
-    oracle["worst"]["final"]["mean"] = 0.985
-    for series in oracle["series"]:
-        for scores in series["accuracy"].values():
-            scores[3] = 0.99
-    results = make_results([*(make_row(f"m{rank}", rank / 2) for rank in range(6)), oracle])
+    def change(content: dict[str, Any]) -> None:
+        oracle = content["strategies"][-1]
+        oracle["tiers"]["flagship"]["final"]["mean"] = 0.999
+        oracle["worst"]["final"]["mean"] = 0.985
+        for series in oracle["series"]:
+            for scores in series["accuracy"].values():
+                scores[3] = 0.99
+
+    rows = [*(make_row(f"m{rank}", rank / 2) for rank in range(6)), make_row("oracle", 40)]
+    results = edited(make_results(rows), change)
     (axes,) = draw("tier_accuracy", results).axes
     assert 90 < axes.get_xlim()[0] < 99.9 < axes.get_xlim()[1]
     (axes,) = draw("worst_mean", results).axes
@@ -217,16 +216,11 @@ def test_what_a_failing_strategy_does_better_is_shown() -> None:
 
 def test_a_point_below_one_axis_only_is_not_drawn() -> None:
     rows = [make_row(f"m{rank}", rank) for rank in (0, 0.5, 1, 1.5, 2, 7.4)] + [make_row("uneven", 7.6)]
-    rows[-1]["worst"]["final"]["mean"] = 0.6
-    (axes,) = draw("worst_mean", make_results(rows)).axes
+    results = edited(make_results(rows), lambda r: r["strategies"][-1]["worst"]["final"].update(mean=0.6))
+    (axes,) = draw("worst_mean", results).axes
     assert axes.get_xlim()[0] < 88.6
     assert "uneven" not in labels(axes)
     assert any(text.endswith("uneven (88.6, 60.0)") for text in texts(axes.figure))
-
-
-def test_few_strategies_far_apart_are_all_followed() -> None:
-    assert failed(make_results([make_row("a", 0), make_row("b", 40)])) == []
-    assert failed(make_results([make_row("a", 0), make_row("b", 0.1), make_row("c", 3)])) == []
 
 
 def test_the_start_is_cut_off_and_the_picture_says_so() -> None:
@@ -236,34 +230,41 @@ def test_the_start_is_cut_off_and_the_picture_says_so() -> None:
 
 
 def test_a_round_without_some_tier_is_a_gap_and_other_seeds_fill_it() -> None:
-    results = make_results(1)
-    first, second, third = results["strategies"][0]["series"]
-    first["accuracy"]["mid"][2] = None
-    for series in (first, second, third):
-        series["accuracy"]["flagship"][3] = None
+    def forget(content: dict[str, Any]) -> None:
+        series = content["strategies"][0]["series"]
+        series[0]["accuracy"]["mid"][2] = None
+        for one in series:
+            one["accuracy"]["flagship"][3] = None
+
+    results = edited(make_results(1), forget)
+    _, second, third = results.strategies[0].series
     (axes,) = draw("accuracy_round", results).axes
     values = [y for _, y in curve(axes)]
-    others = [sum(series["accuracy"][tier][2] for tier in results["tiers"]) / 3 for series in (second, third)]
+    others = [sum(series.accuracy[tier][2] or 0 for tier in results.tiers) / 3 for series in (second, third)]
     assert values[2] == pytest.approx(50 * sum(others))
     assert math.isnan(values[3])
     assert values[4] == pytest.approx(96.2)
 
 
 def test_seeds_that_were_evaluated_at_other_rounds() -> None:
-    results = make_results([make_row("a", 0, seeds=[0, 1])], seeds=[0, 1])
-    series = results["strategies"][0]["series"][1]
-    for key in ("round", "bytes", "virtual_seconds", "tail_energy", "factor_bias"):
-        del series[key][1]
-    for scores in series["accuracy"].values():
-        del scores[1]
+    def skip(content: dict[str, Any]) -> None:
+        series = content["strategies"][0]["series"][1]
+        for key in ("round", "bytes", "virtual_seconds", "tail_energy", "factor_bias"):
+            del series[key][1]
+        for scores in series["accuracy"].values():
+            del scores[1]
+
+    results = edited(make_results([make_row("a", 0, seeds=[0, 1])], seeds=[0, 1]), skip)
     (axes,) = draw("accuracy_round", results).axes
     assert [x for x, _ in curve(axes)] == [0, 5, 10, 15, 20]
 
 
 def test_tail_energy_is_logarithmic_with_a_floor() -> None:
-    results = make_results(2)
-    for series in results["strategies"][1]["series"]:
-        series["tail_energy"][-1] = 0.0
+    def collapse(content: dict[str, Any]) -> None:
+        for series in content["strategies"][1]["series"]:
+            series["tail_energy"][-1] = 0.0
+
+    results = edited(make_results(2), collapse)
     (axes,) = draw("tail_energy", results).axes
     assert labels(axes) == ["nested\n7.3 %", "zero-pad\n≤ 0.0001 %"]
     assert axes.get_yscale() == "log"
@@ -282,22 +283,16 @@ def test_factor_bias_starts_at_zero_percent_and_skips_round_zero() -> None:
 
 def test_strategies_are_ranked_by_their_mean() -> None:
     results = make_results([make_row("b", 1), make_row("none", 0, seeds=[]), make_row("a", 0), make_row("b2", 1)])
-    assert [row["name"] for row in ranked(results)] == ["a", "b", "b2", "none"]
+    assert [row.name for row in ranked(results)] == ["a", "b", "b2", "none"]
 
 
-@pytest.mark.parametrize("name", ["tier_accuracy", "worst_mean", "accuracy_round"])
-def test_outputs_are_reproducible_and_leave_matplotlib_alone(name: str, tmp_path: Path) -> None:
-    results, before = make_results(6), dict(matplotlib.rcParams)
-    first, second = (save_figure(draw(name, results), tmp_path / stem) for stem in "ab")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    assert dict(matplotlib.rcParams) == before
-
-
-@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in FIGURES), ("accuracy_round", 6)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("tier_accuracy", 2), ("worst_mean", 2), ("accuracy_round", 2), ("accuracy_round", 6)]
+)
 def test_names_in_another_script_or_with_markup(name: str, count: int, tmp_path: Path) -> None:
     names = ["旗舰", '<b>&"$x$', "_a name that is far too long to fit beside a plot", "d", "e", "f"]
     results = make_results([make_row(text, rank, tiers=["_t$", "旗"]) for rank, text in enumerate(names[:count])])
-    results["experiment"] = "旗 <i>"
+    results = edited(results, lambda r: r.update(experiment="旗 <i>"))
     _, svg = save_figure(FIGURES[name](results), tmp_path / "plot")
     text = svg.read_text(encoding="utf-8")
     assert "旗舰" in text
@@ -329,7 +324,3 @@ def test_labels_do_not_overlap(points: list[tuple[int, int]], width: int) -> Non
         assert 0 <= box[0] <= box[2] <= 900
         assert 0 <= box[1] <= box[3] <= 700
         assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in points)
-
-
-def test_labels_without_room_still_get_a_place() -> None:
-    assert len(place_labels([(5, 5)] * 4, [(200, 11)] * 4, (0, 0, 10, 10))) == 4

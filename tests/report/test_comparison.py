@@ -1,0 +1,285 @@
+"""The tables, the page and the files of a comparison."""
+
+import csv
+import io
+import json
+import re
+import struct
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reports import NAMES, Page, edited, make_results, make_row
+
+from fedmaestro.report.compare_page import PLOTS, comparison_page, write_comparison
+from fedmaestro.report.compare_table import macs_gap, score_columns, table_csv, table_markdown
+from fedmaestro.runs.records import Results
+
+TIERS = ["flagship", "mid", "minimal"]
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><g id="axes"/></svg>'
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Return the tables as rows of cells, without the rules."""
+    blocks = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
+    return [
+        [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in block
+            if not line.startswith("| ---")
+        ]
+        for block in blocks
+    ]
+
+
+def rows_of(results: Results) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(table_csv(results), newline="")))
+
+
+def page_of(results: Results) -> Page:
+    """The page with empty plots, which cost most of the time."""
+    return Page(comparison_page(results, {plot.name: SVG for plot in PLOTS}))
+
+
+def with_macs(results: Results, index: int, factor: float, tiers: list[str]) -> Results:
+    def change(content: dict[str, Any]) -> None:
+        for tier in tiers:
+            budget = content["strategies"][index]["budgets"][tier]
+            budget["macs_per_example"] = int(budget["macs_per_example"] * factor)
+
+    return edited(results, change)
+
+
+# Tables
+
+
+def test_results_in_percent_in_the_given_order() -> None:
+    header, *rows = tables(table_markdown(make_results()))[0]
+    overall = ["Mean of tiers", "Worst tier", "Best round: mean", "Best round: worst", "Monotone seeds"]
+    assert header == ["Strategy", *TIERS, *overall]
+    first = ("97.20", "96.20", "95.20", "96.20", "95.20", "96.30", "95.30")
+    assert rows[0] == ["nested", *(f"**{mean} ± 0.20**" for mean in first), "**3 of 3**"]
+    assert rows[1][:4] == ["zero-pad", "96.20 ± 0.20", "95.20 ± 0.20", "94.20 ± 0.20"]
+    assert [row[0] for row in rows] == list(NAMES)
+
+
+def test_what_stands_above_the_tables() -> None:
+    text = table_markdown(make_results())
+    protocol = 'data.name = mnist, train.rounds = 20, data.alpha = 0.5, fleet.file = "", '
+    assert text.startswith(f"# Comparison: mnist\n\nProtocol: {protocol}MACs matched between families = yes")
+    assert "\n\nSeeds: 0, 1, 2\n\n" in text
+    assert "Incomplete" not in text
+    assert "Remark" not in text
+
+
+def test_budgets_per_strategy_and_tier() -> None:
+    header, *rows = tables(table_markdown(make_results()))[1]
+    assert len(rows) == len(NAMES) * len(TIERS)
+    assert dict(zip(header, rows[1], strict=True)) == {
+        "Strategy": "nested",
+        "Tier": "mid",
+        "Devices": "20",
+        "MACs per example": "141 k",
+        "Parameters": "30.9 k",
+        "Down per round and device": "123 kB",
+        "Up per round and device": "61.7 kB",
+        "Peak training memory": "950 kB",
+        "Training MACs per example": "422 k",
+    }
+
+
+def test_what_prints_the_same_shares_the_mark_and_one_is_not_the_best_of_one() -> None:
+    results = make_results([make_row("a", 0), make_row("b", 1e-5), make_row("c", 1)])
+    assert score_columns(results)[1].best == [True, True, False]
+    assert "**" not in table_markdown(make_results(1))
+
+
+def test_monotone_seeds_are_compared_as_a_share_of_the_finished_ones() -> None:
+    results = make_results([make_row("two of three", 0), make_row("one of one", 0, seeds=[0])])
+    column = score_columns(edited(results, lambda r: r["strategies"][0].update(monotone_seeds=2)))[-1]
+    assert column.texts == ["2 of 3", "1 of 1"]
+    assert column.best == [False, True]
+
+
+def test_missing_seeds_are_said() -> None:
+    results = make_results([make_row("a", 0), make_row("b", 1, seeds=[2]), make_row("c", 2, seeds=[])])
+    text = table_markdown(results)
+    assert "**Incomplete**: b: 1 of 3 seeds; c: 0 of 3 seeds" in text
+    shown, budgets = tables(text)
+    assert [row[0] for row in shown[1:]] == ["a", "b (1 of 3 seeds)", "c (0 of 3 seeds)"]
+    assert shown[2][1:3] == ["96.40", "95.40"], "one seed has no deviation"
+    assert shown[3][1:] == ["–"] * 8
+    assert budgets[-1] == ["c", "minimal", *["–"] * 7]
+    assert {row["strategy"] for row in rows_of(results)} == {"a", "b"}
+    page = page_of(results)
+    assert "This comparison is incomplete: b: 1 of 3 seeds; c: 0 of 3 seeds." in page.text
+    assert [row[1] for row in page.tables[0][1:]] == ["3", "1 of 3 seeds", "0 of 3 seeds"]
+    assert page.tables[4][3] == ["c", "–", "–", "–", "–"]
+    interrupted = edited(make_results(), lambda r: r.update(complete=False))
+    assert "incomplete: it was interrupted." in page_of(interrupted).text
+
+
+def test_a_seed_without_accuracy_does_not_hide_the_others() -> None:
+    def forget(content: dict[str, Any]) -> None:
+        content["strategies"][0]["tiers"]["mid"]["final"]["values"] = [0.5, None, 0.75]
+
+    finals = [row["final_accuracy"] for row in rows_of(edited(make_results(1), forget)) if row["tier"] == "mid"]
+    assert finals == ["0.5", "", "0.75"]
+
+
+@pytest.mark.parametrize(("factor", "excess"), [(1.031, 3.1), (1.2, 20.0), (0.9, 11.1)])
+def test_unequal_macs_are_remarked_with_the_worst_tier_and_pair(factor: float, excess: float) -> None:
+    results = with_macs(with_macs(make_results(), 2, factor, ["mid"]), 2, 1.02, ["flagship"])
+    more, less = ("heterofl (width)", "nested (rank)") if factor > 1 else ("nested (rank)", "heterofl (width)")
+    remark = f"Worst at tier mid: {more} has {excess} % more MACs per example than {less}."
+    assert any(line.startswith("Remark: ") and line.endswith(remark) for line in table_markdown(results).splitlines())
+    page = page_of(results)
+    assert page.values("class").count("warning") == 1
+    assert remark in page.text
+
+
+def test_other_differences_in_macs_are_not_remarked() -> None:
+    """Within 3 %, within a family, and where one model serves all tiers."""
+    results = make_results()
+    for factor in (0.98, 1.0, 1.029):
+        assert macs_gap(with_macs(results, 2, factor, TIERS)) is None
+    assert macs_gap(with_macs(make_results(2), 0, 2, ["mid"])) is None
+    small = with_macs(results, 1, 0.01, TIERS)
+    assert macs_gap(small) is not None
+    assert macs_gap(edited(small, lambda r: r["strategies"][1].update(submodel="rank, smallest"))) is None
+
+
+def test_markdown_shows_any_name_as_it_is() -> None:
+    evil = "a|b *c* <i>d</i> `e` [f](g) _h_\n$i$ \\"
+    results = make_results([make_row(evil, 0), make_row("snake_case", 1)])
+    rows = tables(table_markdown(results))[0]
+    assert len({len(row) for row in rows}) == 1
+    assert rows[1][0] == r"a\|b \*c\* \<i\>d\</i\> \`e\` \[f\](g) \_h\_ \$i\$ \\"
+    assert rows[2][0] == "snake_case"
+
+
+def test_csv_is_one_line_per_strategy_seed_and_tier() -> None:
+    results = make_results()
+    rows = rows_of(results)
+    assert [(row["strategy"], row["seed"], row["tier"]) for row in rows] == [
+        (name, seed, tier) for name in NAMES for seed in "012" for tier in TIERS
+    ]
+    first, row = rows[4], results.strategies[0]
+    assert float(first["final_accuracy"]) == row.tiers["mid"].final.values[1]
+    assert float(first["best_accuracy"]) == row.tiers["mid"].best.values[1]
+    budget = row.budgets["mid"].to_dict()
+    assert json.loads(first["ranks"]) == budget.pop("ranks")
+    assert {key: int(first[key]) for key in budget} == budget
+    assert json.loads(rows[-1]["ranks"]) == {"width": 0.25}
+
+
+BASE = make_results([make_row("single", 0, seeds=[0])], seeds=[0])
+
+
+@given(st.floats(0, 1), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1))
+def test_csv_loses_nothing(value: float, name: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["strategies"][0]["tiers"]["mid"]["final"]["values"] = [value]
+        content["strategies"][0]["name"] = name
+
+    row = rows_of(edited(BASE, change))[1]
+    assert float(row["final_accuracy"]) == value
+    assert row["strategy"] == name
+
+
+# The page and the files
+
+
+def test_writes_these_files_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "mnist"
+    results = make_results()
+    paths = write_comparison(results, folder)
+    plots = [f"plots/{plot.name}.{suffix}" for plot in PLOTS for suffix in ("png", "svg")]
+    assert list(paths) == ["table.md", "table.csv", "report.html", *plots]
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert found == paths
+    for plot in plots:
+        if plot.endswith("png"):
+            assert paths[plot].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            assert min(struct.unpack(">II", paths[plot].read_bytes()[16:24])) > 300
+        else:
+            ElementTree.parse(paths[plot])
+    Page(paths["report.html"].read_text(encoding="utf-8")).check_self_contained()
+    first = {name: path.read_bytes() for name, path in paths.items()}
+    again = write_comparison(results, folder)
+    assert {name: path.read_bytes() for name, path in again.items()} == first
+
+
+def test_results_and_budgets_are_sortable_tables() -> None:
+    page = page_of(make_results())
+    header, *rows = page.tables[0]
+    assert header[:5] == ["Strategy", "Seeds", *TIERS]
+    assert rows[0][1:7] == ["3", "97.20 ± 0.20", "96.20 ± 0.20", "95.20 ± 0.20", "96.20 ± 0.20", "95.20 ± 0.20"]
+    assert dict(zip(page.tables[2][0], page.tables[2][1], strict=True))["MACs per example"] == "141 k"
+    assert page.values("class").count("sortable") == 1 + 3 + 1
+    assert [tag for tag, name, _ in page.attributes if name == "open"] == ["details"], "the largest tier's budgets"
+    assert page.tables[4][1] == ["nested", "20.0 MB", "10.0 MB", "2 h", "0"]
+
+
+def test_headline_protocol_and_what_each_row_is() -> None:
+    page = page_of(make_results())
+    for fact in ("Comparison: mnist", "0, 1, 2", "flagship, mid, minimal", "complete", "data.alpha", "matched between"):
+        assert fact in page.text
+    assert "warning" not in page.values("class")
+    header, *rows = page.tables[-1]
+    assert dict(zip(header, rows[2], strict=True)) == {
+        "Strategy": "heterofl",
+        "What it does": "what heterofl does",
+        "Source": "paper of heterofl",
+        "Family": "width",
+        "Devices train": "width, own",
+        "Objective": "own-prefix",
+        "Aggregation": "coverage-mean",
+        "Server": "none",
+    }
+
+
+def test_headings_do_not_skip_a_level_and_plots_have_a_text() -> None:
+    page = page_of(make_results())
+    levels = [int(level) for level in re.findall(r"<h(\d)>", page.source)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(right <= left + 1 for left, right in pairwise(levels))
+    alternatives = page.values("aria-label")
+    assert len(alternatives) == len(PLOTS) == page.values("role").count("img")
+    assert alternatives[0].endswith("Best final mean of tiers: nested, 96.20 ± 0.20 %.")
+    heads = re.findall(r"<thead>.*?</thead>", page.source)
+    assert heads
+    assert all(head.count("<th ") == head.count('scope="col"') for head in heads)
+
+
+@pytest.mark.parametrize("seeds", [[], [0]])
+def test_one_dense_strategy_alone(tmp_path: Path, seeds: list[int]) -> None:
+    row = make_row("single", 0, form="dense", seeds=seeds)
+    paths = write_comparison(make_results([row], seeds=[0, 1]), tmp_path)
+    page = Page(paths["report.html"].read_text(encoding="utf-8"))
+    assert page.tables[0][1][0] == "single"
+    assert "num best" not in page.values("class")
+    assert ("single" in paths["plots/accuracy_rounds.svg"].read_text(encoding="utf-8")) == bool(seeds)
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    evil = "<b>&\"'</b><script>x</script>"
+    results = make_results([make_row(evil, 0, tiers=[evil, "low"], seeds=[0]), make_row("b", 1, tiers=[evil, "low"])])
+
+    def change(content: dict[str, Any]) -> None:
+        content |= {"experiment": evil, "protocol": {evil: evil}}
+        for key in ("summary", "source", "objective", "aggregation", "server", "submodel"):
+            content["strategies"][0][key] = evil
+
+    text = write_comparison(edited(results, change), tmp_path)["report.html"].read_text(encoding="utf-8")
+    page = Page(text)
+    assert "b" not in re.findall(r"<(\w+)", text)
+    assert text.count("<script>") == 1
+    assert page.tables[0][0][2] == page.tables[0][1][0] == evil
+    assert page.tables[-1][1].count(evil) == 7
+    assert f"incomplete: {evil}: 1 of 3 seeds" in page.text

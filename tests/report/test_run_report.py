@@ -1,0 +1,260 @@
+"""The page and the plots of runs."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from reports import FINALS, TIERS, Page, make_rounds, make_summary, svg_texts, write_run
+
+from fedmaestro.errors import UserError
+from fedmaestro.report import html_report, plot_partition, plot_tier_accuracy, write_report, write_run_report
+from fedmaestro.report.accuracy_plot import y_limits
+from fedmaestro.report.curves import Curve, tier_curves, time_unit
+from fedmaestro.report.figure import tier_colors
+from fedmaestro.runs.folder import RunFolder, write_record
+from fedmaestro.runs.records import RoundRecord
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name="run", *args, **options: write_run(tmp_path / name, *args, **options)
+
+
+MakeRun = Callable[..., Path]
+
+
+# The page
+
+
+def test_a_run_is_told_on_one_page(make_run: MakeRun) -> None:
+    page = Page(html_report([make_run()]))
+    header, *rows = page.tables[0]
+    assert [row[0] for row in rows] == list(TIERS)
+    assert dict(zip(header, rows[0], strict=True)) == {
+        "Tier": "flagship",
+        "Devices": "20",
+        "Final accuracy": "97.8 %",
+        "Best accuracy": "97.8 %",
+        "Parameters": "61.7 k",
+        "MACs per example": "282 k",
+        "Training memory": "1.90 MB",
+        "Download per round": "247 kB",
+        "Ranks": "2 layersconv1\N{NO-BREAK SPACE}6, fc1\N{NO-BREAK SPACE}120",
+    }
+    for fact in ("mnist", "own-prefix", "60.0 MB", "30.0 MB", "7 h 12 min", "1 min 13 s", "1 failed, 0 dropped"):
+        assert fact in page.text
+    assert ["train.lr", "0.05"] in page.tables[1]
+    assert "Comparison" not in page.text
+
+
+def test_nothing_is_loaded_and_ids_are_unique(make_run: MakeRun) -> None:
+    runs = [make_run(name) for name in ("a", "b")]
+    plot_partition(np.ones((10, 10), dtype=np.int64), runs[0] / "plots" / "partition")
+    page = Page(html_report(runs))
+    page.check_self_contained()
+    assert page.values("src")[0].startswith("data:image/svg+xml;base64,")
+    assert ("meta", "name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_text_is_escaped(make_run: MakeRun) -> None:
+    evil = "<b>&\"'</b><script>x</script>"
+    rounds = make_rounds([evil, "low"], [0.9, 0.8])
+    runs = [make_run(f"run<i>{seed}", rounds, strategy=evil, seed=seed) for seed in range(2)]
+    page = Page(html_report(runs))
+    assert "<b>" not in page.source
+    assert "<i>" not in page.source
+    assert page.source.count("<script>") == 1
+    assert page.tables[0][1][:2] == ["run<i>0", evil]
+
+
+def test_several_runs_are_compared(make_run: MakeRun) -> None:
+    good = make_run("good", make_rounds(finals=[0.95] * 5), seed=3)
+    bad = make_run("bad", make_rounds(["flagship", "tiny"], [0.9, 0.5]), strategy="heterofl", finished=False)
+    page = Page(html_report([good, bad]))
+    header, *rows = page.tables[0]
+    assert header == ["Run", "Strategy", "Objective", "Seed", "Mean over tiers", "Worst tier", *TIERS, "tiny"]
+    assert rows == [
+        ["good", "nested", "own-prefix", "3", "95.0 %", "95.0 %", *["95.0 %"] * 5, "–"],
+        ["bad (not finished)", "heterofl", "own-prefix", "0", "70.0 %", "50.0 %", "90.0 %", *["–"] * 4, "50.0 %"],
+    ]
+    assert [value for value in page.values("class") if "best" in value] == ["num best"] * 8
+    again = Page(html_report([make_run("nested/seed0"), make_run("heterofl/seed0")]))
+    assert [row[0] for row in again.tables[0][1:]] == ["nested/seed0", "heterofl/seed0"], "names are told apart"
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_killed_run_still_renders(make_run: MakeRun, lines: int) -> None:
+    folder = make_run("run", make_rounds()[:lines], finished=False)
+    with (folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"round": 3, "tie')
+    page = Page(write_run_report(folder)[2].read_text(encoding="utf-8"))
+    assert "This run is not finished" in page.text
+    assert "mnist · lenet · nested · own-prefix · seed 0" in page.text
+    if lines:
+        assert page.tables[0][1][:3] == ["flagship", "–", "10.0 %"]
+    else:
+        assert "No round has been evaluated yet." in page.text
+
+
+def test_a_run_stopped_by_ctrl_c_is_not_finished_but_its_summary_counts(make_run: MakeRun) -> None:
+    page = Page(html_report([make_run("whole"), make_run("stopped", interrupted=True)]))
+    assert [row[0] for row in page.tables[0][1:]] == ["whole", "stopped (not finished)"]
+    warning = "This run is not finished: it was interrupted and can be resumed; the last recorded round is 60."
+    assert page.text.count("This run is not finished") == page.text.count(warning) == 1
+
+
+def test_a_final_accuracy_from_before_the_last_round_names_its_round(make_run: MakeRun) -> None:
+    folder = make_run()
+    summary = make_summary(make_rounds())
+    changes: dict[str, dict[str, Any]] = {"flagship": {"final_round": 40}, "mid": {"final_accuracy": None}}
+    tiers = {name: tier.model_copy(update=changes.get(name, {})) for name, tier in summary.tiers.items()}
+    write_record(RunFolder(folder).summary, summary.model_copy(update={"tiers": tiers}))
+    finals = [row[2] for row in Page(html_report([folder])).tables[0][1:]]
+    assert finals == ["97.8 % (round 40)", "97.6 %", "–", "97.1 %", "94.4 %"]
+
+
+def test_files_are_the_same_bytes_again_and_their_folder_is_made(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run()
+    first = write_run_report(folder)
+    assert [str(path.relative_to(folder)) for path in first] == [
+        "plots/tier_accuracy.png",
+        "plots/tier_accuracy.svg",
+        "report.html",
+    ]
+    before = [path.read_bytes() for path in first]
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9}):
+        assert [path.read_bytes() for path in write_run_report(folder)] == before
+    assert write_report([folder], tmp_path / "new" / "all.html").is_file()
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report([tmp_path], tmp_path / "other" / "report.html")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_import_is_cheap() -> None:
+    heavy = ("flwr", "ray", "torch", "matplotlib", "numpy")
+    code = f"import sys, fedmaestro.report; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Accuracy per tier
+
+
+def test_two_panels_with_units_and_the_tiers_in_order(tmp_path: Path) -> None:
+    png, svg = plot_tier_accuracy(make_rounds(), tmp_path / "plots" / "tier.accuracy", "mnist & co")
+    assert (png.name, svg.name) == ("tier.accuracy.png", "tier.accuracy.svg")
+    texts = svg_texts(svg)
+    assert {"mnist & co", "Test accuracy (%)", "Communication round", "Virtual time (h)"} <= set(texts)
+    legend = [text.split() for text in texts if text.split()[-1] in TIERS]
+    assert legend == [[f"{100 * final:.1f}", tier] for final, tier in zip(FINALS, TIERS, strict=True)]
+    assert any(text.startswith("the y axis starts at") and "from 10.0 %" in text for text in texts)
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_one_to_many_tiers(tmp_path: Path, count: int) -> None:
+    names = [f"_t${index}$" for index in range(count)]  # matplotlib hides _names and reads $ as mathematics
+    _, svg = plot_tier_accuracy(make_rounds(names, [0.9] * count, every=1), tmp_path / "plot")
+    assert [text.split()[-1] for text in svg_texts(svg) if text.endswith("$")] == names
+
+
+def test_what_was_not_measured_leaves_gaps(tmp_path: Path) -> None:
+    rounds = make_rounds(virtual_seconds=0.0)
+    for row in rounds:
+        if row.tiers:
+            row.tiers["low"]["accuracy"] = None
+    rounds[60].tiers["mid"]["accuracy"] = None
+    _, svg = plot_tier_accuracy(rounds, tmp_path / "plot")
+    texts = svg_texts(svg)
+    legend = {text.split()[-1]: text.split()[0] for text in texts if text.split()[-1] in TIERS}
+    assert (legend["mid"], legend["low"]) == ("97.4", "–")
+    assert any("no virtual time" in text for text in texts)
+
+
+@pytest.mark.parametrize("rounds", [[], [RoundRecord(round=0, tiers={"a": {"accuracy": None}})]])
+def test_nothing_evaluated_says_so(rounds: list[RoundRecord], tmp_path: Path) -> None:
+    _, svg = plot_tier_accuracy(rounds, tmp_path / "plot")
+    assert "no round has been evaluated yet" in svg_texts(svg)
+
+
+def test_a_name_in_another_script_or_with_markup(tmp_path: Path) -> None:
+    names = ["旗舰", '<b>&"', "a name that is far too long to fit beside a plot"]
+    _, svg = plot_tier_accuracy(make_rounds(names, [0.9, 0.8, 0.7]), tmp_path / "plot")
+    shown = [text.split(maxsplit=1)[1] for text in svg_texts(svg) if text[:2] in ("90", "80", "70") and " " in text]
+    assert shown == [names[0], names[1], names[2][:27] + "…"]
+
+
+def test_virtual_time_counts_rounds_that_were_not_evaluated() -> None:
+    curve = tier_curves(make_rounds(last=10, virtual_seconds=2.0))[0]
+    assert curve.rounds == (0, 5, 10)
+    assert curve.virtual_seconds == (0.0, 10.0, 20.0)
+    assert [time_unit(s)[0] for s in (119, 120, 7199, 7200, 2e5)] == ["s", "min", "min", "h", "days"]
+
+
+ACCURACIES = st.lists(st.floats(0, 1) | st.just(math.nan), min_size=1, max_size=20)
+
+
+@given(st.lists(ACCURACIES, min_size=1, max_size=8))
+def test_limits_never_hide_what_follows_the_start(values: list[list[float]]) -> None:
+    curves = [Curve(str(i), tuple(range(len(v))), (0.0,) * len(v), tuple(v)) for i, v in enumerate(values)]
+    low, high = y_limits(curves)
+    last = max(curve.rounds[-1] for curve in curves)
+    assert high - low >= 1.9
+    for curve in curves:
+        late = [a for n, a in zip(curve.rounds, curve.accuracy, strict=True) if n >= last / 4]
+        for value in [*late, curve.final, curve.best]:
+            assert math.isnan(value) or low <= 100 * value <= high
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_colours_are_ordered_and_stand_out_from_white(count: int) -> None:
+    def luminance(color: str) -> float:
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    levels = [luminance(color) for color in tier_colors(count)]
+    assert all(left < right for left, right in pairwise(levels))
+    assert all(1.05 / (level + 0.05) >= 3 for level in levels)
+
+
+# The partition
+
+
+def counts(devices: int, classes: int = 10) -> Any:
+    shares = np.random.default_rng(0).dirichlet([0.3] * devices, size=classes).T
+    return (shares * 6000).astype(np.int64)
+
+
+@pytest.mark.parametrize(("devices", "classes"), [(1, 1), (10, 100), (1000, 10)])
+def test_the_partitions_axes_are_labelled(tmp_path: Path, devices: int, classes: int) -> None:
+    _, svg = plot_partition(counts(devices, classes), tmp_path / "partition", title="mnist <0.3>")
+    texts = svg_texts(svg)
+    assert {"Device id", "Class", "mnist <0.3>", "examples (white: none)"} <= set(texts)
+    assert "Tier" not in texts
+    assert svg.stat().st_size < 200_000, "a thousand devices are an image, not ten thousand paths"
+
+
+def test_alternating_tiers_are_grouped_and_the_axis_says_so(tmp_path: Path) -> None:
+    names = ["flagship", "high", "low"]
+    blocks, mixed = ([names[i // 30] for i in range(90)], [names[-1 - i % 3] for i in range(90)])
+    for tiers, axis in ((blocks, "Device id"), (mixed, "Devices, grouped by tier")):
+        _, svg = plot_partition(counts(90), tmp_path / "partition", tiers, tier_order=names)
+        texts = svg_texts(svg)
+        assert [text for text in texts if "×" in text] == ["30 × flagship", "30 × high", "30 × low"]
+        assert any(text.startswith(axis) for text in texts)
+
+
+def test_a_partition_without_examples(tmp_path: Path) -> None:
+    _, svg = plot_partition(np.zeros((5, 3), dtype=np.int64), tmp_path / "partition")
+    assert "Class" in svg_texts(svg)
