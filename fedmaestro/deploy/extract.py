@@ -151,7 +151,9 @@ def extract(
 
 def _training_config(run_dir: Path, data_dir: str | Path | None) -> TrainingConfig:
     """Return the configuration of a training, or one with the data of a federation."""
-    path = run_dir / "config.toml"
+    path = RunFolder(run_dir).config
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the folder of a run")
     given = flatten(read_toml(path))
     if missing := [key for key in _DATA_KEYS if key not in given]:
         raise UserError(f"{path} names no {missing[0]}: give the folder of a run")

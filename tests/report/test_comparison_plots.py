@@ -139,7 +139,7 @@ def test_a_few_lines_share_a_panel_in_their_own_colours() -> None:
     assert curve(axes)[-1] == (20, pytest.approx(96.2))
     assert len({line.get_color() for line in axes.lines}) == 3
     band = axes.collections[0].get_paths()[0].get_extents()
-    assert band.y1 == pytest.approx(96.4)
+    assert band.y1 == pytest.approx(96.5), "the best evaluation, 0.1 % above the last, and one deviation"
     places = [text.get_position()[1] for text in axes.texts]
     assert min(abs(left - right) for left, right in combinations(places, 2)) > 0.12
 
@@ -174,7 +174,7 @@ def test_costs_that_differ_much_are_drawn_on_a_log_axis(name: str, unit: str, ch
     start = axes.transData.transform((0.0, 50.0))[0]
     assert math.isfinite(start) == (scale == "linear"), "a log axis has no place for the start"
     ends = sorted(curve(axes, index)[-1][0] for index in (0, 2))
-    assert ends == pytest.approx([20 * cheap, 20] if unit == "MB" else [2 * cheap, 2])
+    assert ends == pytest.approx([30 * cheap, 30] if unit == "MB" else [2 * cheap, 2])
 
 
 def test_a_strategy_that_fails_does_not_squash_the_others() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmaestro.config.experiment import load
+from fedmaestro.config.base import read
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Task
 from fedmaestro.training import TrainingConfig
@@ -14,7 +14,7 @@ from fedmaestro.training import TrainingConfig
 
 def examples(task: Task, split: str) -> Counter[bytes]:
     """The multiset of examples of a split (``train``, ``validation``, ``test``)."""
-    batches = [task.plain(np.arange(task.examples))] if split == "train" else task.scored(split)  # type: ignore[arg-type]
+    batches = [task.plain(np.arange(task.examples))] if split == "train" else task.split(split)  # type: ignore[arg-type]
     return Counter(
         image.numpy().tobytes() + bytes([int(label)])
         for batch in batches
@@ -24,7 +24,7 @@ def examples(task: Task, split: str) -> Counter[bytes]:
 
 def task_of(**data: Any) -> Task:
     flat = {f"data.{key}": value for key, value in data.items() if key != "seed"}
-    return open_task(load(TrainingConfig, None, {**flat, "seed": data.get("seed", 0)}))
+    return open_task(read(TrainingConfig, None, {**flat, "seed": data.get("seed", 0)}))
 
 
 def test_training_and_validation_examples_are_disjoint() -> None:
