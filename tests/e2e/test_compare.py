@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from fedmaestro.flower.compare import Comparison, compare
-from fedmaestro.runs.folder import RoundRecord
+from fedmaestro.rounds.observer import ComparisonObserver
+from fedmaestro.runs.records import RoundRecord
 
 SMALL = {"train.rounds": 3, "train.evaluate-every": 1, "train.local-epochs": 1}
 STRATEGIES = ["nested", "wide:heterofl", "own+adam:nested+train.objective=own-prefix+server.optimizer=adam"]
 TABLES = ("results.json", "table.md", "table.csv", "report.html")
 
 
-class Watcher:
+class Watcher(ComparisonObserver):
     """Records the cells; interrupts in a round of one."""
 
     def __init__(self, interrupt: tuple[str, int] | None = None) -> None:
@@ -29,12 +30,6 @@ class Watcher:
 
     def on_cell(self, label: str, seed: int) -> None:
         self.cells.append(f"{label} {seed}")
-
-    def on_start(self, *_: object) -> None:
-        pass
-
-    def on_progress(self, *_: object) -> None:
-        pass
 
     def on_round(self, record: RoundRecord) -> None:
         if self._interrupt == (self.cells[-1], record.round):
@@ -49,7 +44,7 @@ def contents(comparison: Comparison) -> dict[str, str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Watcher]:
     watcher = Watcher()
     out = tmp_path_factory.mktemp("whole") / "comparison"
-    return compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observer=watcher), watcher
+    return compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[watcher]), watcher
 
 
 def test_every_cell_runs_once_and_shares_start_partition_and_sampling(whole: tuple[Comparison, Watcher]) -> None:
@@ -89,7 +84,7 @@ def test_an_interrupted_comparison_goes_on_to_identical_tables(
     out = tmp_path / "comparison"
     stopped = Watcher(where)
     try:
-        partial = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observer=stopped)
+        partial = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[stopped])
     except KeyboardInterrupt:
         assert where == ("nested 0", 0), "only without a finished cell is there nothing to show"
     else:
@@ -97,7 +92,7 @@ def test_an_interrupted_comparison_goes_on_to_identical_tables(
         assert "of 2 seeds" in (out / "table.md").read_text()
     assert len(stopped.cells) < 6
     resumed = Watcher()
-    finished = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observer=resumed, resume=True)
+    finished = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[resumed], resume=True)
     assert len(resumed.cells) < 6 or where == ("nested 0", 0)
     assert contents(finished) == contents(whole[0])
 
@@ -109,7 +104,7 @@ def test_seeds_and_strategies_can_be_added_and_other_settings_cannot(
     matched: dict[str, Any] = {**SMALL, "fleet.match-macs": True}
     compare(None, STRATEGIES[:1], 1, overrides=matched, out=out)
     watcher = Watcher()
-    extended = compare(None, STRATEGIES[:2], 1, overrides=matched, out=out, resume=True, observer=watcher)
+    extended = compare(None, STRATEGIES[:2], 1, overrides=matched, out=out, resume=True, observers=[watcher])
     assert watcher.cells == ["wide 0"]
     old = {row["name"]: row["tiers"]["flagship"]["final"]["values"][0] for row in whole[0].results["strategies"]}
     new = {row["name"]: row["tiers"]["flagship"]["final"]["values"][0] for row in extended.results["strategies"]}

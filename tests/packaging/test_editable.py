@@ -35,7 +35,7 @@ def test_editable_install(
     files = json.loads(run(python, "-c", REPORT, cwd=elsewhere).stdout)
     assert [str(Path(file).relative_to(copied_repository)) for file in files] == [
         "fedmaestro/__init__.py",
-        "fedmaestro/plan.py",
+        "fedmaestro/fleet/plan.py",
         "strategies/__init__.py",
         "clients/__init__.py",
     ]
