@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 
 from fedmaestro.models.architecture import Architecture
-from fedmaestro.strategies import AGGREGATIONS, Aggregation
-from fedmaestro.strategies.base import signature
-from fedmaestro.submodel import State, cut
+from fedmaestro.strategies import AGGREGATIONS
+from fedmaestro.strategies.base import SUMS, AnyAggregation, Parts
+from fedmaestro.submodel import State, cut, shapes_of, signature
 
 DEVICES, REPEATS = 100, 3
 MODELS = {"lenet": (1, 28, 28), "cnn": (3, 32, 32)}
@@ -38,11 +38,10 @@ def random_state(architecture: Architecture) -> State:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def upload(aggregation: Aggregation, submodel: State, examples: int) -> tuple[State, float]:
-    """Return what one device sends: the reduction of its submodel by its weight in float32, and the weight."""
-    (block,) = aggregation.add(aggregation.init(submodel), submodel, examples).values()
-    sent = aggregation.reduction.scale(block.sums, 1 / block.weight)
-    return {name: tensor.float() for name, tensor in sent.items()}, block.weight
+def upload(aggregation: AnyAggregation, submodel: State, examples: int) -> tuple[Parts, float]:
+    """Return what one device sends: the mean of its cohort, and the weight."""
+    (block,) = aggregation.add(aggregation.init(submodel), submodel, examples).blocks.values()
+    return aggregation.mean(block), block.weight
 
 
 def round_seconds(model: str, rule: str) -> float:
@@ -50,7 +49,7 @@ def round_seconds(model: str, rule: str) -> float:
     architecture = Architecture(name=model, input_shape=MODELS[model], num_classes=10)
     state, aggregation = random_state(architecture), AGGREGATIONS[rule]
     tiers = [architecture.shapes(architecture.size_at(Fraction(1, 2**i))) for i in range(5)]
-    sizes = [tuple(tier.items()) for tier in tiers]
+    sizes = [signature(tier) for tier in tiers]
     submodels = [{name: x + 0.01 for name, x in cut(state, tiers[k % 5]).items()} for k in range(DEVICES)]
     replies = [upload(aggregation, submodel, 100 + k) for k, submodel in enumerate(submodels)]
 
@@ -67,11 +66,11 @@ def reply_ratio() -> float:
     """Return the time to add one reply of the whole ResNet-18 under the coverage mean, over copying it."""
     architecture = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10)
     reply, aggregation = random_state(architecture), AGGREGATIONS["coverage-mean"]
-    key = signature(reply)
-    partial = aggregation.receive(aggregation.init(reply), key, reply, 3.0, 1)
+    key = signature(shapes_of(reply))
+    partial = aggregation.receive(aggregation.init(reply), key, {SUMS: reply}, 3.0, 1)
 
     def merge() -> None:
-        aggregation.receive(partial, key, reply, 7.0, 1)
+        aggregation.receive(partial, key, {SUMS: reply}, 7.0, 1)
 
     return seconds(merge, 7) / seconds(lambda: {name: x.clone() for name, x in reply.items()}, 7)
 

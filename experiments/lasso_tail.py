@@ -15,11 +15,13 @@ from statistics import mean
 from typing import Any
 
 import fedmaestro
-from fedmaestro.config.experiment import load_config, parse_assignment
+from fedmaestro.config.base import parse_assignment
+from fedmaestro.config.experiment import load_config
 from fedmaestro.fleet.plan import Plan
 from fedmaestro.lod.suffix import factor_strengths
 from fedmaestro.rounds.environment import open_environment
-from fedmaestro.runs.checkpoint import read_model
+from fedmaestro.rounds.server import start
+from fedmaestro.runs.model import read_model
 from fedmaestro.submodel import State
 
 DIGITS = {"train.strategy": "nested", "data.devices": 40}
@@ -57,7 +59,8 @@ def main() -> None:
     names = [tier.tier.name for tier in env.plan.tiers]
     print(f"| λ | {' | '.join(names)} | {' | '.join(f'beyond {name}' for name in names[1:])} |")
     print("|---" * (2 * len(names)) + "|")
-    print(row("start", ["–"] * len(names), tail_shares(env.initial_state(), env.plan)), flush=True)
+    initial = start(env).models[None]
+    print(row("start", ["–"] * len(names), tail_shares(initial, env.plan)), flush=True)
     for weight in args.lasso:
         with tempfile.TemporaryDirectory() as out:
             changes = {**overrides, "train.group-lasso": weight}

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 import fedmaestro
 from fedmaestro.config.experiment import ExperimentConfig, load_config
-from fedmaestro.data import normalize
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.submodel import cut, load
 
@@ -66,9 +65,8 @@ def bare_worker(
         for device in devices:
             model = models[env.tier_of[device]]
             load(model, starts[env.tier_of[device]])
-            images = normalize(env.dataset.train_images[env.parts[device]], env.dataset.mean, env.dataset.std)
-            images = images.contiguous(memory_format=torch.channels_last)
-            labels = torch.from_numpy(env.dataset.train_labels[env.parts[device]])
+            examples = env.task.plain(env.parts[device])
+            (images,), labels = examples.inputs, examples.targets
             optimizer = torch.optim.SGD(model.parameters(), lr=train.lr)
             for batch in torch.randperm(len(labels)).split(train.batch_size):
                 optimizer.zero_grad()

@@ -5,22 +5,23 @@
 The tail is what lies beyond the smallest tier's ranks; 0 means that all tiers are one small model.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from fedmaestro.report.compare_curves import tail_energy_figure
 from fedmaestro.report.figure import plot_style, save_figure
+from fedmaestro.runs.reader import read_json
+from fedmaestro.runs.records import Results
 
 
 def main(folder: str, out: str, *names: str) -> None:
     """Write ``OUT.png`` and ``OUT.svg``."""
-    results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in results["strategies"]}
+    results = read_json(Path(folder) / "results.json", Results)
+    rows = {row.name: row for row in results.strategies}
     if missing := [name for name in names if name not in rows]:
         sys.exit(f"{folder} has no strategy {missing[0]!r}: it has {', '.join(rows)}")
     with plot_style():
-        figure = tail_energy_figure({**results, "strategies": [rows[name] for name in names]})
+        figure = tail_energy_figure(results.model_copy(update={"strategies": [rows[name] for name in names]}))
         for path in save_figure(figure, out):
             print(path)
 

@@ -107,9 +107,20 @@ def test_the_core_loads_neither_flower_nor_ray() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_help_loads_no_heavy_library() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], "Usage"),
+        (["--version"], "fedmaestro 0."),
+        *((["list", kind], first) for kind, first in (("strategies", "partitioned"), ("settings", "train.rounds"))),
+        (["list", "submodels"], "width-rolling"),
+        (["--show-completion", "bash"], "complete"),
+    ],
+    ids=" ".join,
+)
+def test_what_only_tells_something_loads_no_heavy_library(arguments: list[str], shown: str) -> None:
     code = (
-        "import sys\nsys.argv = ['fedmaestro', '--help']\n"
+        f"import sys\nsys.argv = ['fedmaestro', *{arguments}]\n"
         "from fedmaestro.cli import main\n"
         "try:\n    main()\n"
         "finally:\n"
@@ -118,7 +129,7 @@ def test_help_loads_no_heavy_library() -> None:
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert "Usage" in result.stdout
+    assert shown in result.stdout
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
