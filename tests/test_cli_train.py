@@ -4,16 +4,13 @@ import json
 import os
 import re
 import signal
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command, Result, check_refused, entry_point, tree
 from torch.utils import benchmark
 
-from fedmaestro.cli import main
 from fedmaestro.report import format_count
 from fedmaestro.runs.model import load_model
 from fedmaestro.terminal.training import TrainingDisplay
@@ -29,37 +26,12 @@ QUICK = [
 ]
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
 @pytest.fixture
 def fedmaestro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Call the entry point in an empty working directory."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("COLUMNS", "120")
+    """Call the entry point in an empty working directory; latencies are measured in a moment."""
     measure = benchmark.Timer.blocked_autorange
     monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda timer, **_: measure(timer, min_run_time=0.002))
-
-    def call(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedmaestro", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
+    return entry_point(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -73,18 +45,6 @@ def quick(fedmaestro: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
         return fedmaestro("train", *pairs, "--out", folder, *options)
 
     return call
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def check_refused(result: Result, said: list[str], before: dict[str, bytes | None]) -> None:
-    assert (result.code, result.out.strip()) == (2, "")
-    assert result.err.startswith("fedmaestro: ")
-    assert result.err.count("\n") == 1, result.err
-    assert [part for part in said if part not in result.err] == [], result.err
-    assert tree(Path.cwd().parent) == before
 
 
 def check_table(lines: list[str], folder: Path) -> None:
@@ -135,16 +95,6 @@ def test_train_says_what_it_does_and_what_came_out(fedmaestro: Command) -> None:
     assert "\x1b" not in result.out
 
 
-def test_train_from_a_file_with_overrides(quick: Command) -> None:
-    Path("mine.toml").write_text('seed = 9\n[model]\nform = "dense"\n[train]\nepochs = 7\n')
-    result = quick("run", "train.epochs=1", options=("mine.toml",))
-    assert result.code == 0, result.err
-    summary = json.loads(Path("run/summary.json").read_text())
-    assert (summary["seed"], summary["form"], summary["epochs"]) == (9, "dense", 1)
-    assert "dense + SVD" in result.out
-    check_table(result.out.splitlines(), Path("run"))
-
-
 def test_train_beside_another_training(quick: Command) -> None:
     assert quick("dense", "train.epochs=1", "model.form=dense").code == 0
     result = quick("ours", "train.epochs=1", options=("--compare", "dense"))
@@ -163,14 +113,6 @@ def test_ctrl_c_then_resume(quick: Command, fedmaestro: Command, monkeypatch: py
     assert (resumed.code, resumed.err) == (0, "")
     sha256 = next(line for line in whole.out.splitlines() if line.startswith("model_sha256"))
     assert sha256 in resumed.out.splitlines()
-
-
-def test_ctrl_c_twice(quick: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    press_ctrl_c(monkeypatch, 2, 3, times=2)
-    result = quick("run")
-    assert result.code == 130
-    assert "--resume" in result.out
-    assert "Traceback" not in result.err
 
 
 def test_a_diverging_training(quick: Command) -> None:
@@ -219,12 +161,6 @@ def test_mistakes_in_the_folders(options: tuple[str, ...], said: list[str], fedm
     check_refused(fedmaestro(*options), said, before)
 
 
-def test_a_taken_folder(quick: Command) -> None:
-    Path("run").mkdir()
-    Path("run/config.toml").touch()
-    check_refused(quick("run"), ["run already holds a run", "--resume"], tree(Path.cwd().parent))
-
-
 @pytest.mark.parametrize("command", ["train", "extract"])
 def test_help(command: str, fedmaestro: Command) -> None:
     assert command in fedmaestro("--help").out
@@ -232,23 +168,6 @@ def test_help(command: str, fedmaestro: Command) -> None:
     assert "Usage" in text
     for option in {"train": ["--set", "--resume", "--compare"], "extract": ["--tier", "--max-macs", "--out"]}[command]:
         assert option in text
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["extract"],
-        ["extract", "run", "--max-macs", "many"],
-        ["extract", "run", "--calibration", "0"],
-        ["train", "--out"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage(arguments: list[str], fedmaestro: Command) -> None:
-    result = fedmaestro(*arguments)
-    assert result.code == 2
-    assert "Error" in result.err
-    assert list(Path.cwd().iterdir()) == []
 
 
 # extract

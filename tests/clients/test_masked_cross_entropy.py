@@ -68,14 +68,6 @@ def test_an_absent_class_competes_with_logit_0() -> None:
     assert float(loss_of(nn.Identity(), (logits, torch.tensor([0])), classes)) == pytest.approx(expected)
 
 
-def test_a_device_with_one_class_still_learns() -> None:
-    """The gradient of its logit z is p - 1 with p = e^z / (e^z + 3), here at z = 0: -3/4."""
-    logits = torch.zeros(1, 4, requires_grad=True)
-    loss_of(nn.Identity(), (logits, torch.tensor([2])), torch.arange(4) == 2).backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is not None
-    assert logits.grad.tolist() == [[0.0, 0.0, -0.75, 0.0]]
-
-
 def test_rows_of_absent_classes_get_a_gradient_of_exactly_0(model: nn.Module) -> None:
     loss_of(model, data(PRESENT), mask(PRESENT)).backward()  # type: ignore[no-untyped-call]
     for parameter in model[2].parameters():  # type: ignore[index]
@@ -135,21 +127,6 @@ def test_rows_of_absent_classes_stay_as_they_were_sent(model: nn.Module, momentu
             assert not torch.equal(state[name], before)
     _, plain = trained(model, PRESENT, OWN)
     assert bool((plain["2.bias"][ABSENT] < model.state_dict()["2.bias"][ABSENT]).all()), "what the mask is for"
-
-
-def test_weight_decay_shrinks_them(model: nn.Module) -> None:
-    """5 batches in each of 3 epochs, each by 1 - 0.2 · 0.01."""
-    _, state = trained(model, PRESENT, settings=replace(SETTINGS, weight_decay=0.01, clip_norm=0.0))
-    for name in ("2.weight", "2.bias"):
-        expected = model.state_dict()[name][ABSENT] * (1 - 0.2 * 0.01) ** 15
-        torch.testing.assert_close(state[name][ABSENT], expected)
-
-
-def test_a_device_with_all_classes_trains_as_under_the_plain_loss(model: nn.Module) -> None:
-    settings = replace(SETTINGS, momentum=0.9, weight_decay=1e-3)
-    masked, plain = (trained(model, list(range(CLASSES)), objective, settings) for objective in (MASKED, OWN))
-    assert masked[0] == plain[0]
-    assert all(torch.equal(tensor, plain[1][name]) for name, tensor in masked[1].items())
 
 
 def test_the_rows_of_a_factorised_head_are_those_of_u(model: nn.Module) -> None:

@@ -81,14 +81,6 @@ def test_a_level_computes_what_the_cut_model_does(model: nn.Module, batch: tuple
     assert all(not torch.allclose(expected, other) for other in others)
 
 
-def test_levels_follow_the_parameters(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    prefixes = prefixes_of(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(-0.5)
-    torch.testing.assert_close(prefixes(batch[0], 1), lod.truncate(model, RANKS[1])(batch[0]))
-
-
 def test_a_levels_gradient_touches_its_leading_block_only(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     prefixes_of(model)(batch[0], 1).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -106,12 +98,6 @@ def test_a_levels_gradient_touches_its_leading_block_only(model: nn.Module, batc
 # ---------------------------------------------------------------- the table
 
 
-def test_rows_bear_their_names() -> None:
-    assert all(row.name == name for name, row in OBJECTIVES.items())
-    names = {"own-prefix", "masked-cross-entropy", "ordered-prefixes", "paired-prefixes", "self-distillation"}
-    assert names <= OBJECTIVES.keys()
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_smallest_tier_minimises_the_cross_entropy(
     model: nn.Module, batch: tuple[Tensor, Tensor], name: str
@@ -121,22 +107,7 @@ def test_the_smallest_tier_minimises_the_cross_entropy(
     assert torch.equal(loss, F.cross_entropy(model(batch[0]), batch[1]))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_same_generator_gives_the_same_loss(model: nn.Module, batch: tuple[Tensor, Tensor], name: str) -> None:
-    torch.manual_seed(7)
-    first = [loss_of(name, prefixes_of(model), batch, np.random.default_rng(seed)) for seed in range(5)]
-    torch.manual_seed(8)
-    second = [loss_of(name, prefixes_of(model), batch, np.random.default_rng(seed)) for seed in range(5)]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 # ---------------------------------------------------------------- one by one
-
-
-def test_own_prefix_is_the_cross_entropy_of_level_0(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    prefixes = Recorder.of(model, levels=3)
-    assert torch.equal(loss_of("own-prefix", prefixes, batch), F.cross_entropy(model(batch[0]), batch[1]))
-    assert prefixes.runs == [0]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
@@ -168,12 +139,6 @@ def test_pairs_draw_every_smaller_level_equally_often(
     assert abs(counts[1] - 150) < 5 * 300**0.5 / 2  # 5 σ
 
 
-def test_paired_prefixes_adds_the_smaller_levels_cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    prefixes = prefixes_of(model, levels=2)
-    expected = sum(F.cross_entropy(prefixes(batch[0], level), batch[1]) for level in (0, 1))
-    torch.testing.assert_close(loss_of("paired-prefixes", prefixes, batch), expected)
-
-
 def test_self_distillation_teaches_the_smaller_level_soft_targets(
     model: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
@@ -202,13 +167,3 @@ def test_self_distillation_gives_the_teacher_no_gradient(model: nn.Module, batch
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
     assert any(not torch.allclose(actual[name], leaky[name], rtol=1e-4, atol=1e-6) for name in actual)
-
-
-def test_self_distillation_touches_the_leading_block_only(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    """Without the own cross-entropy, whose gradient is subtracted (hence a tolerance instead of exact zeros)."""
-    for name, gradient in distillation_gradients(model, batch).items():
-        rank = RANKS[1][name.split(".")[0]]
-        if not name.endswith("bias"):
-            columns = gradient if name.endswith(".v") else gradient.T
-            assert columns[:rank].abs().max() > 1e-4
-            assert columns[rank:].abs().max() < 1e-7

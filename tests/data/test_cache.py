@@ -51,23 +51,6 @@ def test_a_damaged_entry_is_built_again(tmp_path: Path, name: str, damage: objec
     assert names(tmp_path) == ["entry"]
 
 
-def test_an_entry_that_cannot_be_read_is_built_again(tmp_path: Path) -> None:
-    def strict(folder: Path) -> str:
-        if read(folder) != "built":
-            raise ValueError("bad content of the right size")
-        return read(folder)
-
-    cache.fetch(tmp_path / "entry", build, read)
-    (tmp_path / "entry" / "value.txt").write_text("BUILT", encoding="utf-8")
-    assert cache.fetch(tmp_path / "entry", build, strict) == "built"
-
-
-def test_a_file_in_the_place_of_an_entry_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "entry").write_text("not a folder", encoding="utf-8")
-    assert cache.fetch(tmp_path / "entry", build, read) == "built"
-    assert names(tmp_path) == ["entry"]
-
-
 def test_the_loser_of_a_race_takes_the_winners_entry(tmp_path: Path) -> None:
     def slow(folder: Path) -> None:
         (folder / "value.txt").write_text("late", encoding="utf-8")
@@ -75,14 +58,6 @@ def test_the_loser_of_a_race_takes_the_winners_entry(tmp_path: Path) -> None:
 
     assert cache.fetch(tmp_path / "entry", slow, read) == "built"
     assert names(tmp_path) == ["entry"]
-
-
-def test_an_entry_that_never_reads_back_is_an_error(tmp_path: Path) -> None:
-    def unreadable(folder: Path) -> str:
-        raise ValueError
-
-    with pytest.raises(UserError, match="cannot"):
-        cache.fetch(tmp_path / "entry", build, unreadable)
 
 
 def test_leftovers_of_old_crashes_are_removed(tmp_path: Path) -> None:

@@ -3,14 +3,12 @@
 import math
 from fractions import Fraction
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
+from commands import counted_macs
 from torch import nn
 from torch.utils import benchmark
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro import lod
 from fedmaestro.config.base import read
@@ -75,12 +73,6 @@ def deployed(case: str, point: dict[str, Any]) -> nn.Module:
     return lod.recompose(lod.truncate(lod_form(architecture, model), point["ranks"])).eval()
 
 
-def counted_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, *input_shape))
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_figure_is_that_of_the_real_model(case: str) -> None:
     config, task, _, _, curve = setting(case)
@@ -119,15 +111,6 @@ def points_named(curve: dict[str, Any], how: str) -> list[dict[str, Any]]:
     (points,) = (points for name, points in curve["series"].items() if f"{how} ranks" in name)
     assert isinstance(points, list)
     return points
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_models_are_nested(case: str) -> None:
-    *_, curve = setting(case)
-    for points in curve["series"].values():
-        for larger, smaller in pairwise(points):
-            assert larger["ranks"].keys() == smaller["ranks"].keys()
-            assert all(smaller["ranks"][name] <= rank for name, rank in larger["ranks"].items())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,35 +161,6 @@ def test_uniform_ranks_are_one_fraction_of_the_models_own(case: str) -> None:
     assert points[-1]["ranks"] == at(1)
 
 
-@pytest.mark.parametrize("case", ["mlp", "cnn"])
-def test_a_search_never_leaves_a_layer_between_the_cheapest_dense_form_and_full_rank(case: str) -> None:
-    _, _, _, model, curve = setting(case)
-    layers = lod.layers(model)
-    for point in points_named(curve, "searched"):
-        for name, rank in point["ranks"].items():
-            out, inner = layers[name].u.shape[0], layers[name].v[0].numel()
-            assert rank == layers[name].max_rank or rank == 1 or rank * (out + inner) < out * inner
-
-
-def test_search_beats_uniform_ranks_on_its_calibration_batch() -> None:
-    """Over the budgets, not at each one: the search is greedy."""
-    *_, curve = setting("mlp")
-    searched, uniform = (
-        {point["budget"]: point["calibration_loss"] for point in points_named(curve, how)}
-        for how in ("searched", "uniform")
-    )
-    budgets = [budget for budget in FRACTIONS if budget in searched and budget in uniform]
-    assert sum(searched[b] for b in budgets) < sum(uniform[b] for b in budgets)
-
-
-@pytest.mark.parametrize("case", ["mlp", "dense mlp"])
-def test_svd_of_a_dense_model_is_the_same_function(case: str) -> None:
-    _, task, architecture, model, _ = setting(case)
-    images = next(iter(task.split("test"))).inputs
-    with torch.inference_mode():
-        torch.testing.assert_close(lod_form(architecture, model)(*images), model(*images), rtol=1e-4, atol=1e-4)
-
-
 def test_the_model_stays_as_it_is() -> None:
     config, task, architecture, model, curve = setting("shrunken mlp")
     before: State = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -229,40 +183,6 @@ def test_latency_is_measured_of_every_model(monkeypatch: pytest.MonkeyPatch) -> 
     assert curve["device"] == "cpu, 1 thread, batch 3"
     for point in [*all_points(curve), curve["dense"]]:
         assert 0 < point["latency_ms"] < 1000
-
-
-def test_a_smaller_level_ratio_tries_fewer_models() -> None:
-    config, task, architecture, model, _ = setting("mlp")
-    macs: dict[float, set[float]] = {}
-    for ratio in (0.3, 0.9):
-        settings = config.curve.model_copy(update={"level_ratio": ratio})
-        curve = curve_of(config.model_copy(update={"curve": settings}), task, architecture, model)
-        macs[ratio] = {point["macs"] for point in points_named(curve, "searched")}
-    assert len(macs[0.3]) <= len(macs[0.9])
-    assert macs[0.3] != macs[0.9]
-
-
-def test_one_calibration_example_and_rank_one_everywhere() -> None:
-    config, task, architecture, _, _ = setting("mlp")
-    state = architecture.initial_state(0)
-    tiny = architecture.with_state(
-        {name: tensor[:, :1] if name.endswith(".u") else tensor[:1] if name.endswith(".v") else tensor
-         for name, tensor in state.items()}
-    )  # fmt: skip
-    one = config.model_copy(update={"curve": config.curve.model_copy(update={"calibration": 1})})
-    curve = curve_of(one, task, architecture, tiny)
-    for points in curve["series"].values():
-        assert {str(point["ranks"]) for point in points} == {str(dict.fromkeys(("fc1", "fc2", "fc3"), 1))}
-
-
-def test_a_layer_that_lost_all_ranks_costs_its_bias_only() -> None:
-    config, task, architecture, _, _ = setting("mlp")
-    model = lod.truncate(architecture.with_state(architecture.initial_state(0)), {"fc2": 0})
-    curve = curve_of(config, task, architecture, model)
-    first = points_named(curve, "searched")[0]
-    assert first["ranks"]["fc2"] == 0
-    assert first["params"] == 64 * 128 + 128 + 128 + 128 * 10 + 10
-    assert first["macs"] == 64 * 128 + 128 * 10
 
 
 # curve.fractions

@@ -135,24 +135,6 @@ def test_momentum_adds_one_copy_of_the_parameters() -> None:
     assert with_momentum.train_macs_per_example == without.train_macs_per_example
 
 
-def test_a_resnet18_takes_0_56_gmacs() -> None:
-    arch = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10, form="dense")
-    # 3×3 convolutions at 32², 16², 8², 4², the 1×1 shortcuts, and the head.
-    stem, first, stages = 1024 * 64 * 27, 4 * 1024 * 64 * 64 * 9, 0
-    for channels, positions in ((128, 256), (256, 64), (512, 16)):
-        half = channels // 2
-        stages += positions * channels * (half * 9 + 3 * channels * 9 + half)
-    assert closed_form_at_32(arch) == stem + first + stages + 5120 == 555_422_720
-
-
-def closed_form_at_32(arch: Architecture) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        arch.full(torch.zeros(1, 3, 32, 32, device="meta"))
-    macs = cost(trace(arch.build(arch.full_size), arch.input_shape), {}, batch_size=1).macs_per_example
-    assert 2 * macs == counter.get_total_flops()
-    return macs
-
-
 # ---------------------------------------------------------------- any ranks, on a small net
 
 
@@ -182,10 +164,6 @@ MAX_RANKS = {"0": 5, "5": 11, "7": 6}
 RANKS = st.fixed_dictionaries({name: st.integers(1, R) for name, R in MAX_RANKS.items()})
 
 
-def test_the_small_net_is_what_the_properties_assume() -> None:
-    assert lod.max_ranks(net()) == MAX_RANKS
-
-
 @settings(max_examples=25)
 @given(ranks=RANKS)
 def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
@@ -197,15 +175,6 @@ def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
     params = sum(parameter.numel() for parameter in model.parameters())
     assert expected.params == params
     assert expected.train_memory_bytes == 3 * 4 * params + 4 * activation_bytes(model, NET_SHAPE)
-
-
-@settings(max_examples=25)
-@given(ranks=st.fixed_dictionaries({name: st.integers(0, R) for name, R in MAX_RANKS.items()}))
-def test_forward_macs_and_parameters_hold_at_rank_0_too(ranks: dict[str, int]) -> None:
-    model = lod.truncate(net(), ranks)
-    expected = cost(net_trace(), ranks, batch_size=1)
-    assert counted_macs(model, torch.zeros(2, *NET_SHAPE), backward=False) == expected.macs_per_example
-    assert sum(parameter.numel() for parameter in model.parameters()) == expected.params
 
 
 @settings(max_examples=50)
@@ -235,56 +204,3 @@ def test_wrong_ranks_are_refused(ranks: dict[str, int], message: str) -> None:
 def test_a_dense_trace_takes_no_ranks() -> None:
     with pytest.raises(UserError, match="unknown LoD layer 'fc1': valid: none"):
         cost(traced("mlp", "dense"), {"fc1": 1}, batch_size=1)
-
-
-def test_a_trace_does_not_depend_on_the_current_prefix() -> None:
-    model = lod.truncate(net(), {})
-    lod.set_ranks(model, {"0": 1, "7": 2})
-    assert trace(model, NET_SHAPE) == net_trace()
-
-
-def test_a_trace_keeps_the_current_prefix() -> None:
-    model = lod.truncate(net(), {})
-    lod.set_ranks(model, {"0": 1, "7": 2})
-    trace(model, NET_SHAPE)
-    assert {name: layer.rank for name, layer in lod.layers(model).items()} == {"0": 1, "5": 11, "7": 2}
-
-
-def test_a_trace_leaves_no_hooks_and_no_gradients() -> None:
-    model = lod.truncate(net(), {})
-    trace(model, NET_SHAPE)
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_trace_leaves_the_global_generator_alone() -> None:
-    arch = architecture("transformer-small", "lod")  # it drops out
-    before = torch.random.get_rng_state()
-    trace(arch.full, arch.input_shape)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-class SequenceFirst(nn.Module):
-    """Puts the batch second, as PyTorch's own attention does unless told otherwise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(7, 5)
-        self.attention = nn.MultiheadAttention(5, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.project(images.flatten(1, 2).transpose(0, 1))
-        return self.attention(x, x, x, need_weights=False)[0].mean(0)  # type: ignore[no-any-return]
-
-
-def test_positions_are_counted_wherever_the_batch_is() -> None:
-    traced = trace(lod.factorize(SequenceFirst()), (2, 6, 7))
-    assert {layer.name: layer.positions for layer in traced.layers} == dict.fromkeys(
-        ["project", *(f"attention.{name}" for name in ("q", "k", "v", "out"))], 12
-    )
-
-
-def test_a_trace_leaves_a_meta_model_without_memory() -> None:
-    arch = Architecture(name="mlp", input_shape=(2, 5, 4), num_classes=7)
-    trace(arch.full, arch.input_shape)
-    assert {parameter.device.type for parameter in arch.full.parameters()} == {"meta"}

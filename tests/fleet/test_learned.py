@@ -1,7 +1,6 @@
 """New ranks from the global model: what may be cut, one nested path, budgets that hold, and what follows the ranks."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -98,21 +97,6 @@ def test_only_a_suffix_of_weak_and_trained_columns_is_cut(
     assert kept == 1 or not may_go(kept - 1)
 
 
-def test_without_a_threshold_nothing_is_cut() -> None:
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model(0).items()}
-    assert columns_to_keep(zeros, everything_trained(planned()), Rederivation(every=1)) == full_ranks()
-
-
-def test_what_few_devices_train_is_not_judged_early() -> None:
-    """All columns have vanished, but those beyond the second tier have had one update less than they need."""
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model(0).items()}
-    plan, rule = planned(), Rederivation(every=1, threshold=1.0, min_updates=20)
-    updates = count_updates(no_updates(plan), plan.by_name("high").serves.size.ranks or {}, 100)
-    updates = count_updates(updates, full_ranks(), 19)
-    assert columns_to_keep(zeros, updates, rule) == full_ranks()
-    assert set(columns_to_keep(zeros, count_updates(updates, full_ranks(), 1), rule).values()) == {1}
-
-
 def test_updates_are_counted_by_column() -> None:
     before = no_updates(planned())
     after = count_updates(before, {"conv2": 3}, 4)
@@ -134,24 +118,12 @@ def test_the_path_is_one_chain_from_all_columns_to_one_per_layer(seed: int) -> N
         assert all(small[layer] <= large[layer] for layer in large)
 
 
-def test_the_scale_of_a_layer_means_nothing() -> None:
-    state = model(1, 0.05)
-    scaled = {name: tensor * (8.0 if name == "fc1.u" else 1.0) for name, tensor in state.items()}
-    path = path_of(state)
-    assert path_of(scaled) == path
-
-
 def test_a_layer_whose_columns_fade_gives_up_more_of_them() -> None:
     for fading in full_ranks():
         decay = {layer: 0.3 if layer == fading else 0.01 for layer in full_ranks()}
         path = path_of(model(2, decay))
         kept = {layer: rank / full_ranks()[layer] for layer, rank in path[len(path) // 2].items()}
         assert min(kept, key=kept.__getitem__) == fading
-
-
-def test_a_model_of_zeros_has_a_path() -> None:
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model(0).items()}
-    assert len(path_of(zeros)) == 1 + sum(full_ranks().values()) - len(full_ranks())
 
 
 # Tiers on the path
@@ -226,13 +198,6 @@ def test_no_tier_leaves_out_a_column_that_costs_no_more_than_its_uniform_ranks(s
         assert all(rank <= ranks[x] for x, rank in on_path.items()), "what the path gave is kept"
 
 
-def test_learned_ranks_are_not_uniform() -> None:
-    decay = dict(zip(full_ranks(), (0.3, 0.001, 0.1), strict=True))
-    ranks = tiers_on_path(planned(), model(4, decay)).by_name("mid").serves.size.ranks or {}
-    shares = [rank / full_ranks()[layer] for layer, rank in ranks.items()]
-    assert max(shares) > 2 * min(shares)
-
-
 @pytest.mark.parametrize("trains", ["own", "smallest", "full", "capable"])
 def test_every_rule_has_somebody_who_trains(trains: str) -> None:
     plan = tiers_on_path(planned(rule=SubmodelRule(trains=trains)), model(5, 0.02))  # type: ignore[arg-type]
@@ -301,43 +266,6 @@ def test_uniform_ranks_stay_as_far_as_columns_are_left() -> None:
         assert after.serves.cost.params <= before.serves.cost.params
         assert cut(new.state, after.serves.shapes)
     assert [tier.tier for tier in new.plan.tiers] == [tier.tier for tier in plan.tiers]
-
-
-def test_more_tiers_are_capable_of_a_smaller_model() -> None:
-    plan = planned(rule=SubmodelRule(trains="capable"))
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model(0).items()}
-    now = start(plan, zeros, updates=everything_trained(plan))
-    new = rederive(plan, now, Rederivation(every=1, threshold=1.0))
-    assert [tier.tier.name for tier in new.plan.tiers if tier.trains is not None] == [tier.name for tier in FIVE]
-
-
-def test_a_plan_whose_ranks_stay_is_the_same_one() -> None:
-    plan = planned()
-    now = start(plan, model(8))
-    assert rederive(plan, now, Rederivation(every=1, threshold=1e-30)).plan is plan
-    learned = rederive(plan, now, LEARNED)
-    assert learned.plan is not plan
-    assert rederive(plan, learned, LEARNED).plan is learned.plan
-
-
-def test_a_state_without_columns_to_cut_is_unchanged() -> None:
-    plan = planned()
-    now = start(plan, model(9), {"optimizer": {"momentum": {"fc1.u": torch.ones(3)}}})
-    new = rederive(plan, now, LEARNED)
-    assert all(torch.equal(tensor, now.state[name]) for name, tensor in new.state.items())
-    assert new.memory == now.memory
-
-
-def test_the_order_of_the_counts_means_nothing() -> None:
-    """Safetensors returns a checkpoint's tensors in any order."""
-    plan = planned()
-    updates = everything_trained(plan)
-    backwards = dict(reversed(updates.items()))
-    rule = replace(LEARNED, threshold=1e-3)
-    one, other = (rederive(plan, start(plan, model(12, 0.1), updates=x), rule) for x in (updates, backwards))
-    assert list((other.plan.full.size.ranks or {}).items()) == list((one.plan.full.size.ranks or {}).items())
-    for left, right in zip(one.plan.tiers, other.plan.tiers, strict=True):
-        assert list((left.serves.size.ranks or {}).items()) == list((right.serves.size.ranks or {}).items())
 
 
 def test_ranks_survive_their_text() -> None:

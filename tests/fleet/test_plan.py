@@ -73,23 +73,6 @@ def test_five_tiers_have_their_ranks(model: str) -> None:
         assert dict(tier.serves.size.ranks) == {name: max(1, rank // divisor) for name, rank in full.items()}
 
 
-@pytest.mark.parametrize(("fleet", "fractions"), [("phones", ("1", "21/50", "1/5", "1/10"))])
-def test_decimal_shares_of_ranks(fleet: str, fractions: tuple[str, ...]) -> None:
-    plan = make_plan(architecture("lenet"), FLEETS[fleet].tiers, SubmodelRule(), batch_size=32)
-    full = lod.max_ranks(architecture("lenet").full)
-    for index, fraction in enumerate(map(Fraction, fractions)):
-        expected = {name: max(1, int(fraction * rank)) for name, rank in full.items()}
-        assert dict(plan.by_index(index).serves.size.ranks) == expected
-
-
-@pytest.mark.parametrize("rule", [SubmodelRule(), WIDTHS], ids=["ranks", "widths"])
-@pytest.mark.parametrize("model", ["mlp", "lenet", "cnn", SLOW_WIDTHS])
-def test_tiers_are_in_order_and_nested(model: str, rule: SubmodelRule) -> None:
-    for large, small in pairwise(planned(model, rule).tiers):
-        assert within(small.serves, large.serves)
-        assert small.serves.cost.params <= large.serves.cost.params
-
-
 @cache
 def lenet_costs() -> tuple[Architecture, dict[Fraction, Cost]]:
     lenet = architecture("lenet")
@@ -150,14 +133,6 @@ def test_memory_budget_counts_batch_and_momentum() -> None:
     assert ranks(8, momentum=False) > ranks(12, momentum=False)
 
 
-def test_shapes_and_cost_belong_to_the_size() -> None:
-    plan = planned("lenet")
-    for tier in plan.tiers:
-        assert tier.serves.shapes == plan.architecture.shapes(tier.serves.size)
-        params = sum(p.numel() for p in plan.architecture.build(tier.serves.size).parameters())
-        assert tier.serves.cost.params == params
-
-
 # Rules
 
 
@@ -210,11 +185,3 @@ def test_a_tier_that_affords_nothing_is_named() -> None:
     tiers = (*FIVE, Tier(name="watch", share=0.1, memory_bytes=1000))
     with pytest.raises(UserError, match=r"'watch' cannot afford .*memory-bytes 1,000 bytes, needed [\d,]+ \(×"):
         five(SubmodelRule(), tiers)
-
-
-def test_look_up_by_index_and_name() -> None:
-    plan = five(SubmodelRule(), FIVE[::-1])
-    assert [tier.tier.name for tier in plan.tiers] == [tier.name for tier in FIVE], "largest first"
-    for index, tier in enumerate(FIVE[::-1]):
-        assert plan.by_index(index) == plan.by_name(tier.name)
-        assert plan.by_index(index).tier == tier

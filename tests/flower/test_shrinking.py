@@ -14,7 +14,6 @@ from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import JOB, SUBMODEL, to_state
 from fedmaestro.flower.run import Run
-from fedmaestro.rounds import device as host
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import ServerState, from_checkpoint
 from fedmaestro.runs.checkpoint import load_checkpoint
@@ -116,31 +115,6 @@ def test_messages_carry_ranks_once_they_have_changed(federate: Federate) -> None
     assert all(len(job["tails"]) == 4 for job in jobs(grid.sent, "train"))
 
 
-def test_by_default_nothing_of_this_happens(federate: Federate) -> None:
-    _, folder, grid = federate()
-    assert all(record.ranks == record.full_ranks == {} for record in folder.read_rounds())
-    assert all("ranks" not in job and "tails" not in job for job in jobs(grid.sent, "train"))
-    server = state_of(folder, {})
-    assert server.updates == {}
-    assert [tier.serves.size for tier in server.plan.tiers] == [
-        tier.serves.size for tier in open_environment(load_config(None)).plan.tiers
-    ]
-
-
-def test_number_of_hosts_changes_nothing(federate: Federate) -> None:
-    first, _, _ = federate(CHANGING, nodes=1)
-    second, _, _ = federate(CHANGING, nodes=7)
-    assert first["model_sha256"] == second["model_sha256"]
-
-
-@pytest.mark.parametrize("strategy", ["fedmaestro", "product-svd", "fedlmt", "fedavg-full", "capable-only"])
-def test_lod_strategies_run_with_it(federate: Federate, strategy: str) -> None:
-    summary, folder, _ = federate({**CHANGING, "train.strategy": strategy, "train.rounds": 3})
-    assert folder.read_rounds()[2].ranks
-    for name, tier in summary["tiers"].items():
-        assert sum(p.numel() for p in Run(folder.path).model(name).parameters()) == tier["params"]
-
-
 def test_interrupted_and_resumed_gives_the_same_model(federate: Federate) -> None:
     """Before a cut, after one, and between a cut and its evaluation: what was not complete is done again."""
     overrides = {**CHANGING, **MOMENTUM, "train.evaluate-every": 1}
@@ -178,37 +152,12 @@ def test_the_checkpoint_holds_memory_and_counts_of_the_models_size(federate: Fed
         assert all(int(a) >= int(b) for a, b in pairwise(counts))
 
 
-def test_failed_devices_count_no_update(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = host.train_device
-    calls = iter(range(10_000))
-
-    def every_third_raises(*args: Any) -> float:
-        if next(calls) % 3 == 0:
-            raise MemoryError("out of memory on the device")
-        return original(*args)
-
-    monkeypatch.setattr(host, "train_device", every_third_raises)
-    _, folder, _ = federate({**CHANGING, "train.rounds": 3})
-    updates = state_of(folder, {**CHANGING, "train.rounds": 3}).updates
-    trained = sum(record.devices for record in folder.read_rounds())
-    assert 0 < trained < 30
-    assert int(updates["fc1"][0]) == trained
-
-
 def test_columns_that_few_devices_have_trained_stay(federate: Federate) -> None:
     """The same run with a guard that the largest tier's columns cannot pass."""
     _, folder, _ = federate({**CHANGING, "ranks.shrink-min-updates": 1000})
     _, shrunk, _ = federate(CHANGING)
     assert folder.read_rounds()[4].full_ranks == {"fc1": 64, "fc2": 128}
     assert shrunk.read_rounds()[4].full_ranks != {"fc1": 64, "fc2": 128}
-
-
-def test_uniform_ranks_with_shrinking_only_lose_columns(federate: Federate) -> None:
-    _, folder, _ = federate({**CHANGING, "ranks.rule": "uniform", "ranks.shrink-threshold": 1.0})
-    first, last = folder.read_rounds()[0], folder.read_rounds()[4]
-    assert last.full_ranks != first.full_ranks
-    for tier, ranks in last.ranks.items():
-        assert ranks == {x: min(rank, last.full_ranks[x]) for x, rank in first.ranks[tier].items()}
 
 
 # Settings that cannot work
@@ -227,20 +176,6 @@ def test_tiers_that_share_no_trained_factors_are_refused(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"train.group-lasso": 0.1}, {"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str
-)
-def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"needs LoD layers, and under strategy 'heterofl' model 'mlp' has none"
-    ) as error:
-        federate({**setting, "train.strategy": "heterofl", "train.rounds": 20}, folder=tmp_path / "run")
-    key, value = next(iter(setting.items()))
-    assert f"{key}={value}" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"train.submodel": "width"}, r"under train\.submodel='width' model 'mlp' has none"),
@@ -252,25 +187,3 @@ def test_dense_models_have_no_ranks_to_change(federate: Federate, setting: dict[
 def test_the_switch_that_is_in_the_way_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=rf"^server\.tail-start=4\.0 needs .*{named}"):
         open_environment(load_config(None, {**changes, "server.tail-start": 4.0}))
-
-
-@pytest.mark.parametrize("setting", [{"ranks.shrink-threshold": 0.1}, {"ranks.rule": "learned"}], ids=str)
-def test_ranks_that_would_never_change_are_an_error(setting: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"has no effect: ranks\.shrink-every=10 is not below train\.rounds=10"):
-        open_environment(load_config(None, {**setting, "train.rounds": 10}))
-    assert open_environment(load_config(None, {**setting, "train.rounds": 11})).rederivation.active
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("train.group-lasso", -0.1),
-        ("ranks.shrink-threshold", -1),
-        ("ranks.shrink-every", 0),
-        ("ranks.shrink-min-updates", -1),
-        ("ranks.rule", "best"),
-    ],
-)
-def test_values_out_of_bounds_are_named(key: str, value: object) -> None:
-    with pytest.raises(UserError, match=f"setting {key} = {value!r} in the overrides: "):
-        load_config(None, {key: value})

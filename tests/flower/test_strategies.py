@@ -15,7 +15,6 @@ from fedmaestro.flower.client_app import JOB, SUBMODEL
 from fedmaestro.flower.run import Run
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.method import method_of
-from fedmaestro.rounds.server import start
 from fedmaestro.runs.checkpoint import below, load_checkpoint
 from fedmaestro.runs.model import read_model
 from fedmaestro.strategies import STRATEGIES, Strategy
@@ -141,38 +140,6 @@ def test_tail_start_is_a_switch_of_its_own(federate: Federate) -> None:
     assert len({x[-1] for x in accuracies.values()}) == 1
 
 
-@pytest.mark.parametrize("strategy", ["nested", "fjord-kd", "heterofl", "exclusive", "alternating"])
-def test_logit_adjustment_is_a_switch_of_every_row(federate: Federate, strategy: str) -> None:
-    settings = {"train.strategy": strategy, "train.rounds": 1}
-    plain, adjusted, zero = (
-        federate(settings | more)[0]["model_sha256"]
-        for more in ({}, {"train.logit-adjustment": 1.0}, {"train.logit-adjustment": 0.0})
-    )
-    assert plain == zero != adjusted
-
-
-def test_the_default_row_has_both_switches_on_and_they_can_be_set() -> None:
-    def switches(**settings: object) -> tuple[object, object]:
-        method = method_of(load_config(None, settings))
-        return method.settings["server.tail-start"], method.logit_adjustment
-
-    assert switches() == (4.0, 1.0)
-    assert switches(**{"server.tail-start": 0.0, "train.logit-adjustment": 0.0}) == (0.0, 0.0)
-    assert switches(**{"ranks.rule": "learned"}) == (0.0, 1.0), "learned ranks would read it as a spectrum"
-    assert switches(**{"ranks.rule": "learned", "server.tail-start": 2.0}) == (2.0, 1.0), "what is set counts"
-
-
-@pytest.mark.parametrize("submodel", ["separate", "width", "smallest", "full", "capable"])
-def test_without_tiers_of_few_holders_there_is_nothing_to_start_small(submodel: str) -> None:
-    """Such a submodel under the default row: all devices that train hold what they train."""
-    small, plain = (
-        start(open_environment(load_config(None, {"train.submodel": submodel, **more}))).models
-        for more in ({}, {"server.tail-start": 0.0})
-    )
-    for owner, state in small.items():
-        assert all(torch.equal(tensor, plain[owner][name]) for name, tensor in state.items())
-
-
 def test_a_small_start_happens_once(federate: Federate) -> None:
     """A run that goes on from its checkpoint does not start its tails again."""
     settings = {"train.rounds": 3, "server.tail-start": 9.0}
@@ -188,18 +155,6 @@ def test_a_small_start_happens_once(federate: Federate) -> None:
     _, folder, _ = federate(settings, stop=stop, spoil=interrupt)
     again, _, _ = federate(settings, folder=folder.path)
     assert again["model_sha256"] == whole["model_sha256"]
-
-
-def test_heterofl_switches_can_be_set_one_by_one() -> None:
-    def architecture(**settings: str) -> Any:
-        flat = {"train.strategy": "heterofl", "model.name": "cnn", "data.name": "digits"} | settings
-        return open_environment(load_config(None, flat)).plan.architecture
-
-    assert (architecture().norm, architecture().scaler) == ("static", True)
-    assert architecture(**{"model.norm": "group"}).norm == "group"
-    assert not architecture(**{"model.scaler": "off"}).scaler
-    assert not architecture(**{"model.name": "mlp"}).scaler, "without norms, evaluation would see other activations"
-    assert architecture(**{"model.name": "mlp", "model.scaler": "on"}).scaler
 
 
 def test_static_norms_are_calibrated_the_same_on_every_host(federate: Federate) -> None:

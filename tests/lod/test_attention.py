@@ -1,6 +1,5 @@
 """Attention in LoD form against PyTorch's. ``N`` batch, ``L`` queries, ``S`` keys, ``E`` embedding, ``h`` heads."""
 
-import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -102,24 +101,13 @@ def test_the_factorised_layer_computes_the_same(options: dict[str, Any], batch_f
 @pytest.mark.parametrize("padding", ["none", "bool", "float"])
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "bool per head", "float per head"])
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
-def test_masks_mean_the_same(padding: str, mask: str, need_weights: bool, batch_first: bool) -> None:
-    dense = attention(batch_first=batch_first)
-    x = inputs(batch_first=batch_first)
+def test_masks_mean_the_same(padding: str, mask: str, need_weights: bool) -> None:
+    dense = attention(batch_first=True)
+    x = inputs(batch_first=True)
     call = {"key_padding_mask": key_padding(padding), "attn_mask": attn_mask(mask), "need_weights": need_weights}
     for model in (dense, dense.eval()):
         assert_same(factorised(model)(*x, **call), model(*x, **call))
-
-
-def test_unbatched_inputs_take_masks_too() -> None:
-    dense = attention()
-    x = inputs(batch_first=False, batched=False)
-    per_head = attn_mask("bool per head")
-    assert per_head is not None
-    for mask in (attn_mask("bool"), per_head[:H]):
-        call = {"key_padding_mask": torch.tensor([False] * 3 + [True] * 2), "attn_mask": mask}
-        assert_same(factorised(dense)(*x, **call), dense(*x, **call))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -154,10 +142,9 @@ def test_a_causal_promise_needs_the_mask() -> None:
         ({"key_padding_mask": torch.zeros(1, S)}, "key_padding_mask must be"),
     ],
 )
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_masks_of_other_shapes_are_refused(masks: dict[str, Tensor], message: str, need_weights: bool) -> None:
+def test_masks_of_other_shapes_are_refused(masks: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        factorised(attention())(*inputs(batch_first=False), need_weights=need_weights, **masks)
+        factorised(attention())(*inputs(batch_first=False), **masks)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -196,23 +183,6 @@ def test_prefixes_cut_and_recomposed_layers_agree(ranks: dict[str, int]) -> None
         assert isinstance(recomposed.get_submodule(name), nn.Linear) == (r >= E // 2)
 
 
-def test_gradients_are_those_of_the_dense_layer() -> None:
-    dense = attention()
-    layer = factorised(dense)
-    x = tuple(t.requires_grad_() for t in inputs(batch_first=False))
-    grads = [torch.autograd.grad(model(*x, need_weights=False)[0].square().sum(), x) for model in (dense, layer)]
-    for expected, actual in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
-    layer(*x)[0].square().sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def test_heads_that_do_not_divide_the_embedding_are_refused() -> None:
-    parts = dict(factorised(attention()).named_children())
-    with pytest.raises(UserError, match="an embedding of 12 cannot be split over 5 heads"):
-        LoDMultiheadAttention(**parts, num_heads=5)  # type: ignore[arg-type]
-
-
 # ---------------------------------------------------------------- factorize
 
 
@@ -246,31 +216,6 @@ def test_frozen_parts_stay_frozen(part: str, grad: bool) -> None:
     names = PROJECTIONS[:3] if part.startswith("in_") else PROJECTIONS[3:]
     frozen = {f"{n}.{factor}" for n in names for factor in (("bias",) if part.endswith("bias") else ("u", "v"))}
     assert {name for name, parameter in layer.named_parameters() if not parameter.requires_grad} == frozen
-
-
-def test_one_of_three_separate_projections_can_be_frozen() -> None:
-    dense = attention(kdim=7)
-    dense.get_parameter("k_proj_weight").requires_grad_(False)
-    frozen = {name for name, parameter in factorised(dense).named_parameters() if not parameter.requires_grad}
-    assert frozen == {"k.u", "k.v"}
-
-
-@pytest.mark.parametrize("options", [{}, {"kdim": 7, "vdim": 9, "bias": False}])
-def test_a_meta_copy_has_the_shapes_of_the_real_one(options: dict[str, Any]) -> None:
-    meta = factorised(copy.deepcopy(attention(**options)).to("meta"))
-    assert {p.device.type for p in meta.parameters()} == {"meta"}
-    real = factorised(attention(**options)).state_dict()
-    assert {n: t.shape for n, t in meta.state_dict().items()} == {n: t.shape for n, t in real.items()}
-
-
-def test_the_dense_layer_is_not_changed_and_shares_no_memory() -> None:
-    dense = attention()
-    before = copy.deepcopy(dense.state_dict())
-    with torch.no_grad():
-        for parameter in factorised(dense).parameters():
-            parameter.zero_()
-    for name, tensor in dense.state_dict().items():
-        assert torch.equal(tensor, before[name])
 
 
 def test_tied_attention_is_refused_unless_skipped() -> None:
@@ -308,7 +253,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "sequence first": lambda: encoder_layer(batch_first=False),
     "no bias": lambda: encoder_layer(bias=False),
 }
-SKIPS: list[list[str]] = [[], ["self_attn"], ["linear1"], ["linear2", "self_attn"], ["linear1", "linear2"]]
+SKIPS: list[list[str]] = [[], ["self_attn"], ["linear1", "linear2"]]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -328,14 +273,7 @@ def test_an_encoder_layer_computes_the_same(name: str, skip: list[str], training
 ENCODER_SKIPS = {
     "all": [],
     "first layer dense": ["layers.0.self_attn", "layers.0.linear1", "layers.0.linear2"],
-    "only the last linear": [
-        f"layers.{i}.{part}"
-        for i in range(3)
-        for part in ("self_attn", "linear1", "linear2")
-        if (i, part) != (2, "linear2")
-    ],
     "every attention": [f"layers.{i}.self_attn" for i in range(3)],
-    "every feed-forward": [f"layers.{i}.linear{j}" for i in range(3) for j in (1, 2)],
 }
 
 
@@ -399,19 +337,4 @@ def test_a_decoder_layer_computes_the_same(options: dict[str, bool], training: b
         with torch.no_grad():
             torch.testing.assert_close(
                 model(target, memory, **call), dense(target, memory, **call), rtol=1e-9, atol=1e-10
-            )
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("skip", [[], ["encoder.layers.0.self_attn"], ["encoder.layers.1.linear2"]], ids=str)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
-def test_a_whole_transformer_computes_the_same(skip: list[str], training: bool) -> None:
-    dense = randomised(nn.Transformer(E, H, 2, 2, 17, dropout=0.0, batch_first=True)).train(training)
-    model = lod.factorize(dense, skip=skip)
-    causal = torch.ones(L, L, dtype=torch.bool).triu(1)
-    masks = {"tgt_mask": causal, "src_key_padding_mask": PADDED, "memory_key_padding_mask": PADDED}
-    for call in ({}, masks):
-        with torch.no_grad():
-            torch.testing.assert_close(
-                model(SOURCE, TARGET, **call), dense(SOURCE, TARGET, **call), rtol=1e-9, atol=1e-10
             )

@@ -106,19 +106,6 @@ def test_skipped_layers_stay_dense() -> None:
     assert isinstance(model.get_submodule("3"), nn.Linear)
 
 
-def test_skipping_every_layer_gives_an_independent_copy() -> None:
-    dense = nn.Linear(3, 2)
-    model = lod.factorize(dense, skip=[""])
-    assert isinstance(model, nn.Linear)
-    assert model.weight.data_ptr() != dense.weight.data_ptr()
-
-
-def test_an_unknown_layer_to_skip_is_named_with_its_nearest_neighbour() -> None:
-    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "head": nn.Linear(2, 5)})
-    with pytest.raises(UserError, match="'haed': did you mean 'head'"):
-        lod.factorize(model, skip=["haed"])
-
-
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
@@ -179,38 +166,6 @@ def test_frozen_parameters_stay_frozen(weight: bool, bias: bool) -> None:
             assert parameter.requires_grad == (bias if name.endswith("bias") else weight), name
 
 
-def test_a_recomposed_weight_is_trained_if_one_factor_was() -> None:
-    model = lod.factorize(nn.Linear(6, 3))
-    assert isinstance(model, lod.LoDLinear)
-    model.u.requires_grad_(False)
-    assert [p.requires_grad for p in lod.truncate(model, {"": 1}).parameters()] == [False, True, True]
-    assert lod.recompose(model).weight.requires_grad
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_training_mode_is_kept(training: bool) -> None:
-    model = lod.factorize(network().train(training))
-    lod.set_ranks(model, {"0": 3})
-    for other in (model, lod.truncate(model, {"0": 2}), lod.recompose(model), lod.factorize(network().train(training))):
-        assert {module.training for module in other.modules()} == {training}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_kept(dtype: torch.dtype) -> None:
-    model = lod.factorize(network().to(dtype))
-    lod.set_ranks(model, {"0": 1, "3": 4})
-    for other in (model, lod.truncate(model, {"3": 2}), lod.recompose(model)):
-        assert {parameter.dtype for parameter in other.parameters()} == {dtype}
-        assert other(IMAGES.to(dtype)).dtype == dtype
-
-
-def test_a_meta_copy_has_the_shapes_of_the_real_one() -> None:
-    meta = lod.factorize(copy.deepcopy(network()).to("meta"))
-    assert {p.device.type for p in meta.parameters()} == {"meta"}
-    real = lod.factorize(network()).state_dict()
-    assert {n: t.shape for n, t in meta.state_dict().items()} == {n: t.shape for n, t in real.items()}
-
-
 # ---------------------------------------------------------------- truncate
 
 
@@ -241,18 +196,6 @@ def test_truncate_leaves_the_original_alone() -> None:
     assert {name: layer.rank for name, layer in lod.layers(model).items()} == {"0": 5, "3": 3}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
-
-
-def test_layers_that_are_not_named_keep_all_columns() -> None:
-    small = lod.truncate(lod.factorize(network()), {"3": 2})
-    assert lod.max_ranks(small) == {"0": 5, "3": 2}
-
-
-def test_cutting_twice_is_cutting_once() -> None:
-    model = lod.factorize(network())
-    twice = lod.truncate(lod.truncate(model, {"0": 4, "3": 3}), {"0": 2, "3": 3}).state_dict()
-    for name, tensor in lod.truncate(model, {"0": 2, "3": 3}).state_dict().items():
-        assert torch.equal(tensor, twice[name])
 
 
 def test_a_cut_model_cannot_be_grown() -> None:
@@ -292,13 +235,6 @@ def test_dense_exactly_from_break_even_on(O: int, I: int, data: st.DataObject) -
     assert isinstance(recomposed, nn.Linear) == (r * (O + I) >= O * I)
 
 
-@pytest.mark.parametrize(("rank", "kind"), [(1, lod.LoDLinear), (2, nn.Linear), (3, nn.Linear)])
-def test_equality_counts_as_break_even(rank: int, kind: type[nn.Module]) -> None:
-    model = lod.factorize(nn.Linear(6, 3))  # 2 · (3 + 6) = 3 · 6
-    lod.set_ranks(model, {"": rank})
-    assert type(lod.recompose(model)) is kind
-
-
 def test_a_recomposed_convolution_keeps_its_geometry() -> None:
     dense = nn.Conv2d(2, 7, (2, 3), stride=(1, 3), padding=(2, 1), dilation=(3, 2)).double()
     recomposed = lod.recompose(lod.factorize(dense))
@@ -308,35 +244,4 @@ def test_a_recomposed_convolution_keeps_its_geometry() -> None:
     close(recomposed.weight, dense.weight)
 
 
-def test_recompose_keeps_rank_0_as_bias_only() -> None:
-    model = lod.factorize(network())
-    lod.set_ranks(model, {"0": 0, "3": 0})
-    recomposed = lod.recompose(model)
-    assert lod.max_ranks(recomposed) == {"0": 0, "3": 0}
-    assert torch.equal(recomposed(IMAGES), model.get_submodule("3").bias.expand(2, 4))
-
-
-def test_recompose_shares_no_memory_with_the_original() -> None:
-    model = lod.factorize(network())
-    lod.set_ranks(model, {"0": 5, "3": 1})
-    before = model(IMAGES)
-    with torch.no_grad():
-        for parameter in lod.recompose(model).parameters():
-            parameter.zero_()
-    assert torch.equal(model(IMAGES), before)
-
-
 # ---------------------------------------------------------------- the root itself
-
-
-def test_a_single_layer_is_a_model_too() -> None:
-    dense = nn.Linear(6, 4).double()
-    model = lod.factorize(dense)
-    assert list(lod.layers(model)) == [""]
-    lod.set_ranks(model, {"": 2})
-    small = lod.truncate(model, {"": 2})
-    assert isinstance(small, lod.LoDLinear)
-    assert small.max_rank == 2
-    x = torch.randn(3, 6).double()
-    close(small(x), model(x))
-    assert isinstance(dense, nn.Linear)

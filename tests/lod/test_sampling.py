@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmaestro import rng
-from fedmaestro.errors import UserError
 from fedmaestro.lod import sampling
 
 FULL = {"conv": 7, "head": 3, "wide": 12}
@@ -61,12 +59,6 @@ def test_layers_are_hit_in_proportion_to_their_ranks() -> None:
     assert hits == {name: 5 * (rank - 1) for name, rank in FULL.items()}
 
 
-def test_cycles_have_different_orders() -> None:
-    sample = sampling.pairs(FULL, 0)
-    orders = [tuple(pair_of(ranks, FULL) for ranks in cycle_of(sample, n, CYCLE)) for n in range(6)]
-    assert len(set(orders)) == 6
-
-
 def test_the_order_within_a_cycle_is_uniform() -> None:
     """At each position of 2,000 cycles, each of four pairs comes about 500 times (σ = √(2000·¼·¾) ≈ 19)."""
     sample = sampling.pairs({"a": 4}, 11)
@@ -74,24 +66,6 @@ def test_the_order_within_a_cycle_is_uniform() -> None:
     for step in range(4 * 2000):
         counts[step % 4, sample(step)["a"] - 1] += 1
     assert (abs(counts - 500) < 5 * 19.4).all()
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_the_order_is_that_of_the_named_generator(seed: int) -> None:
-    """The first cycle is a permutation of the table of pairs, which stands in the order of the layers and ranks."""
-    table = [(name, rank) for name, top in FULL.items() for rank in range(1, top + 1)]
-    order = rng.generator(seed, "pairs", 0).permutation(CYCLE)
-    sample = sampling.pairs(FULL, seed)
-    for step, index in enumerate(order):
-        name, rank = table[index]
-        assert sample(step) == {**FULL, name: rank}
-
-
-@pytest.mark.parametrize("full", [{}, {"a": 0, "b": 0}])
-def test_without_any_rank_the_model_runs_as_it_is(full: dict[str, int]) -> None:
-    for make in (sampling.pairs, sampling.independent):
-        sample = make(full, 0)
-        assert [sample(step) for step in (0, 1, 10**9)] == [full] * 3
 
 
 def test_a_layer_of_rank_0_stays_there_and_takes_no_step() -> None:
@@ -115,27 +89,11 @@ def test_a_step_decides_alone_whatever_was_asked_before(kind: str, seed: int, st
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_what_a_caller_does_to_its_ranks_stays_with_it(kind: str) -> None:
-    sample = SAMPLERS[kind](FULL, 0)
-    before = dict(sample(5))
-    sample(5).clear()
-    assert sample(5) == before
-    assert all(type(rank) is int for rank in before.values())
-
-
-@pytest.mark.parametrize("kind", SAMPLERS)
 def test_seeds_indices_and_kinds_have_orders_of_their_own(kind: str) -> None:
     make = SAMPLERS[kind]
     argument_lists = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
     sequences = [tuple(tuple(make(FULL, *a)(step).items()) for step in range(40)) for a in argument_lists]
     assert len(set(sequences)) == len(argument_lists)
-
-
-def test_two_seeds_agree_as_often_as_chance_has_it() -> None:
-    """Of 2,000 independent draws of rank 1 … 8, two seeds agree in 250 ± 15."""
-    one, other = (sampling.independent({"a": 8}, seed) for seed in (0, 1))
-    agreements = sum(one(step) == other(step) for step in range(2000))
-    assert abs(agreements - 250) < 5 * 14.8
 
 
 # ---------------------------------------------------------------- independent
@@ -168,13 +126,3 @@ def test_prefixes_are_the_given_sizes_equally_often() -> None:
     sample = sampling.prefixes(sizes, 2)
     draws = [sizes.index(sample(step)) for step in range(3000)]
     assert chi_square(np.bincount(draws, minlength=3)) < 28
-
-
-def test_prefixes_need_a_size() -> None:
-    with pytest.raises(UserError, match="at least one size"):
-        sampling.prefixes([], 0)
-
-
-def test_one_size_is_always_that_size() -> None:
-    sample = sampling.prefixes([{"a": 2}], 0)
-    assert [sample(step) for step in range(5)] == [{"a": 2}] * 5

@@ -45,16 +45,6 @@ def test_levels_of_golden_values() -> None:
     assert levels(0, smallest=0) == levels(0) == [0]
 
 
-def test_the_number_of_levels_grows_with_the_logarithm() -> None:
-    """ln(512)/ln(1/0.85) = 38.4 steps, fewer because the last ones are whole columns."""
-    assert 25 < len(levels(512)) < 40
-
-
-def test_no_level_lies_between_the_ceiling_and_the_start() -> None:
-    """A layer with one output: not even rank 1 is cheaper than the dense layer (ceiling 0)."""
-    assert levels(10, ceiling=0, smallest=1) == [10]
-
-
 # ---------------------------------------------------------------- greedy_path
 
 
@@ -147,41 +137,6 @@ def test_a_path_is_nested_from_the_first_levels_to_the_last_whatever_the_loss(to
         assert len(changed) == 1
         ladder = toy.ladders[changed[0]]
         assert ladder.index(after.ranks[changed[0]]) == ladder.index(before.ranks[changed[0]]) + 1
-
-
-def test_of_two_steps_that_hurt_the_same_it_takes_the_one_that_saves_more() -> None:
-    losses, costs = {1: 0.0, 0: 3.0}, {"cheap": 10.0, "dear": 40.0}
-    path = greedy_path(
-        {"cheap": [1, 0], "dear": [1, 0]},
-        lambda name, rank: costs[name] * rank,
-        lambda ranks: sum(losses[rank] for rank in ranks.values()),
-    )
-    assert [step.ranks for step in path] == [
-        {"cheap": 1, "dear": 1},
-        {"cheap": 1, "dear": 0},
-        {"cheap": 0, "dear": 0},
-    ]
-
-
-def test_of_two_steps_that_save_the_same_it_takes_the_one_that_hurts_less() -> None:
-    weights = {"bad": 5.0, "good": 2.0}
-    path = greedy_path(
-        {"bad": [1, 0], "good": [1, 0]},
-        lambda name, rank: 7.0 * rank,
-        lambda ranks: sum(weights[name] * (1 - rank) for name, rank in ranks.items()),
-    )
-    assert [step.ranks["good"] for step in path] == [1, 0, 0]
-
-
-def test_a_step_that_looked_good_is_looked_at_again() -> None:
-    """Two layers do the same work: either can go, the second one then costs all of the loss."""
-
-    def loss_of(ranks: Ranks) -> float:
-        return (10.0 if ranks["one"] == ranks["twin"] == 0 else 0.0) + (1.0 if ranks["other"] == 0 else 0.0)
-
-    path = list(greedy_path({name: [1, 0] for name in ("one", "twin", "other")}, lambda name, rank: rank, loss_of))
-    assert [step.loss for step in path] == [0, 0, 1, 11]
-    assert path[2].ranks["other"] == 0
 
 
 def test_a_step_that_saves_nothing_divides_by_no_zero() -> None:

@@ -104,63 +104,12 @@ def test_cutting_a_tail_of_zeros_keeps_the_function(ranks: dict[str, int]) -> No
     torch.testing.assert_close(model(IMAGES), before, rtol=1e-12, atol=1e-12)
 
 
-def test_the_parameter_count_really_falls() -> None:
-    """conv holds r·(5 + 18) weights and 5 biases, norm 10, head r·(4 + 45) and 4."""
-    model = network()
-    assert sum(p.numel() for p in model.parameters()) == 5 * 23 + 5 + 10 + 4 * 49 + 4
-    lod.shrink(model, {"conv": 2, "head": 1})
-    assert sum(p.numel() for p in model.parameters()) == 2 * 23 + 5 + 10 + 1 * 49 + 4
-    lod.shrink(model, {"conv": 0})
-    assert sum(p.numel() for p in model.parameters()) == 0 + 5 + 10 + 49 + 4
-
-
-def test_shrinking_twice_is_shrinking_once() -> None:
-    once, twice = network(), network()
-    lod.shrink(once, {"conv": 2, "head": 3})
-    lod.shrink(twice, {"conv": 4})
-    lod.shrink(twice, {"conv": 2, "head": 3})
-    assert all(torch.equal(t, once.state_dict()[name]) for name, t in twice.state_dict().items())
-
-
-def test_layers_at_their_full_rank_are_not_replaced() -> None:
-    model = network()
-    before = factors(model)
-    lod.shrink(model, {"conv": 5, "head": 3})
-    assert factors(model)["conv.u"] is before["conv.u"]
-    assert factors(model)["head.u"] is not before["head.u"]
-
-
 @pytest.mark.parametrize(("prefix", "kept", "expected"), [(5, 3, 3), (2, 3, 2), (3, 3, 3), (4, 0, 0), (0, 2, 0)])
 def test_a_prefix_stays_as_far_as_its_columns_are_left(prefix: int, kept: int, expected: int) -> None:
     model = network()
     lod.set_ranks(model, {"conv": prefix})
     lod.shrink(model, {"conv": kept})
     assert (model.conv.rank, model.conv.max_rank) == (expected, kept)
-
-
-def test_rank_0_leaves_the_bias_which_still_trains() -> None:
-    model = network().eval()
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    lod.shrink(model, {"conv": 0, "head": 0}, optimizer)
-    assert torch.equal(model(IMAGES), model.head.bias.expand(4, 4))
-    model(IMAGES).sum().backward()
-    before = model.head.bias.detach().clone()
-    optimizer.step()
-    torch.testing.assert_close(model.head.bias.detach(), before - 0.1 * 4)
-    assert lod.importance(model)["conv"].shape == (0,)
-
-
-def test_gradients_are_cut_along() -> None:
-    model = network()
-    model(IMAGES).square().sum().backward()
-    whole = {name: p.grad.clone() for name, p in factors(model).items() if p.grad is not None}
-    lod.shrink(model, {"conv": 2})
-    assert torch.equal(model.conv.u.grad, whole["conv.u"][:, :2])
-    assert torch.equal(model.conv.v.grad, whole["conv.v"][:2])
-    assert torch.equal(model.head.u.grad, whole["head.u"])
-    fresh = network()
-    lod.shrink(fresh, {"conv": 2})
-    assert fresh.conv.u.grad is None
 
 
 def test_frozen_factors_stay_frozen_and_need_no_optimizer() -> None:
@@ -213,23 +162,6 @@ def test_the_next_steps_are_those_of_a_model_that_never_had_the_tail(
         assert torch.equal(tensor, never.state_dict()[name]), name
 
 
-def test_training_goes_on_as_if_the_tail_had_never_been() -> None:
-    """Steps of the real loss, at a prefix: the tail takes no part, momentum and weight decay act on it alone."""
-    ranks = {"conv": 3, "head": 2}
-    shrunk, never = network(), lod.truncate(network(), ranks)
-    lod.set_ranks(shrunk, ranks)
-    optimizers = {id(m): SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01) for m in (shrunk, never)}
-    for step in range(6):
-        if step == 3:
-            lod.shrink(shrunk, ranks, optimizers[id(shrunk)])
-        for model in (shrunk, never):
-            optimizers[id(model)].zero_grad()
-            model(IMAGES).square().mean().backward()
-            optimizers[id(model)].step()
-    for name, tensor in shrunk.state_dict().items():
-        torch.testing.assert_close(tensor, never.state_dict()[name], rtol=1e-10, atol=1e-12)
-
-
 def test_param_groups_keep_their_members_order_and_settings() -> None:
     model = network()
     groups = [
@@ -250,20 +182,6 @@ def test_param_groups_keep_their_members_order_and_settings() -> None:
     optimizer.state.clear()
     step_with(optimizer, model, {name: torch.ones_like(p) for name, p in model.named_parameters()})
     torch.testing.assert_close(model.head.v.detach(), before - 0.125)
-
-
-def test_the_state_of_a_shrunk_optimizer_can_be_saved_and_loaded() -> None:
-    model = network()
-    optimizer = Adam(model.parameters(), lr=0.01)
-    step_with(optimizer, model, random_gradients(model, 0))
-    lod.shrink(model, {"conv": 2, "head": 1}, optimizer)
-    resumed = copy.deepcopy(model)
-    again = Adam(resumed.parameters(), lr=0.01)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    gradients = random_gradients(network(), 1)
-    step_with(optimizer, model, gradients)
-    step_with(again, resumed, gradients)
-    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 # ---------------------------------------------------------------- bad input
@@ -321,18 +239,3 @@ def test_kept_ranks_of_golden_values() -> None:
     assert lod.kept_ranks(scores, 1e-5) == {"a": 2, "b": 0}
     assert lod.kept_ranks(scores, 0.0) == {"a": 5, "b": 0}
     assert lod.kept_ranks(scores, 2.0) == {"a": 0, "b": 0}
-
-
-def test_what_has_vanished_is_cut_and_the_function_stays() -> None:
-    model = zero_tail(network(), {"conv": 3, "head": 1}).eval()
-    before = model(IMAGES)
-    kept = lod.kept_ranks(lod.importance(model), 1e-7)
-    assert kept == {"conv": 3, "head": 1}
-    lod.shrink(model, kept)
-    torch.testing.assert_close(model(IMAGES), before, rtol=1e-12, atol=1e-12)
-    assert lod.kept_ranks(lod.importance(model), 1e-7) == kept
-
-
-def test_a_model_that_has_diverged_is_not_cut_away() -> None:
-    """NaN is no small importance: nothing is known of such a layer."""
-    assert lod.kept_ranks({"a": torch.tensor([float("nan")] * 3)}, 1e-7) == {"a": 3}

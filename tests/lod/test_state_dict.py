@@ -101,31 +101,6 @@ def test_a_state_without_ranks_means_full_rank() -> None:
     assert ranks_of(model) == FULL
 
 
-def test_a_cut_model_at_all_of_its_columns_has_a_plain_state() -> None:
-    small = lod.truncate(network(), {"0": 2, "block.v": 0})
-    assert not [name for name in small.state_dict() if name.endswith("rank")]
-    other = lod.truncate(network(1), {"0": 2, "block.v": 0})
-    other.load_state_dict(through_safetensors(small.state_dict()))
-    assert ranks_of(other) == lod.max_ranks(other) == {"0": 2, "block.v": 0}
-
-
-def test_loading_does_not_change_the_callers_state() -> None:
-    model = network()
-    lod.set_ranks(model, {"0": 2})
-    state = model.state_dict()
-    names = list(state)
-    network(1).load_state_dict(state)
-    assert list(state) == names
-
-
-def test_a_single_layer_carries_its_rank_too() -> None:
-    layer, other = (lod.factorize(nn.Linear(6, 3)) for _ in range(2))
-    lod.set_ranks(layer, {"": 2})
-    assert int(layer.state_dict()["rank"]) == 2
-    other.load_state_dict(layer.state_dict())
-    assert ranks_of(other) == {"": 2}
-
-
 def test_strict_loading_still_finds_what_does_not_belong() -> None:
     model = network()
     lod.set_ranks(model, {"0": 2})

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.errors import UserError
-from fedmaestro.models import MODELS, example_inputs
-from fedmaestro.models.architecture import FULL, Architecture, Form, dense_layers
+from fedmaestro.models import MODELS
+from fedmaestro.models.architecture import FULL, Architecture, Form
 from fedmaestro.models.width import Scale, group_norm
 from fedmaestro.submodel import cut, load, num_elements, shapes_of
 
@@ -121,13 +121,6 @@ def test_a_size_is_built_loaded_and_run(name: str, form: Form, fraction: Fractio
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize(("name", "form"), CELLS)
-def test_full_and_built_models_hold_no_memory(name: str, form: Form) -> None:
-    arch = Architecture(name=name, input_shape=INPUT_SHAPES[name], num_classes=7, form=form)
-    for model in (arch.full, arch.build(arch.size_at(Fraction(1, 2)))):
-        assert {p.device.type for p in model.parameters()} == {"meta"}
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lod_submodel_is_the_prefix_of_the_whole_model(name: str) -> None:
     arch = architecture(name, "lod")
@@ -151,13 +144,6 @@ def test_fractions_are_where_a_lod_size_changes(name: str) -> None:
         assert arch.size_at(following - Fraction(1, 10**9)) == arch.size_at(fraction)
 
 
-def test_every_width_of_a_dense_model_is_among_the_fractions() -> None:
-    arch = architecture("lenet", "dense")
-    shapes = [arch.shapes(arch.size_at(fraction)) for fraction in arch.fractions()]
-    for numerator in range(1, 1000, 7):
-        assert arch.shapes(arch.size_at(Fraction(numerator, 1000))) in shapes
-
-
 @settings(max_examples=30)
 @given(fraction=FRACTIONS)
 def test_ranks_are_the_floor_of_the_fraction_and_at_least_1(fraction: Fraction) -> None:
@@ -167,44 +153,7 @@ def test_ranks_are_the_floor_of_the_fraction_and_at_least_1(fraction: Fraction) 
     assert arch.size_at(fraction).ranks == {n: max(1, math.floor(fraction * R)) for n, R in full.items()}
 
 
-@pytest.mark.parametrize(("side", "R"), [(5, 25), (7, 49)])
-def test_fractions_are_exact(side: int, R: int) -> None:  # noqa: N803
-    """In floating point, ``49 · (1 / 49)`` is below 1 and ``25 · (7 / 25)`` above 7."""
-    arch = Architecture(name="mlp", input_shape=(1, side, side), num_classes=3)
-    assert arch.full_size.ranks["fc1"] == R
-    for j in range(2, R + 1):
-        assert arch.size_at(Fraction(j, R)).ranks["fc1"] == j
-        assert arch.size_at(Fraction(j, R) - Fraction(1, 10**20)).ranks["fc1"] == j - 1
-
-
-def test_sizes_describe_themselves() -> None:
-    assert architecture("mlp", "lod").size_at(Fraction(1, 2)).describe() == {"fc1": 20, "fc2": 64}
-    assert architecture("mlp", "dense").size_at(Fraction(1, 3)).describe() == {"width": 0.3333}
-
-
 # ---------------------------------------------------------------- initial state
-
-
-@pytest.mark.parametrize(("name", "form"), QUICK_CELLS)
-def test_the_initial_state_depends_on_the_seed_only(name: str, form: Form) -> None:
-    arch = architecture(name, form)
-    torch.manual_seed(99)
-    first = arch.initial_state(0)
-    torch.manual_seed(1)
-    second, other = initial_state(name, form), arch.initial_state(6)
-    assert shapes_of(first) == arch.shapes(arch.full_size)
-    for key, tensor in first.items():
-        assert torch.equal(tensor, second[key])
-        assert not tensor.requires_grad
-        if key.endswith(("weight", ".u", ".v")) and tensor.dim() > 1:
-            assert not torch.equal(tensor, other[key])
-
-
-def test_the_initial_state_leaves_the_global_generator_alone() -> None:
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    architecture("mlp", "lod").initial_state(5)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def assert_same_function(name: str) -> None:
@@ -221,23 +170,6 @@ def assert_same_function(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in LARGE])
 def test_both_forms_start_as_the_same_function(name: str) -> None:
     assert_same_function(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
-def test_both_forms_of_a_large_model_start_as_the_same_function(name: str) -> None:
-    assert_same_function(name)
-
-
-@pytest.mark.parametrize(("name", "form"), QUICK_CELLS)
-def test_cuts_of_the_initial_state_load(name: str, form: Form) -> None:
-    arch = architecture(name, form)
-    state = initial_state(name, form)
-    for fraction in (Fraction(1, 16), Fraction(1, 2), FULL):
-        size = arch.size_at(fraction)
-        model = arch.materialize(size)
-        load(model, cut(state, arch.shapes(size)))
-        assert torch.isfinite(model(*example_inputs(arch.input_shape, 1))).all()
 
 
 # ---------------------------------------------------------------- keep_dense
@@ -265,10 +197,6 @@ def test_keep_dense_takes_qualified_names() -> None:
     assert "block3a.shortcut.0" in lod.layers(kept)
 
 
-def test_keep_dense_without_convolutions_or_linear_layers_is_empty() -> None:
-    assert dense_layers(nn.ReLU(), "first-conv head none") == []
-
-
 def test_an_unknown_layer_to_keep_dense_is_named_with_its_nearest_neighbour() -> None:
     with pytest.raises(UserError, match=r"model.keep-dense 'fist-conv': did you mean 'first-conv'"):
         _ = architecture("lenet", "lod", "fist-conv").full
@@ -293,32 +221,6 @@ def test_group_norm_takes_any_number_of_channels(channels: int) -> None:
     var = torch.stack([group.var(1, correction=0) for group in groups], 1).repeat_interleave(16, 1)[:, :channels]
     expected = (images - mean) / (var[:, :, None, None] + 1e-5).sqrt()
     torch.testing.assert_close(norm(images), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [1, 7, 16, 17, 25, 38, 48, 63, 64])
-def test_complete_groups_of_a_narrow_model_are_those_of_the_full_one(channels: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    full, narrow = group_norm(64), group_norm(channels)
-    state = {name: torch.randn(64, generator=generator) for name in ("weight", "bias")}
-    load(full, state)
-    load(narrow, cut(state, shapes_of(narrow)))
-    images = torch.randn(2, 64, 3, 5, generator=generator)
-    complete = channels // 16 * 16
-    torch.testing.assert_close(narrow(images[:, :channels])[:, :complete], full(images)[:, :complete])
-
-
-def test_one_channel_in_the_last_group_may_have_one_position() -> None:
-    assert not group_norm(17)(torch.ones(1, 17, 1, 1)).any()
-
-
-@pytest.mark.parametrize("name", ["cnn", "resnet18"])
-def test_a_narrow_state_is_the_leading_block_by_name(name: str) -> None:
-    arch = architecture(name, "dense")
-    size = arch.size_at(Fraction(2, 5))  # 32 · 2/5 → 13, 64 · 2/5 → 26: incomplete groups
-    state, model = random_state(arch), arch.materialize(size)
-    load(model, cut(state, arch.shapes(size)))
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[key][tuple(slice(n) for n in tensor.shape)])
 
 
 @settings(max_examples=50)

@@ -6,17 +6,14 @@ import json
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from reports import NAMES, Page, edited, make_results, make_row
 
 from fedmaestro.report.compare_page import PLOTS, comparison_page, write_comparison
-from fedmaestro.report.compare_table import macs_gap, score_columns, table_csv, table_markdown
+from fedmaestro.report.compare_table import table_csv, table_markdown
 from fedmaestro.runs.records import Results
 
 TIERS = ["flagship", "mid", "minimal"]
@@ -92,19 +89,6 @@ def test_budgets_per_strategy_and_tier() -> None:
     }
 
 
-def test_what_prints_the_same_shares_the_mark_and_one_is_not_the_best_of_one() -> None:
-    results = make_results([make_row("a", 0), make_row("b", 1e-5), make_row("c", 1)])
-    assert score_columns(results)[1].best == [True, True, False]
-    assert "**" not in table_markdown(make_results(1))
-
-
-def test_monotone_seeds_are_compared_as_a_share_of_the_finished_ones() -> None:
-    results = make_results([make_row("two of three", 0), make_row("one of one", 0, seeds=[0])])
-    column = score_columns(edited(results, lambda r: r["strategies"][0].update(monotone_seeds=2)))[-1]
-    assert column.texts == ["2 of 3", "1 of 1"]
-    assert column.best == [False, True]
-
-
 def test_missing_seeds_are_said() -> None:
     results = make_results([make_row("a", 0), make_row("b", 1, seeds=[2]), make_row("c", 2, seeds=[])])
     text = table_markdown(results)
@@ -123,14 +107,6 @@ def test_missing_seeds_are_said() -> None:
     assert "incomplete: it was interrupted." in page_of(interrupted).text
 
 
-def test_a_seed_without_accuracy_does_not_hide_the_others() -> None:
-    def forget(content: dict[str, Any]) -> None:
-        content["strategies"][0]["tiers"]["mid"]["final"]["values"] = [0.5, None, 0.75]
-
-    finals = [row["final_accuracy"] for row in rows_of(edited(make_results(1), forget)) if row["tier"] == "mid"]
-    assert finals == ["0.5", "", "0.75"]
-
-
 @pytest.mark.parametrize(("factor", "excess"), [(1.031, 3.1), (1.2, 20.0), (0.9, 11.1)])
 def test_unequal_macs_are_remarked_with_the_worst_tier_and_pair(factor: float, excess: float) -> None:
     results = with_macs(with_macs(make_results(), 2, factor, ["mid"]), 2, 1.02, ["flagship"])
@@ -140,17 +116,6 @@ def test_unequal_macs_are_remarked_with_the_worst_tier_and_pair(factor: float, e
     page = page_of(results)
     assert page.values("class").count("warning") == 1
     assert remark in page.text
-
-
-def test_other_differences_in_macs_are_not_remarked() -> None:
-    """Within 3 %, within a family, and where one model serves all tiers."""
-    results = make_results()
-    for factor in (0.98, 1.0, 1.029):
-        assert macs_gap(with_macs(results, 2, factor, TIERS)) is None
-    assert macs_gap(with_macs(make_results(2), 0, 2, ["mid"])) is None
-    small = with_macs(results, 1, 0.01, TIERS)
-    assert macs_gap(small) is not None
-    assert macs_gap(edited(small, lambda r: r["strategies"][1].update(submodel="rank, smallest"))) is None
 
 
 def test_markdown_shows_any_name_as_it_is() -> None:
@@ -177,20 +142,6 @@ def test_csv_is_one_line_per_strategy_seed_and_tier() -> None:
     assert json.loads(rows[-1]["ranks"]) == {"width": 0.25}
 
 
-BASE = make_results([make_row("single", 0, seeds=[0])], seeds=[0])
-
-
-@given(st.floats(0, 1), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1))
-def test_csv_loses_nothing(value: float, name: str) -> None:
-    def change(content: dict[str, Any]) -> None:
-        content["strategies"][0]["tiers"]["mid"]["final"]["values"] = [value]
-        content["strategies"][0]["name"] = name
-
-    row = rows_of(edited(BASE, change))[1]
-    assert float(row["final_accuracy"]) == value
-    assert row["strategy"] == name
-
-
 # The page and the files
 
 
@@ -214,17 +165,6 @@ def test_writes_these_files_and_no_other(tmp_path: Path) -> None:
     assert {name: path.read_bytes() for name, path in again.items()} == first
 
 
-def test_results_and_budgets_are_sortable_tables() -> None:
-    page = page_of(make_results())
-    header, *rows = page.tables[0]
-    assert header[:5] == ["Strategy", "Seeds", *TIERS]
-    assert rows[0][1:7] == ["3", "97.20 ± 0.20", "96.20 ± 0.20", "95.20 ± 0.20", "96.20 ± 0.20", "95.20 ± 0.20"]
-    assert dict(zip(page.tables[2][0], page.tables[2][1], strict=True))["MACs per example"] == "141 k"
-    assert page.values("class").count("sortable") == 1 + 3 + 1
-    assert [tag for tag, name, _ in page.attributes if name == "open"] == ["details"], "the largest tier's budgets"
-    assert page.tables[4][1] == ["nested", "20.0 MB", "10.0 MB", "2 h", "0"]
-
-
 def test_headline_protocol_and_what_each_row_is() -> None:
     page = page_of(make_results())
     for fact in ("Comparison: mnist", "0, 1, 2", "flagship, mid, minimal", "complete", "data.alpha", "matched between"):
@@ -241,30 +181,6 @@ def test_headline_protocol_and_what_each_row_is() -> None:
         "Aggregation": "coverage-mean",
         "Server": "none",
     }
-
-
-def test_headings_do_not_skip_a_level_and_plots_have_a_text() -> None:
-    page = page_of(make_results())
-    levels = [int(level) for level in re.findall(r"<h(\d)>", page.source)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(right <= left + 1 for left, right in pairwise(levels))
-    alternatives = page.values("aria-label")
-    assert len(alternatives) == len(PLOTS) == page.values("role").count("img")
-    assert alternatives[0].endswith("Best final mean of tiers: nested, 96.20 ± 0.20 %.")
-    heads = re.findall(r"<thead>.*?</thead>", page.source)
-    assert heads
-    assert all(head.count("<th ") == head.count('scope="col"') for head in heads)
-
-
-@pytest.mark.parametrize("seeds", [[], [0]])
-def test_one_dense_strategy_alone(tmp_path: Path, seeds: list[int]) -> None:
-    row = make_row("single", 0, form="dense", seeds=seeds)
-    paths = write_comparison(make_results([row], seeds=[0, 1]), tmp_path)
-    page = Page(paths["report.html"].read_text(encoding="utf-8"))
-    assert page.tables[0][1][0] == "single"
-    assert "num best" not in page.values("class")
-    assert ("single" in paths["plots/accuracy_rounds.svg"].read_text(encoding="utf-8")) == bool(seeds)
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

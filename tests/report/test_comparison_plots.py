@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,8 +15,8 @@ from matplotlib.text import Annotation
 from reports import edited, make_results, make_row
 
 from fedmaestro.report import compare_curves, compare_plots
-from fedmaestro.report.compare_figure import accuracy_scale, failed, ranked
-from fedmaestro.report.figure import place_labels, plot_style, save_figure, tier_colors
+from fedmaestro.report.compare_figure import failed
+from fedmaestro.report.figure import place_labels, plot_style, tier_colors
 from fedmaestro.runs.records import Results
 
 FIGURES: dict[str, Callable[[Results], Figure]] = {
@@ -126,13 +125,6 @@ def test_nothing_finished(name: str) -> None:
     assert name == "tier_accuracy" or "nothing has been recorded yet" in shown
 
 
-@pytest.mark.parametrize("name", ["tail_energy", "factor_bias"])
-def test_dense_models_have_no_layers_to_show(name: str) -> None:
-    shown = texts(draw(name, make_results([make_row("heterofl", 0, form="dense")])))
-    assert "nothing has been recorded yet" in shown
-    assert not any("heterofl" in text for text in shown)
-
-
 def test_a_few_lines_share_a_panel_in_their_own_colours() -> None:
     (axes,) = draw("accuracy_round", make_results(3)).axes
     assert labels(axes) == ["nested\n96.20 ± 0.20 %", "zero-pad\n95.20 ± 0.20 %", "heterofl\n94.20 ± 0.20 %"]
@@ -155,14 +147,6 @@ def test_more_lines_have_a_panel_each_with_the_others_in_grey() -> None:
     assert [axes.get_ylim() for axes in figure.axes] == [figure.axes[0].get_ylim()] * 7
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["rank family", "width family", "± standard deviation over seeds", "the other strategies"]
-
-
-@pytest.mark.parametrize(("count", "shape"), [(5, (1, 5)), (9, (3, 3)), (20, (4, 5))])
-def test_panels_leave_few_gaps(count: int, shape: tuple[int, int]) -> None:
-    figure = compare_curves.accuracy_round_figure(make_results(count))
-    spec = figure.axes[0].get_subplotspec()
-    assert spec is not None
-    assert spec.get_gridspec().get_geometry() == shape
 
 
 @pytest.mark.parametrize(("cheap", "scale"), [(0.24, "log"), (0.26, "linear")])
@@ -196,69 +180,6 @@ def test_a_strategy_that_fails_does_not_squash_the_others() -> None:
     assert not any(labels(axes) for axes in lines.axes[:-1])
 
 
-def test_what_a_failing_strategy_does_better_is_shown() -> None:
-    def change(content: dict[str, Any]) -> None:
-        oracle = content["strategies"][-1]
-        oracle["tiers"]["flagship"]["final"]["mean"] = 0.999
-        oracle["worst"]["final"]["mean"] = 0.985
-        for series in oracle["series"]:
-            for scores in series["accuracy"].values():
-                scores[3] = 0.99
-
-    rows = [*(make_row(f"m{rank}", rank / 2) for rank in range(6)), make_row("oracle", 40)]
-    results = edited(make_results(rows), change)
-    (axes,) = draw("tier_accuracy", results).axes
-    assert 90 < axes.get_xlim()[0] < 99.9 < axes.get_xlim()[1]
-    (axes,) = draw("worst_mean", results).axes
-    assert 90 < axes.get_ylim()[0] < 98.5 < axes.get_ylim()[1]
-    assert draw("accuracy_round", results).axes[0].get_ylim()[1] > 99
-
-
-def test_a_point_below_one_axis_only_is_not_drawn() -> None:
-    rows = [make_row(f"m{rank}", rank) for rank in (0, 0.5, 1, 1.5, 2, 7.4)] + [make_row("uneven", 7.6)]
-    results = edited(make_results(rows), lambda r: r["strategies"][-1]["worst"]["final"].update(mean=0.6))
-    (axes,) = draw("worst_mean", results).axes
-    assert axes.get_xlim()[0] < 88.6
-    assert "uneven" not in labels(axes)
-    assert any(text.endswith("uneven (88.6, 60.0)") for text in texts(axes.figure))
-
-
-def test_the_start_is_cut_off_and_the_picture_says_so() -> None:
-    figure = draw("accuracy_round", make_results(3))
-    assert figure.axes[0].get_ylim()[0] > 60
-    assert any("the start, from 10 %, is cut off" in text for text in texts(figure))
-
-
-def test_a_round_without_some_tier_is_a_gap_and_other_seeds_fill_it() -> None:
-    def forget(content: dict[str, Any]) -> None:
-        series = content["strategies"][0]["series"]
-        series[0]["accuracy"]["mid"][2] = None
-        for one in series:
-            one["accuracy"]["flagship"][3] = None
-
-    results = edited(make_results(1), forget)
-    _, second, third = results.strategies[0].series
-    (axes,) = draw("accuracy_round", results).axes
-    values = [y for _, y in curve(axes)]
-    others = [sum(series.accuracy[tier][2] or 0 for tier in results.tiers) / 3 for series in (second, third)]
-    assert values[2] == pytest.approx(50 * sum(others))
-    assert math.isnan(values[3])
-    assert values[4] == pytest.approx(96.2)
-
-
-def test_seeds_that_were_evaluated_at_other_rounds() -> None:
-    def skip(content: dict[str, Any]) -> None:
-        series = content["strategies"][0]["series"][1]
-        for key in ("round", "bytes", "virtual_seconds", "tail_energy", "factor_bias"):
-            del series[key][1]
-        for scores in series["accuracy"].values():
-            del scores[1]
-
-    results = edited(make_results([make_row("a", 0, seeds=[0, 1])], seeds=[0, 1]), skip)
-    (axes,) = draw("accuracy_round", results).axes
-    assert [x for x, _ in curve(axes)] == [0, 5, 10, 15, 20]
-
-
 def test_tail_energy_is_logarithmic_with_a_floor() -> None:
     def collapse(content: dict[str, Any]) -> None:
         for series in content["strategies"][1]["series"]:
@@ -271,44 +192,6 @@ def test_tail_energy_is_logarithmic_with_a_floor() -> None:
     assert curve(axes)[-1][1] == pytest.approx(60 * 0.9**20)
     assert curve(axes, 2)[-1][1] == pytest.approx(1e-4)
     assert any("what is below 0.0001 % is drawn there" in text for text in texts(axes.figure))
-
-
-def test_factor_bias_starts_at_zero_percent_and_skips_round_zero() -> None:
-    (axes,) = draw("factor_bias", make_results(2)).axes
-    assert [(x, round(y, 6)) for x, y in curve(axes) if not math.isnan(y)] == [(n, 11.0) for n in (5, 10, 15, 20)]
-    low, high = axes.get_ylim()
-    assert low < 0 < 12 < high
-    assert labels(axes)[0].startswith("nested\n11.00 ± 1.00 %")
-
-
-def test_strategies_are_ranked_by_their_mean() -> None:
-    results = make_results([make_row("b", 1), make_row("none", 0, seeds=[]), make_row("a", 0), make_row("b2", 1)])
-    assert [row.name for row in ranked(results)] == ["a", "b", "b2", "none"]
-
-
-@pytest.mark.parametrize(
-    ("name", "count"), [("tier_accuracy", 2), ("worst_mean", 2), ("accuracy_round", 2), ("accuracy_round", 6)]
-)
-def test_names_in_another_script_or_with_markup(name: str, count: int, tmp_path: Path) -> None:
-    names = ["旗舰", '<b>&"$x$', "_a name that is far too long to fit beside a plot", "d", "e", "f"]
-    results = make_results([make_row(text, rank, tiers=["_t$", "旗"]) for rank, text in enumerate(names[:count])])
-    results = edited(results, lambda r: r.update(experiment="旗 <i>"))
-    _, svg = save_figure(FIGURES[name](results), tmp_path / "plot")
-    text = svg.read_text(encoding="utf-8")
-    assert "旗舰" in text
-    assert "&lt;b&gt;&amp;" in text
-    assert "旗 &lt;i&gt;" in text
-
-
-_percent = st.floats(0, 100) | st.just(math.nan)
-
-
-@given(st.lists(_percent, max_size=20))
-def test_an_accuracy_axis_holds_its_values(values: list[float]) -> None:
-    scale = accuracy_scale(values, "Accuracy")
-    assert scale.high - scale.low >= 1.0
-    assert all(scale.low <= value <= scale.high for value in values if not math.isnan(value))
-    assert all(scale.low <= tick <= min(scale.high, 100) for tick in scale.ticks)
 
 
 _points = st.lists(st.tuples(st.integers(20, 580), st.integers(20, 380)), min_size=1, max_size=20, unique=True)

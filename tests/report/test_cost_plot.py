@@ -69,43 +69,11 @@ def test_perplexity_is_logarithmic_and_lower_is_better() -> None:
     assert any(text.startswith("the y axis ends at") and "up to 50.0 k" in text for text in texts)
 
 
-def test_without_latency_one_panel() -> None:
-    texts = svg_texts(accuracy_cost_svg(make_curve(latency=False)))
-    assert any("latency was not measured" in text for text in texts)
-    assert not any(text.startswith("Measured latency") for text in texts)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_one_point_of_a_series_without_family(metric: str) -> None:
-    curve = make_curve(metric)
-    svg = accuracy_cost_svg({**curve, "series": {"_a$b$": curve["series"][NAMES[0]][:1]}, "dense": None})
-    assert "_a$b$" in svg_texts(svg)
-    assert svg.count("<use ") >= 3
-
-
-def test_null_and_nan_values_leave_gaps() -> None:
-    curve = make_curve()
-    for index, odd in enumerate((None, math.nan, math.inf)):
-        curve["series"][NAMES[0]][2 + 3 * index]["value"] = odd
-    for row in curve["series"][NAMES[1]]:
-        row["value"] = None
-    curve["series"][NAMES[2]][0]["latency_ms"] = None
-    curve["dense"] = {"macs": None, "latency_ms": None, "value": 0.99}
-    texts = svg_texts(accuracy_cost_svg(curve))
-    assert texts[texts.index(NAMES[1]) + 1] == "not measured"
-    assert "dense model: 99.0 %" in texts
-
-
 @pytest.mark.parametrize("series", [{}, {"a": []}, {"a": [{"macs": 10, "value": None}]}])
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_measured_says_so(metric: str, series: dict[str, Any]) -> None:
     svg = accuracy_cost_svg({"metric": metric, "device": "cpu", "series": series, "dense": None})
     assert any("no model has been measured yet" in text for text in svg_texts(svg))
-
-
-def test_another_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of accuracy, perplexity, not 'bleu'"):
-        accuracy_cost_svg({**make_curve(), "metric": "bleu"})
 
 
 _MACS, _VALUES = st.floats(1e3, 1e10), {"accuracy": st.floats(0, 100), "perplexity": st.floats(1, 1e6)}

@@ -37,12 +37,6 @@ def test_tail_energy_is_a_mean_over_layers_with_energy() -> None:
     assert spectrum.tail_energy({"fc.weight": torch.ones(3, 3)}, {}) is None
 
 
-def test_segments_end_at_every_tier() -> None:
-    sizes = [{"a": 8, "b": 4}, {"a": 2, "b": 1}, {"a": 2, "b": 4}]
-    assert spectrum.bounds(sizes) == {"a": [0, 2, 8], "b": [0, 1, 4]}
-    assert spectrum.bounds([]) == {}
-
-
 def test_probes_of_segments_add_up_to_the_product() -> None:
     state = factors([3.0, 2.0, 1.0, 0.5])
     parts = spectrum.probe(state, {"a": [0, 1, 3, 4]})["a"]
@@ -103,16 +97,3 @@ def test_one_device_or_a_common_factor_has_no_bias() -> None:
     assert bias_of(before, [moved], [3], {"a": [0, 4]}) == pytest.approx(0, abs=1e-12)
     other = {"a.u": before["a.u"] + 1.0, "a.v": moved["a.v"]}
     assert bias_of(before, [moved, other], [3, 4], {"a": [0, 4]}) == pytest.approx(0, abs=1e-12)
-
-
-def test_without_movement_there_is_no_ratio() -> None:
-    before = factors([3.0, 2.0])
-    assert bias_of(before, [before], [1], {"a": [0, 2]}) is None
-
-
-def test_opposite_moves_are_all_bias() -> None:
-    """u and -u with v and -v: both products are u vᵀ, but the mean factors are zero."""
-    before: State = {"a.u": torch.zeros(7, 1, dtype=torch.float64), "a.v": torch.zeros(1, 5, dtype=torch.float64)}
-    up: State = {"a.u": torch.ones(7, 1, dtype=torch.float64), "a.v": torch.ones(1, 5, dtype=torch.float64)}
-    down = {name: -tensor for name, tensor in up.items()}
-    assert bias_of(before, [up, down], [1, 1], {"a": [0, 1]}) == pytest.approx(1.0)

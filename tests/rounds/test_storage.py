@@ -1,7 +1,5 @@
 """How tiers' models lie in the global state: prefixes, separate models, rolling windows."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -44,19 +42,6 @@ def test_a_mixing_rule_covers_both_factors_when_one_is_sent() -> None:
     assert {name: float(count.min()) for name, count in counts.items()} == {"a.u": 1, "a.v": 1, "b.u": 0, "b.v": 0}
 
 
-def test_tiers_of_one_size_are_one_separate_model() -> None:
-    tiers = load_tiers("five-tiers")
-    twins = (tiers[0], replace_fraction(tiers[1], 1), *tiers[2:])
-    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10)
-    plan = make_plan(architecture, twins, SubmodelRule(separate=True), batch_size=16)
-    assert list(storage.shapes(plan)) == ["flagship", "mid", "low", "minimal"]
-    assert storage.owner_of(plan, plan.by_name("high").serves) == "flagship"
-
-
-def replace_fraction(tier, fraction):  # type: ignore[no-untyped-def]
-    return tier.model_copy(update={"rank_fraction": fraction})
-
-
 def function(architecture: Architecture, state: State, images: Tensor) -> Tensor:
     model = architecture.materialize(architecture.full_size)
     load(model, state)
@@ -86,20 +71,3 @@ def test_rolling_moves_whole_feature_maps_and_neither_pixels_nor_classes() -> No
     assert units["fc1.weight"] == (1, 16)
     assert units["fc3.weight"] == (0, 1)
     assert units["fc3.bias"] == (0,)
-
-
-def test_other_rules_do_not_move() -> None:
-    plan = plan_of("mlp", SubmodelRule())
-    (state,) = storage.stored(plan, plan.architecture.initial_state(0)).values()
-    assert storage.advanced(plan, state) is state
-
-
-def test_a_matched_plan_starts_from_the_leading_block_of_the_same_model() -> None:
-    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10)
-    plan = make_plan(architecture, load_tiers("five-tiers"), SubmodelRule(), batch_size=16, match_macs=True)
-    whole = architecture.initial_state(3)
-    (state,) = storage.stored(plan, whole).values()
-    assert shapes_of(state) == plan.full.shapes
-    assert state["fc2.u"].shape[1] < whole["fc2.u"].shape[1]
-    assert torch.equal(state["fc2.u"], whole["fc2.u"][:, : state["fc2.u"].shape[1]])
-    assert replace(architecture, form="dense").initial_state(3).keys() != whole.keys()

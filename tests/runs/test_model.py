@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fedmaestro import lod
 from fedmaestro.errors import UserError
-from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Form, Size
 from fedmaestro.runs.model import ModelCard, filled, load_model, read_model, write_model
 from fedmaestro.submodel import State
@@ -141,23 +140,6 @@ def test_an_unknown_tier(written: Path) -> None:
     expect_error(written, "tier 'lwo'", "did you mean 'low'?", tier="lwo")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    expect_error(tmp_path / "gone", "cannot read", "model.json", str(tmp_path / "gone"))
-
-
-def test_an_unknown_model(written: Path) -> None:
-    change(written, model="lenet5")
-    expect_error(written, "'lenet5'", "did you mean 'lenet'?", "model.json", *MODELS)
-
-
-@pytest.mark.parametrize("key", ["model", "form", "keep_dense", "input_shape", "num_classes", "size"])
-def test_a_missing_key(written: Path, key: str) -> None:
-    card = json.loads((written / "model.json").read_text())
-    del card[key]
-    (written / "model.json").write_text(json.dumps(card))
-    expect_error(written, f"{key} is wrong: field required", str(written))
-
-
 def test_a_model_without_tiers_has_none(written: Path) -> None:
     change(written, tiers={})
     expect_error(written, "has no tiers", tier="low")
@@ -225,13 +207,6 @@ def test_the_hash_is_that_of_the_tensors(tmp_path: Path) -> None:
     assert write(tmp_path / "b", dict(reversed(state.items())), again) == digest
     assert read_model(tmp_path / "b")[1].model_extra == {"note": "another card"}
     assert write(tmp_path / "c", {**state, "fc3.bias": torch.ones(7)}, card) != digest
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
-def test_a_model_that_was_cut_short(written: Path, name: str) -> None:
-    file = written / name
-    file.write_bytes(file.read_bytes()[:-5])
-    expect_error(written, str(written))
 
 
 def test_separate_models_lie_side_by_side_whatever_their_names(tmp_path: Path) -> None:

@@ -17,24 +17,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.learned import cut_memory
 from fedmaestro.strategies.base import add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
-from fedmaestro.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer, optimize
+from fedmaestro.strategies.server_optimizers import ServerOptimizer, optimize
 from fedmaestro.strategies.server_step import Memory, Round
-from fedmaestro.submodel import State, shapes_of
+from fedmaestro.submodel import State
 
 MOMENTUM = ServerOptimizer(name="momentum", lr=0.5)
 ADAM = ServerOptimizer(name="adam", lr=0.1)
 YOGI = ServerOptimizer(name="yogi", lr=0.1)
 STATEFUL = [MOMENTUM, ADAM, YOGI]
 NAMES = ["momentum", "adam", "yogi"]
-SLOTS = {"none": (), "momentum": ("momentum",)} | dict.fromkeys(("adam", "yogi"), ("momentum", "second-moment"))
 
 
 def run(optimizer: ServerOptimizer, deltas: Sequence[float]) -> tuple[float, dict[str, float]]:
@@ -115,24 +111,6 @@ def test_entries_without_contributors_keep_value_and_moments_bit_for_bit(optimiz
         assert not torch.equal(moments["u"][:, :2], memory[slot]["u"][:, :2])
 
 
-@settings(max_examples=20)
-@given(blocks=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), max_size=4), rounds=st.integers(1, 3))
-@pytest.mark.parametrize("name", NAMES)
-def test_every_entry_has_an_optimiser_of_its_own(name: str, blocks: list[tuple[int, int]], rounds: int) -> None:
-    """A tensor takes the steps that its entries would take as tensors of one element."""
-    optimizer = ServerOptimizer(name=name, lr=0.1, damping=3.0)  # type: ignore[arg-type]
-    whole, memory = {"x": random((4, 3), 0)}, {}
-    single, memories = {(i, j): {"x": whole["x"][i, j].clone()} for i in range(4) for j in range(3)}, {}
-    for k in range(rounds):
-        delta, devices = random((4, 3), 10 + k), counts((4, 3), dict.fromkeys(blocks[k:], 1 + k))
-        whole, memory = optimizer.step(whole, {"x": whole["x"] + delta}, memory, {"x": devices})
-        for at, state in single.items():
-            aggregated = {"x": state["x"] + delta[at]}
-            single[at], memories[at] = optimizer.step(state, aggregated, memories.get(at, {}), {"x": devices[at]})
-    for at, state in single.items():
-        torch.testing.assert_close(whole["x"][at], state["x"], rtol=1e-6, atol=1e-7)
-
-
 # ---------------------------------------------------------------- damping
 
 
@@ -149,33 +127,7 @@ def test_damping_scales_the_step_and_not_the_moments(name: str, devices: float, 
     assert all(torch.equal(moments["x"], expected[slot]["x"]) for slot, moments in kept.items())
 
 
-def test_without_counts_steps_are_whole() -> None:
-    state, aggregated = {"x": random((3, 2), 0)}, {"x": random((3, 2), 1)}
-    for name in NAMES:
-        damped, _ = ServerOptimizer(name=name, damping=5.0).step(state, aggregated, {})  # type: ignore[arg-type]
-        free, _ = ServerOptimizer(name=name).step(state, aggregated, {})  # type: ignore[arg-type]
-        assert torch.equal(damped["x"], free["x"])
-
-
 # ---------------------------------------------------------------- memory
-
-
-def test_replacing_takes_the_aggregate_as_it_is() -> None:
-    state, aggregated, memory = {"x": torch.zeros(2)}, {"x": torch.ones(2)}, {"momentum": {"x": torch.ones(2)}}
-    assert SERVER_OPTIMIZERS["none"].step(state, aggregated, memory, {"x": torch.zeros(2)}) == (aggregated, memory)
-
-
-@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_memory_has_the_keys_and_shapes_that_shrinking_cuts(name: str) -> None:
-    assert SERVER_OPTIMIZERS[name].name == name
-    state = {"a.u": random((4, 3), 0), "a.v": random((3, 2, 2), 1)}
-    aggregated = {n: x + 1 for n, x in state.items()}
-    new, memory = SERVER_OPTIMIZERS[name].step(state, aggregated, {})
-    assert list(new) == list(state)
-    assert {slot: list(moments) for slot, moments in memory.items()} == {slot: list(state) for slot in SLOTS[name]}
-    shapes = {"a.u": (4, 2), "a.v": (2, 2, 2)}
-    shorter = cut_memory({"optimizer": memory}, state, shapes)["optimizer"]
-    assert all(shapes_of(moments) == shapes for moments in shorter.values())
 
 
 @pytest.mark.parametrize("optimizer", STATEFUL, ids=NAMES)

@@ -60,10 +60,3 @@ def test_a_column_that_nobody_of_the_round_holds_loses_the_whole_rate(state: Sta
     new = decay_tails(state, COVERAGE_MEAN.add(COVERAGE_MEAN.init(state), cut(state, shapes), 5), 0.25)
     factors = torch.tensor([1.0, 1.0, 0.75, 0.75], dtype=torch.float64)
     torch.testing.assert_close(singular_values(new), factors * singular_values(state), rtol=1e-5, atol=1e-6)
-
-
-def test_a_layer_that_nobody_sent_is_kept(state: State) -> None:
-    """Separate models are stored under their tier's name, for example."""
-    other = state | {"tier/a.u": state["a.u"], "tier/a.v": state["a.v"]}
-    new = decay_tails(other, partial_of(state), 0.25)
-    assert all(torch.equal(new[name], other[name]) for name in ("tier/a.u", "tier/a.v"))

@@ -13,7 +13,6 @@ from fedmaestro.fleet.tiers import assign_tiers, load_tiers
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.schedule import schedule_round
 from fedmaestro.strategies import SUBMODELS
-from fedmaestro.strategies.reordered import reorder
 from fedmaestro.strategies.tail_start import start_tails
 from fedmaestro.submodel import State, cut
 
@@ -59,14 +58,6 @@ def test_holders_are_the_sampled_devices_that_train_a_column(
         assert figures == pytest.approx(expected)
 
 
-def test_nobody_holds_what_is_beyond_the_one_small_model() -> None:
-    plan = plan_of("smallest")
-    for layer, figures in expected_holders(plan, assign_tiers(TIERS, 100, 3), 10).items():
-        rank = (plan.tiers[-1].serves.size.ranks or {})[layer]
-        assert figures[:rank].tolist() == pytest.approx([10.0] * rank)
-        assert not figures[rank:].any()
-
-
 def initial() -> State:
     return ARCHITECTURE.initial_state(0)
 
@@ -104,27 +95,6 @@ def test_columns_keep_their_order_none_grows_or_vanishes_and_the_most_held_stays
     assert bool((columns.diff() <= 0).all())
     assert bool((columns > 0).all())
     assert all(torch.equal(new["a.u"][i], columns) for i in range(3))
-
-
-@pytest.mark.parametrize("devices", [1, 2, 3, 10, 100])
-def test_the_smallest_tier_starts_as_ever_however_few_devices_a_round_has(devices: int) -> None:
-    plan = plan_of()
-    new = start_tails(initial(), expected_holders(plan, assign_tiers(TIERS, 100, 3), devices), 4.0)
-    shapes = plan.tiers[-1].serves.shapes
-    assert all(torch.equal(x, cut(initial(), shapes)[name]) for name, x in cut(new, shapes).items())
-
-
-def test_re_ordering_serves_nothing_that_nobody_holds() -> None:
-    """Where no tier affords the whole model, its last columns are nobody's: they must not come first."""
-    tiers = tuple(tier.model_copy(update={"rank_fraction": (tier.rank_fraction or 1) / 2}) for tier in TIERS)
-    plan = make_plan(ARCHITECTURE, tiers, SUBMODELS["own"], batch_size=8)
-    start = start_tails(initial(), expected_holders(plan, assign_tiers(tiers, 100, 3), 10), 4.0)
-    again = reorder(start)
-    for tier in plan.tiers:
-        before, after = (cut(state, tier.serves.shapes) for state in (start, again))
-        for layer in plan.full.size.ranks or {}:
-            products = [x[f"{layer}.u"] @ x[f"{layer}.v"].flatten(1) for x in (before, after)]
-            torch.testing.assert_close(products[1], products[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("submodel", "availability"), [("own", 1.0), ("own", 0.3), ("capable", 1.0)])

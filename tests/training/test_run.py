@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import tree
 
 from fedmaestro import lod
 from fedmaestro.config.base import read
 from fedmaestro.errors import DivergedError, UserError
-from fedmaestro.models.architecture import Architecture
-from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import load_model
 from fedmaestro.runs.records import EpochRecord
 from fedmaestro.tasks.opening import open_task
@@ -78,10 +77,6 @@ class Interrupter:
         self.notes.append(text)
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def without_seconds(records: list[EpochRecord]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.to_dict().items() if key != "seconds"} for record in records]
 
@@ -96,31 +91,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     return train(overrides=overrides, out=tmp_path_factory.mktemp("runs") / "demo")
 
 
-def test_files(finished: TrainingRun) -> None:
+def test_what_a_run_leaves(finished: TrainingRun) -> None:
     files = {name for name, content in tree(finished.path).items() if content is not None}
-    assert files >= {
-        "config.toml",
-        "epochs.jsonl",
-        "summary.json",
-        "curve.json",
-        "model.safetensors",
-        "model.json",
-        "checkpoint/progress.json",
-        "plots/accuracy_cost.png",
-        "plots/accuracy_cost.svg",
-        "plots/ranks.png",
-        "plots/ranks.svg",
-    }
+    plots = {f"plots/{name}.{kind}" for name in ("accuracy_cost", "ranks") for kind in ("png", "svg")}
+    written = {"config.toml", "epochs.jsonl", "summary.json", "curve.json", "model.safetensors", "model.json"}
+    assert files >= {*written, *plots, "checkpoint/progress.json"}
     config = read(TrainingConfig, finished.path / "config.toml")
-    assert config.train.epochs == 3
     assert tomllib.loads(config.to_toml()) == tomllib.loads((finished.path / "config.toml").read_text())
 
-
-def test_epochs(finished: TrainingRun) -> None:
     lines = [json.loads(line) for line in (finished.path / "epochs.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
-    assert lines[0]["train_loss"] is None
     assert lines == [record.to_dict() for record in finished.epochs]
+    assert lines[0]["train_loss"] is None
     losses = [line["train_loss"] for line in lines[1:]]
     assert losses == sorted(losses, reverse=True)
     for line in lines:
@@ -129,14 +111,12 @@ def test_epochs(finished: TrainingRun) -> None:
         assert line["params"] == 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
         assert line["macs_per_example"] == 64 * 128 + 128 * 128 + 128 * 10
 
-
-def test_summary(finished: TrainingRun) -> None:
     summary, last = finished.summary, finished.epochs[-1]
     content = (finished.path / "model.safetensors").read_bytes()
     assert summary["model_sha256"] == hashlib.sha256(content).hexdigest()
     assert (summary["final_value"], summary["final_loss"], summary["ranks"]) == (last.value, last.loss, last.ranks)
     assert summary["best_value"] == max(record.value for record in finished.epochs)
-    assert {key: summary[key] for key in ("task", "model", "form", "metric", "split", "epochs", "seed")} == {
+    known = {
         "task": "digits",
         "model": "mlp",
         "form": "lod",
@@ -145,8 +125,8 @@ def test_summary(finished: TrainingRun) -> None:
         "epochs": 3,
         "seed": 0,
     }
+    assert {key: summary[key] for key in known} == known
     assert summary["params"] == summary["dense_params"] == last.params
-    assert summary["wall_seconds"] == pytest.approx(sum(record.seconds for record in finished.epochs), abs=0.01)
     assert summary["interrupted"] is False
     assert summary["final_value"] > 0.85
 
@@ -175,18 +155,11 @@ def summary_value(finished: TrainingRun) -> float:
 
 def test_curve_file_is_well_formed(finished: TrainingRun) -> None:
     curve = finished.curve
-    assert set(curve) == {"format", "metric", "device", "seed", "dense_params", "dense_macs", "series", "dense"}
     assert (curve["metric"], curve["seed"], curve["dense"]) == ("accuracy", 0, None)
     assert (curve["dense_params"], curve["dense_macs"]) == (26122, 25856)
     assert list(curve["series"]) == ["Maestro, searched ranks", "Maestro, uniform ranks"]
     for points in curve["series"].values():
         assert [point["budget"] for point in points] == [1.0, 0.5, 0.25, points[-1]["macs"] / 25856]
-        for point in points:
-            keys = {"budget", "ranks", "calibration_loss", "params", "macs", "latency_ms", "value", "loss"}
-            assert set(point) >= keys
-            assert set(point["ranks"]) == {"fc1", "fc2", "fc3"}
-            assert point["latency_ms"] is None
-            assert 0 <= point["value"] <= 1
 
 
 def test_the_observer_is_told_everything(tmp_path: Path, quick: Train) -> None:
@@ -226,21 +199,6 @@ def test_dense_form(tmp_path: Path) -> None:
     assert not (tmp_path / "run/plots/ranks.png").exists()
 
 
-def test_a_model_whose_layers_all_stay_dense(tmp_path: Path) -> None:
-    result = train(overrides={**QUICK, "model.keep-dense": "fc1 fc2 fc3", "train.epochs": 1}, out=tmp_path / "run")
-    assert result.summary["ranks"] == {}
-    for points in result.curve["series"].values():
-        assert {(point["params"], point["macs"]) for point in points} == {(26122, 25856)}
-        assert {point["value"] for point in points} == {result.summary["final_value"]}
-
-
-def test_budgets_below_the_smallest_model_show_just_that(tmp_path: Path) -> None:
-    result = train(overrides={**QUICK, "curve.fractions": "0.001", "train.epochs": 1}, out=tmp_path / "run")
-    searched, uniform = result.curve["series"].values()
-    assert [point["ranks"] for point in searched] == [dict.fromkeys(("fc1", "fc2", "fc3"), 1)]
-    assert [point["ranks"] for point in uniform] == [{"fc1": 1, "fc2": 3, "fc3": 1}]
-
-
 def test_epochs_are_scored_on_the_validation_split(tmp_path: Path, quick: Train) -> None:
     result = quick({"data.validation": 100, "train.epochs": 1}, out=tmp_path)
     task = open_task(read(TrainingConfig, None, {"data.limit": 320, "data.validation": 100}))
@@ -250,14 +208,6 @@ def test_epochs_are_scored_on_the_validation_split(tmp_path: Path, quick: Train)
     tested = evaluate(result.model(), task, task.split("test"))
     first = result.curve["series"]["Maestro, searched ranks"][0]
     assert (first["value"], first["validation_value"]) == (tested.accuracy, scored.accuracy)
-
-
-def test_architecture_of_the_card(finished: TrainingRun) -> None:
-    card = json.loads((finished.path / "model.json").read_text())
-    assert (card["input_shape"], card["num_classes"], card["tiers"]) == ([1, 8, 8], 10, {})
-    assert card["size"] == {"ranks": {"fc1": 64, "fc2": 128, "fc3": 10}}
-    architecture = Architecture(name="mlp", input_shape=(1, 8, 8), num_classes=10, keep_dense=card["keep_dense"])
-    assert lod.max_ranks(architecture.full) == card["size"]["ranks"]
 
 
 # Repetition
@@ -273,22 +223,6 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path: Pa
     assert digests[0] == digests[1] != digests[2]
     assert without_seconds(runs[0].epochs) == without_seconds(runs[1].epochs)
     assert runs[0].curve == runs[1].curve
-
-
-def test_the_configuration_may_be_a_file_or_an_object(tmp_path: Path, quick: Train) -> None:
-    (tmp_path / "mine.toml").write_text("seed = 5\n[train]\nepochs = 1\n")
-    config = read(TrainingConfig, tmp_path / "mine.toml")
-    first = train(tmp_path / "mine.toml", overrides={**QUICK, "train.epochs": 1}, out=tmp_path / "a")
-    second = train(config, overrides={**QUICK, "train.epochs": 1}, out=tmp_path / "b")
-    assert first.summary["seed"] == 5
-    assert first.summary["model_sha256"] == second.summary["model_sha256"]
-
-
-def test_the_default_folder_names_the_run(tmp_path: Path, quick: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = quick({"train.epochs": 1, "seed": 7})
-    assert result.path.parent == tmp_path / "runs"
-    assert result.path.name.startswith("digits-lod-seed7-")
 
 
 # Interruption
@@ -311,7 +245,7 @@ def assert_same_run(result: TrainingRun, whole: TrainingRun) -> None:
     assert result.curve == whole.curve
 
 
-@pytest.mark.parametrize("at", [(1, 2), (1, 5), (2, 1), (2, 4), (3, 4)], ids=str)
+@pytest.mark.parametrize("at", [(1, 2), (1, 5), (3, 4)], ids=str)
 def test_interrupted_and_resumed_is_the_same_run(
     at: tuple[int, int], tmp_path: Path, quick: Train, whole: TrainingRun
 ) -> None:
@@ -335,19 +269,7 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert_same_run(resumed, whole)
 
 
-def test_an_interrupted_last_step_ends_the_run(tmp_path: Path, quick: Train, whole: TrainingRun) -> None:
-    assert_same_run(quick(SHRINKING, out=tmp_path, observers=[Interrupter(3, 5)]), whole)
-
-
-@pytest.mark.parametrize(
-    "at",
-    [
-        (1, 3),
-        (2, 1),
-        (3, 2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("at", [(1, 3), (3, 2)], ids=str)
 def test_ended_at_once_and_resumed_is_the_same_run(
     at: tuple[int, int], tmp_path: Path, quick: Train, whole: TrainingRun
 ) -> None:
@@ -404,59 +326,13 @@ def test_a_finished_run_can_be_resumed_to_draw_its_curve(tmp_path: Path, quick: 
     assert read(TrainingConfig, tmp_path / "config.toml").curve.fractions == "0.3"
 
 
-def test_resumption_without_the_history(tmp_path: Path, quick: Train) -> None:
-    quick({"train.epochs": 1}, out=tmp_path)
-    (tmp_path / "epochs.jsonl").unlink()
-    try:
-        train(out=tmp_path, resume=True)
-    except UserError as error:
-        assert "epochs.jsonl" in str(error)  # noqa: PT017
-
-
-def test_a_run_may_move(tmp_path: Path, quick: Train, whole: TrainingRun) -> None:
-    quick(SHRINKING, out=tmp_path / "old", observers=[Interrupter(2, 2)])
-    (tmp_path / "old").rename(tmp_path / "new")
-    assert_same_run(train(out=tmp_path / "new", resume=True), whole)
-    assert not (tmp_path / "old").exists()
-
-
-def test_a_run_in_the_home_folder_resumes_with_its_own_settings(
-    tmp_path: Path, quick: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    quick({"train.epochs": 2}, out="~/run", observers=[Interrupter(1, 2)])
-    assert (tmp_path / "run/config.toml").exists()
-    assert train(out="~/run", resume=True).summary["epochs"] == 2
-
-
 # Divergence
-
-
-def test_a_failed_training_leaves_the_last_checkpoint(tmp_path: Path, quick: Train) -> None:
-    changes = {"train.epochs": 2, "train.schedule": "constant", "train.sampling": "none"}
-
-    class Spoiler(Interrupter):
-        """Makes the model diverge in the second epoch, as a learning rate that is too high would."""
-
-        def on_step(self, epoch: int, step: int, loss: float) -> None:
-            if (epoch, step) == (2, 1):
-                raise DivergedError("the loss is nan in step 6 (epoch 2)")
-
-    with pytest.raises(DivergedError):
-        quick(changes, out=tmp_path, observers=[Spoiler()])
-    resumed = train(out=tmp_path, resume=True)
-    assert [record.epoch for record in resumed.epochs] == [0, 1, 2]
 
 
 def test_divergence_in_the_middle_of_an_epoch_is_told(tmp_path: Path, quick: Train) -> None:
     with pytest.raises(DivergedError, match=r"in step \d \(epoch 1\): lower train\.lr"):
         quick({"train.lr": 1e30}, out=tmp_path)
     assert not (tmp_path / "summary.json").exists()
-
-
-def test_divergence_in_the_last_step_of_an_epoch_is_told(tmp_path: Path, quick: Train) -> None:
-    with pytest.raises(DivergedError):
-        quick({"train.lr": 1e30, "train.batch-size": 320, "train.epochs": 1}, out=tmp_path)
 
 
 # Mistakes
@@ -477,25 +353,12 @@ def refused(said: list[str], tmp_path: Path, **arguments: Any) -> str:
 MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown setting": ({"train.epoch": 3}, ["train.epoch", "did you mean 'train.epochs'?"]),
     "unknown model": ({"model.name": "mlpp"}, ["model.name", "'mlpp'", "did you mean 'mlp'?"]),
-    "unknown dataset": ({"data.name": "digit"}, ["data.name", "'digit'", "did you mean 'digits'?"]),
     "unknown layer": ({"model.keep-dense": "fc9"}, ["model.keep-dense", "'fc9'", "fc3"]),
-    "unknown form": ({"model.form": "sparse"}, ["model.form", "'sparse'", "dense"]),
     "unknown device": ({"train.device": "gpu"}, ["train.device", "'gpu'", "cpu"]),
     "no such device": ({"train.device": "cuda:97"}, ["train.device", "'cuda:97'"]),
-    "no fractions": ({"curve.fractions": " "}, ["curve.fractions", "' '"]),
     "a word as fraction": ({"curve.fractions": "1 half"}, ["curve.fractions", "'1 half'"]),
-    "fraction zero": ({"curve.fractions": "1 0"}, ["curve.fractions", "'1 0'"]),
-    "fraction above one": ({"curve.fractions": "1.5"}, ["curve.fractions", "'1.5'"]),
-    "fraction not a number": ({"curve.fractions": "nan"}, ["curve.fractions", "'nan'"]),
-    "limit too large": ({"data.limit": 1438}, ["data.limit", "1438", "1437"]),
-    "limit too large beside validation": (
-        {"data.limit": 1400, "data.validation": 38},
-        ["data.limit", "1400", "1399"],
-    ),
+    "limit too large beside validation": ({"data.limit": 1400, "data.validation": 38}, ["data.limit", "1400", "1399"]),
     "validation too large": ({"data.validation": 1437}, ["data.validation", "1437"]),
-    "negative limit": ({"data.limit": -1}, ["data.limit", "-1"]),
-    "momentum one": ({"train.momentum": 1.0}, ["train.momentum", "1.0"]),
-    "learning rate zero": ({"train.lr": 0}, ["train.lr", "0"]),
     "images too small": ({"model.name": "lenet"}, ["model.name", "'lenet'", "8×8"]),
     "no images": ({"model.name": "transformer-small"}, ["model.name", "'transformer-small'"]),
     "missing files": ({"data.name": "mnist", "data.dir": "/no/such/folder"}, ["/no/such/folder"]),
@@ -508,31 +371,11 @@ def test_mistakes_in_the_settings(case: str, tmp_path: Path) -> None:
     refused(said, tmp_path, overrides={**QUICK, **overrides}, out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("device", ["meta", "xla"])
-def test_devices_of_pytorch_that_fedmaestro_does_not_train_on(device: str, tmp_path: Path) -> None:
-    overrides = {**QUICK, "train.device": device}
-    refused(["train.device", repr(device), "cpu"], tmp_path, overrides=overrides, out=tmp_path / "run")
-
-
-def test_a_missing_or_damaged_file_of_settings(tmp_path: Path) -> None:
-    refused(["no.toml"], tmp_path, config=tmp_path / "no.toml", out=tmp_path / "run")
-    (tmp_path / "bad.toml").write_text("[train\n")
-    refused(["bad.toml", "not valid TOML"], tmp_path, config=tmp_path / "bad.toml", out=tmp_path / "run")
-    (tmp_path / "run.toml").write_text("[train]\nrounds = 3\n")
-    refused(["train.rounds", "run.toml"], tmp_path, config=tmp_path / "run.toml", out=tmp_path / "run")
-
-
 def test_a_taken_folder(tmp_path: Path, finished: TrainingRun) -> None:
     refused([str(finished.path), "already holds a run", "--resume"], finished.path, overrides=QUICK, out=finished.path)
     (tmp_path / "file").touch()
     refused([str(tmp_path / "file")], tmp_path, overrides=QUICK, out=tmp_path / "file")
     refused([str(tmp_path / "file")], tmp_path, overrides=QUICK, out=tmp_path / "file" / "run")
-
-
-def test_a_folder_in_use(tmp_path: Path, quick: Train) -> None:
-    quick({"train.epochs": 2}, out=tmp_path / "run", observers=[Interrupter(1, 1)])
-    with RunFolder(tmp_path / "run").claim(resume=True):
-        refused(["in use by another run"], tmp_path, out=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -548,11 +391,6 @@ def test_a_folder_in_use(tmp_path: Path, quick: Train) -> None:
 def test_resumption_with_other_settings(change: dict[str, Any], said: list[str], tmp_path: Path, quick: Train) -> None:
     quick({"train.epochs": 2}, out=tmp_path, observers=[Interrupter(1, 1)])
     refused([str(tmp_path), *said], tmp_path, overrides=change, out=tmp_path, resume=True)
-
-
-def test_resumption_of_nothing(tmp_path: Path) -> None:
-    refused([str(tmp_path / "run"), "no run to resume"], tmp_path, out=tmp_path / "run", resume=True)
-    refused(["--resume", "--out"], tmp_path, resume=True)
 
 
 def test_resumption_from_a_damaged_folder(tmp_path: Path, quick: Train) -> None:
@@ -575,16 +413,7 @@ def test_resumption_with_other_data(tmp_path: Path, quick: Train, monkeypatch: p
 # Comparison
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        "{",
-        '{"series": {}}',
-        "7",
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("content", [None, "{", '{"series": {}}'], ids=str)
 def test_comparison_with_a_folder_without_a_curve(content: str | None, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     if content is not None:
@@ -610,12 +439,3 @@ def test_comparison_with_a_dense_model(tmp_path: Path, drawn: list[dict[str, Any
     assert len(drawn[1]["series"]) == 4
     assert drawn[1]["dense"] == dense.curve["dense"]
     assert ours.curve["dense"] is None
-
-
-def test_comparison_of_two_trainings_of_the_same_form(tmp_path: Path, drawn: list[dict[str, Any]]) -> None:
-    small = {**QUICK, "train.epochs": 1}
-    train(overrides={**small, "seed": 1}, out=tmp_path / "other")
-    ours = train(overrides=small, out=tmp_path / "ours", compare=tmp_path / "other")
-    shown = list(drawn[1]["series"].values())
-    assert all(points in shown for points in ours.curve["series"].values())
-    assert len(shown) == 4

@@ -3,13 +3,11 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from fedmaestro.lod import sampling
 from fedmaestro.models import MODELS, InputShape, ModelSpec
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.width import Scale
-from fedmaestro.runs.checkpoint import Checkpoint, Key, below, load_checkpoint, save_checkpoint
+from fedmaestro.runs.checkpoint import Checkpoint, Key, load_checkpoint, save_checkpoint
 from fedmaestro.submodel import State
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Batch, Task
@@ -141,16 +139,6 @@ def test_bfloat16_is_only_the_arithmetic_of_the_forward_pass() -> None:
     assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
 
 
-def test_the_last_smaller_batch_counts_by_its_examples() -> None:
-    config = configured(data__limit=50, train__lr=1e-30)
-    trainer = trainer_of(config)
-    assert trainer.steps_per_epoch == 3
-    losses = [trainer.train_step(batch) for batch in trainer.task.epoch(3, 0, BATCH)]
-    assert trainer.epoch == 1
-    assert trainer.end_epoch() == pytest.approx((20 * losses[0] + 20 * losses[1] + 10 * losses[2]) / 50)
-    assert (trainer.loss_sum, trainer.examples) == (0, 0)
-
-
 # Sampling
 
 
@@ -202,15 +190,6 @@ def test_pairs_come_once_per_cycle_and_start_anew_after_a_cut() -> None:
     assert Counter(ranks["fc3"] for ranks in seen) == dict.fromkeys(range(1, 5), 1)
 
 
-@pytest.mark.parametrize("rule", ["independent", "none"])
-def test_other_sampling_rules(rule: str) -> None:
-    trainer = trainer_of(configured(train__sampling=rule))
-    full, seen = trainer.ranks, ranks_seen(trainer)
-    train_steps(trainer, 4)
-    draw = sampling.independent(full, 3, 0)
-    assert seen == [draw(step) if rule == "independent" else full for step in range(4)]
-
-
 # The loss
 
 
@@ -241,20 +220,6 @@ def test_the_full_pass_teaches_the_sampled_one(smoothing: float) -> None:
     assert_close(own, {name: a[name] + b[name] for name in own}, rtol=1e-4, atol=1e-6)
 
 
-def test_a_dense_model_knows_no_full_pass() -> None:
-    plain, taught = (trainer_of(configured(model__form="dense", train__full_pass=on)) for on in (False, True))
-    assert taught.train_step(first_batch(taught)) == plain.train_step(first_batch(plain))
-
-
-@pytest.mark.parametrize("setting", ["train__group_lasso", "train__shrink_threshold", "train__sampling"])
-def test_a_dense_model_knows_no_lasso_no_shrinking_and_no_sampling(setting: str) -> None:
-    value: Any = "independent" if setting == "train__sampling" else 10.0
-    plain = trainer_of(configured(model__form="dense"))
-    other = trainer_of(configured(model__form="dense", **{setting: value}))
-    assert train_steps(plain, STEPS) == train_steps(other, STEPS)
-    assert_close(plain.model_state(), other.model_state())
-
-
 def test_the_group_lasso_adds_its_gradient_but_not_to_the_reported_loss() -> None:
     without, with_lasso = (trainer_of(configured(train__clip_norm=0, train__group_lasso=x)) for x in (0.0, 0.03))
     batch = first_batch(without)
@@ -270,13 +235,6 @@ def test_the_group_lasso_adds_its_gradient_but_not_to_the_reported_loss() -> Non
     for name, gradient in pull.items():
         expected[name] = expected[name] + 0.03 * gradient
     assert_close(gradients(with_lasso.model), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_clipping_bounds_the_whole_gradient() -> None:
-    trainer = trainer_of(configured(train__clip_norm=0.01, train__group_lasso=1.0))
-    trainer.train_step(first_batch(trainer))
-    total = math.sqrt(sum(float(g.square().sum()) for g in gradients(trainer.model).values()))
-    assert total == pytest.approx(0.01, rel=1e-3)
 
 
 # Learning rate
@@ -301,17 +259,6 @@ W = 4 / 11
 def test_learning_rate(schedule: str, warmup: float, factors: dict[int, float]) -> None:
     settings = configured(train__schedule=schedule, train__warmup_epochs=warmup).train
     assert {step: lr_factor(settings, step, 10) for step in factors} == pytest.approx(factors, rel=1e-12)
-
-
-def test_the_optimiser_gets_the_learning_rate_of_its_step() -> None:
-    trainer = trainer_of(configured(train__lr=0.03, train__warmup_epochs=1.0))
-    used = []
-    for batch in batches_from(trainer):
-        trainer.train_step(batch)
-        used.append(trainer.optimizer.param_groups[0]["lr"])
-    expected = [0.03 * lr_factor(trainer.settings, step, STEPS) for step in range(EPOCHS * STEPS)]
-    assert used == expected
-    assert max(used) == 0.03 == used[STEPS]
 
 
 # Shrinking
@@ -371,50 +318,6 @@ def test_columns_without_importance_are_cut_with_what_the_optimiser_keeps(optimi
     assert trainer.model(*batch.inputs).equal(before["fc3.bias"].expand(BATCH, 10))
     losses = train_steps(trainer, STEPS)
     assert all(map(math.isfinite, losses))
-
-
-def test_a_cut_model_trains_like_one_that_was_always_small() -> None:
-    trainer = trainer_of(configured(train__sampling="none", train__shrink_threshold=1e-5, train__momentum=0.0))
-    train_steps(trainer, STEPS - 1)
-    trainer.train_step(list(islice(batches_from(trainer), STEPS))[-1])
-    zero_tail(trainer, "fc2", 9)
-    trainer.end_epoch()
-    small = lod.truncate(trainer.model, {})
-    optimiser = torch.optim.SGD(small.parameters(), weight_decay=1e-4)
-    for step, batch in islice(enumerate(batches_from(trainer)), STEPS, 2 * STEPS):
-        optimiser.param_groups[0]["lr"] = 0.05 * cosine(step)
-        optimiser.zero_grad()
-        F.cross_entropy(small(*batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(small.parameters(), 2.0)
-        optimiser.step()
-        trainer.train_step(batch)
-    assert_close(trainer.model_state(), dict(small.state_dict()))
-
-
-def test_threshold_zero_never_cuts() -> None:
-    trainer = trainer_of(configured(train__shrink_threshold=0))
-    train_steps(trainer, STEPS - 1)
-    for name in trainer.ranks:
-        zero_tail(trainer, name, 1)
-    train_steps(trainer, 1)
-    assert trainer.ranks == {"fc1": 64, "fc2": 128, "fc3": 10}
-
-
-def test_the_threshold_is_that_of_the_importance() -> None:
-    trainer = trainer_of(configured(train__shrink_threshold=20.0, train__lr=1e-30))
-    importance = lod.importance(trainer.model)
-    expected = {name: sum(float(x) >= 20 for x in scores) for name, scores in importance.items()}
-    train_steps(trainer, STEPS)
-    assert trainer.ranks == expected
-    assert 0 < sum(expected.values()) < 202
-
-
-def test_a_model_that_lost_all_ranks_still_trains_its_biases() -> None:
-    trainer = trainer_of(configured(train__shrink_threshold=1e9))
-    losses = train_steps(trainer, 3 * STEPS)
-    assert trainer.ranks == {"fc1": 0, "fc2": 0, "fc3": 0}
-    assert all(map(math.isfinite, losses))
-    assert losses[-1] < math.log(10) + 0.5
 
 
 # State
@@ -485,29 +388,6 @@ def test_continuation_from_the_middle_of_an_epoch_is_bit_identical(
     assert_close(first.state(), second.state())
 
 
-def test_dropout_drops_and_differs_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "dropping", ModelSpec(build=dropping, summary=""))
-    config = configured(model__name="dropping", train__sampling="none", train__lr=1e-30)
-    trainer = trainer_of(config)
-    batch = first_batch(trainer)
-    losses = [trainer.train_step(batch) for _ in range(3)]
-    assert len(set(losses)) == 3
-    other = trainer_of(config)
-    assert [other.train_step(batch) for _ in range(3)] == losses
-
-
-def test_the_state_before_the_first_step_takes_everything_back(tmp_path: Path) -> None:
-    config = configured(train__shrink_threshold=1.0)
-    first, second = trainer_of(config), trainer_of(config)
-    kept = through_disk(first, tmp_path)
-    assert not below(kept, "optimizer")
-    train_steps(second, 2 * STEPS)
-    assert second.ranks != first.ranks
-    second.restore(kept)
-    assert (second.step, second.ranks) == (0, first.ranks)
-    assert train_steps(second, 2 * STEPS) == train_steps(first, 2 * STEPS)
-
-
 # Failures
 
 
@@ -530,47 +410,4 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(optimizer: str, p
     assert math.isfinite(trainer.train_step(good))
 
 
-def test_a_learning_rate_that_is_too_high_is_told() -> None:
-    trainer = trainer_of(configured(train__lr=1e25))
-    with pytest.raises(DivergedError, match=r"lower train\.lr"):
-        train_steps(trainer, STEPS)
-
-
 # Tasks
-
-
-@pytest.mark.parametrize("fraction", [Fraction(1), Fraction(1, 3)])
-def test_an_epoch_shows_every_example_once_in_an_order_of_its_own(fraction: Fraction) -> None:
-    seen: list[np.ndarray] = []
-
-    def note(indices: np.ndarray, generator: np.random.Generator) -> Batch:
-        seen.append(indices)
-        return Batch((torch.from_numpy(indices),), torch.from_numpy(indices))
-
-    task = make_task(note, examples=int(96 * fraction))
-    orders = []
-    for epoch in range(3):
-        seen.clear()
-        list(task.epoch(0, epoch, 10))
-        orders.append(np.concatenate(seen))
-        assert sorted(orders[-1]) == list(range(task.examples))
-    assert len({tuple(order) for order in orders}) == 3
-    seen.clear()
-    list(task.epoch(0, 2, 10, first_step=2))
-    assert np.concatenate(seen).tolist() == orders[2][20:].tolist()
-
-
-def make_task(batch: Callable[[np.ndarray, np.random.Generator], Batch], examples: int) -> Task:
-    return Task(
-        name="noted",
-        input_shape=(1, 2, 2),
-        num_classes=2,
-        metric="accuracy",
-        examples=examples,
-        batch=batch,
-        plain=lambda indices: batch(indices, np.random.default_rng(0)),
-        scored=lambda _split, _first, _last: [],
-        test_examples=0,
-        has_validation=False,
-        fingerprint="",
-    )
