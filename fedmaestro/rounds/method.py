@@ -95,7 +95,7 @@ def method_of(config: ExperimentConfig) -> Method:
         submodel=SUBMODELS[str(settings["train.submodel"])],
         objective=OBJECTIVES[str(settings["train.objective"])],
         aggregation=aggregation,
-        server=chain_of(value),
+        server=chain_of(value, config.get),
         freeze=settings["train.freeze"],  # type: ignore[arg-type]
         logit_adjustment=cast(float, settings["train.logit-adjustment"]),
         norm=settings["model.norm"],  # type: ignore[arg-type]

@@ -233,14 +233,28 @@ def test_a_rows_own_value_stands_until_the_experiment_sets_another(monkeypatch: 
 
 
 def test_a_chain_is_what_the_settings_name(federate: Federate) -> None:
-    """Steps come in the named order; what a chain leaves out does not happen, whatever its own setting says."""
+    """Steps come in the named order; what a chain leaves out does not happen, though the row has it."""
     assert [step.name for step in method_of(load_config(None, {"server.steps": "reorder optimizer"})).server] == [
         "reorder",
         "optimizer",
     ]
-    with pytest.raises(UserError, match=r"server\.steps.*reordr.*reorder"):
-        method_of(load_config(None, {"server.steps": "reordr"}))
-    settings = {"train.strategy": "nested", "train.rounds": 1}
-    plain, _, _ = federate(settings)
-    without, _, _ = federate(settings | {"server.steps": "optimizer", "server.reorder-every": 1})
+    settings = {"train.objective": "self-distillation", "train.logit-adjustment": 0.0, "train.rounds": 1}
+    plain, _, _ = federate(settings | {"train.strategy": "nested"})
+    without, _, _ = federate(settings | {"train.strategy": "fedmaestro", "server.steps": "optimizer"})
     assert plain["model_sha256"] == without["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"server.steps": "reordr"}, r"server\.steps.*reordr.*reorder"),
+        ({"server.steps": "optimizer optimizer"}, "server.steps='optimizer optimizer' names optimizer twice"),
+        ({"server.steps": "", "server.tail-decay": 0.1}, "server.tail-decay=0.1 has no effect: .* lacks tail-decay"),
+        ({"server.steps": "reorder", "server.lr": 0.5}, "server.lr=0.5 has no effect: .* lacks optimizer"),
+    ],
+    ids=str,
+)
+def test_chains_that_make_no_sense(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        method_of(load_config(None, settings))
+    assert method_of(load_config(None, {"server.steps": "optimizer", "server.reorder-every": "never"}))
