@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmaestro.errors import check_name
+from fedmaestro.errors import UserError, check_name
 from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.submodel import State
 
@@ -108,6 +108,8 @@ SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
 def optimize(name: str, lr: float | None, momentum: float, damping: float) -> ServerStep:
     """Return the step of an optimiser of ``SERVER_OPTIMIZERS``; ``lr`` None: its own."""
     check_name("server.optimizer", name, SERVER_OPTIMIZERS)
+    if name == "none" and lr is not None:
+        raise UserError(f"server.lr={lr} has no effect: server.optimizer is none: choose one, or leave server.lr out")
     row = SERVER_OPTIMIZERS[name]
     optimizer = replace(row, lr=row.lr if lr is None else lr, beta1=momentum, damping=damping)
 

@@ -250,6 +250,7 @@ def test_a_chain_is_what_the_settings_name(federate: Federate) -> None:
         ({"server.steps": "reordr"}, r"server\.steps.*reordr.*reorder"),
         ({"server.steps": "optimizer optimizer"}, "server.steps='optimizer optimizer' names optimizer twice"),
         ({"server.steps": "", "server.tail-decay": 0.1}, "server.tail-decay=0.1 has no effect: .* lacks tail-decay"),
+        ({"server.lr": 0.5}, "server.lr=0.5 has no effect: server.optimizer is none"),
         ({"server.steps": "reorder", "server.lr": 0.5}, "server.lr=0.5 has no effect: .* lacks optimizer"),
     ],
     ids=str,
