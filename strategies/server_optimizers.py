@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmaestro.errors import UserError, check_name
+from fedmaestro.errors import check_name
 from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.submodel import State
 
@@ -108,8 +108,6 @@ SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
 def optimize(name: str, lr: float | None, momentum: float, damping: float) -> ServerStep:
     """Return the step of an optimiser of ``SERVER_OPTIMIZERS``; ``lr`` None: its own."""
     check_name("server.optimizer", name, SERVER_OPTIMIZERS)
-    if name == "none" and lr is not None:
-        raise UserError(f"server.lr={lr} has no effect: server.optimizer is none: choose one, or leave server.lr out")
     row = SERVER_OPTIMIZERS[name]
     optimizer = replace(row, lr=row.lr if lr is None else lr, beta1=momentum, damping=damping)
 
@@ -130,6 +128,7 @@ OPTIMIZER = StepRow(
         "momentum": "server.momentum",
         "damping": "server.damping",
     },
+    idle={"server.lr": ("server.optimizer", "none"), "server.momentum": ("server.optimizer", "none")},
     summary="a step along the difference that the round made: none (all of it), momentum, adam or yogi",
     source="FedAvgM (1909.06335); FedAdam, FedYogi (2003.00295)",
 )

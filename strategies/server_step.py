@@ -9,7 +9,7 @@ one: it is cut with it when the model shrinks, and rolled with it. It is part of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -86,6 +86,8 @@ class StepRow:
     make: Callable[..., ServerStep]
     settings: Mapping[str, str]
     """Setting of each parameter of ``make``."""
+    idle: Mapping[str, tuple[str, Value]] = field(default_factory=dict)
+    """Settings that mean nothing where another one has a certain value."""
     summary: str
     source: str
 

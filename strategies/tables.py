@@ -59,9 +59,14 @@ def chain_of(
             raise UserError(f"server.steps={steps!r} names {name} twice: each step has one memory, name it once")
     for row in SERVER_STEPS.values():
         for key in row.settings.values():
-            if row.name not in names and own(key) not in (None, PLAIN.get(key)):
+            if own(key) in (None, PLAIN.get(key)):
+                continue
+            if row.name not in names:
                 raise UserError(
                     f"{key}={own(key)} has no effect: server.steps={steps!r} lacks {row.name}: add it, or leave "
                     f"{key} out"
                 )
+            other, there = row.idle.get(key, ("", None))
+            if other and value(other) == there:
+                raise UserError(f"{key}={own(key)} has no effect: {other} is {there}: change that, or leave {key} out")
     return tuple(SERVER_STEPS[name].of(value) for name in names)
