@@ -18,7 +18,7 @@ demo: $(STAMP)
 
 # A process per core, four at the most: each loads PyTorch.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What CI runs.
 check: lint types test
@@ -31,7 +31,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf build .typecheck
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .typecheck .
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedmaestro
+	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p fedmaestro
 	rm -rf build
 
 # Tests of more than a minute; run them before a release.

@@ -1,12 +1,17 @@
 """A comparison on one running Ray: complete, interrupted and resumed, extended."""
 
+import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedmaestro.config.base import read
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UserError
 from fedmaestro.flower.compare import Comparison, compare
 from fedmaestro.rounds.observer import ComparisonObserver
@@ -41,20 +46,38 @@ def contents(comparison: Comparison) -> dict[str, str]:
     return {name: (comparison.path / name).read_text() for name in TABLES}
 
 
+def interrupted(out: Path, where: tuple[str, int]) -> Watcher:
+    """Press Ctrl-C in a round of a cell."""
+    watcher = Watcher(where)
+    partial = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[watcher])
+    assert not partial.results["complete"]
+    assert "of 2 seeds" in (out / "table.md").read_text()
+    return watcher
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Watcher]:
-    watcher = Watcher()
-    out = tmp_path_factory.mktemp("whole") / "comparison"
-    return compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[watcher]), watcher
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[str], list[str]]:
+    """A comparison that was interrupted in its second cell and then resumed, and the cells that both parts ran."""
+    out = tmp_path_factory.mktemp("finished") / "comparison"
+    stopped, resumed = interrupted(out, ("wide 0", 2)), Watcher()
+    comparison = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[resumed], resume=True)
+    assert resumed.done == [1, 2, 3, 4]
+    return comparison, stopped.cells, resumed.cells
 
 
-def test_every_cell_runs_once(whole: tuple[Comparison, Watcher]) -> None:
-    comparison, watcher = whole
+def test_every_cell_is_that_run(
+    finished: tuple[Comparison, list[str], list[str]], federate: Callable[..., Any]
+) -> None:
+    comparison, before, after = finished
     results = comparison.results
     assert results["complete"]
-    assert [row["name"] for row in results["strategies"]] == ["nested", "wide"]
-    assert watcher.cells == [f"{name} {seed}" for seed in (0, 1) for name in ("nested", "wide")]
-    assert watcher.done == [0, 1, 2, 3, 4]
+    assert (before, after) == (["nested 0", "wide 0"], ["wide 0", "nested 1", "wide 1"])
+    cells = sorted(path.parent for path in comparison.path.glob("cells/**/config.toml"))
+    assert len(cells) == 4
+    for cell in cells:
+        settings = {key: x for key, x in read(ExperimentConfig, cell / "config.toml").flat().items() if key != "out"}
+        alone, _, _ = federate(settings)
+        assert json.loads((cell / "summary.json").read_text())["model_sha256"] == alone["model_sha256"]
     nested, wide = results["strategies"]
     assert nested["series"][0]["accuracy"] != nested["series"][1]["accuracy"]
     assert results["matched_macs"], "ranks and widths were compared"
@@ -66,43 +89,29 @@ def test_every_cell_runs_once(whole: tuple[Comparison, Watcher]) -> None:
     assert (comparison.path / "plots").is_dir()
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param(("nested 0", 0), marks=pytest.mark.slow),
-        ("wide 0", 2),
-        pytest.param(("nested 1", 3), marks=pytest.mark.slow),
-    ],
-)
-def test_an_interrupted_comparison_goes_on_to_identical_tables(
-    whole: tuple[Comparison, Watcher], where: tuple[str, int], tmp_path: Path
+@pytest.mark.slow
+def test_tables_do_not_depend_on_interruptions(
+    finished: tuple[Comparison, list[str], list[str]], tmp_path: Path
 ) -> None:
-    out = tmp_path / "comparison"
-    stopped = Watcher(where)
-    try:
-        partial = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[stopped])
-    except KeyboardInterrupt:
-        assert where == ("nested 0", 0), "only without a finished cell is there nothing to show"
-    else:
-        assert not partial.results["complete"]
-        assert "of 2 seeds" in (out / "table.md").read_text()
-    assert len(stopped.cells) < 4
-    resumed = Watcher()
-    finished = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, observers=[resumed], resume=True)
-    assert len(resumed.cells) < 4 or where == ("nested 0", 0)
-    assert contents(finished) == contents(whole[0])
+    with pytest.raises(KeyboardInterrupt):  # without a finished cell there is nothing to show
+        interrupted(tmp_path / "at once", ("nested 0", 0))
+    interrupted(tmp_path / "late", ("nested 1", 3))
+    for name in ("at once", "late"):
+        out = tmp_path / name
+        again = compare(None, STRATEGIES, 2, overrides=SMALL, out=out, resume=True)
+        assert contents(again) == contents(finished[0])
 
 
 def test_strategies_can_be_added_and_share_start_partition_and_sampling_but_settings_cannot_change(
-    whole: tuple[Comparison, Watcher], tmp_path: Path
+    finished: tuple[Comparison, list[str], list[str]], tmp_path: Path
 ) -> None:
     out = tmp_path / "comparison"
-    shutil.copytree(whole[0].path, out)
+    shutil.copytree(finished[0].path, out)
     watcher = Watcher()
     extended = compare(None, [*STRATEGIES, ADAM], 2, overrides=SMALL, out=out, resume=True, observers=[watcher])
     assert watcher.cells == ["own+adam 0", "own+adam 1"]
     *old, adam = extended.results["strategies"]
-    assert old == whole[0].results["strategies"]
+    assert old == finished[0].results["strategies"]
     nested = old[0]
     for seed in (0, 1):
         first = [row["series"][seed]["accuracy"] for row in (nested, adam)]

@@ -6,12 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import fedmaestro
+from fedmaestro.config.experiment import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def flower_home(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(entry.name), signal.SIGTERM)
 
 
-def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path) -> None:
+def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path, federate: Callable[..., Any]) -> None:
     out = tmp_path / "through-flower"
     experiment = tmp_path / "experiment.toml"
     experiment.write_text(EXPERIMENT.format(out=out))
@@ -71,7 +72,7 @@ def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path) -> Non
     assert done.returncode == 0, log.read_text()
     assert (out / "summary.json").exists(), log.read_text()
     through_flower = json.loads((out / "summary.json").read_text())
-    here = fedmaestro.run(experiment, out=tmp_path / "here", actors=1).summary
+    here, _, _ = federate({key: x for key, x in load_config(experiment).flat().items() if key != "out"})
     assert through_flower["model_sha256"] == here["model_sha256"]
     assert {n: t["final_accuracy"] for n, t in through_flower["tiers"].items()} == {
         n: t["final_accuracy"] for n, t in here["tiers"].items()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ import pytest
 import fedmaestro
 from fedmaestro.errors import UserError
 from fedmaestro.flower import simulation
-
-SMALL = {"train.rounds": 3, "train.evaluate-every": 3}
 
 # Imported by Ray actors, which find it through sys.path: kills its process the first time that it sees round 2.
 KILLER = """
@@ -39,24 +38,34 @@ class Killer:
 """
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run = fedmaestro.run(overrides=SMALL, out=tmp_path_factory.mktemp("reference") / "run", actors=1)
-    return run.summary
+CHANGING = {
+    "train.rounds": 4,
+    "train.evaluate-every": 2,
+    "ranks.shrink-every": 1,
+    "ranks.shrink-min-updates": 1,
+    "ranks.shrink-threshold": 0.5,
+    "train.group-lasso": 0.01,
+    "ranks.rule": "learned",
+}
+"""Ranks change after every round, and every actor must follow."""
 
 
-def test_two_actors_one_of_which_is_killed_give_the_same_model(
-    reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_actors_one_of_which_is_killed_give_the_model_of_this_process(
+    federate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
     monkeypatch.syspath_prepend(str(tmp_path))
     import killer  # type: ignore[import-not-found]
 
     marker = tmp_path / "killed"
-    run = fedmaestro.run(overrides=SMALL, out=tmp_path / "run", actors=2, client_app=killer.Killer(str(marker)))
+    run = fedmaestro.run(overrides=CHANGING, out=tmp_path / "run", actors=2, client_app=killer.Killer(str(marker)))
     assert marker.exists(), "no actor was killed: the test shows nothing"
-    assert run.summary["model_sha256"] == reference["model_sha256"]
-    assert [record.failed for record in run.rounds] == [0, 0, 0, 0]
+    summary, folder, _ = federate(CHANGING)
+    assert run.summary["model_sha256"] == summary["model_sha256"]
+    assert run.summary["tiers"] == summary["tiers"]
+    assert [record.failed for record in run.rounds] == [0] * 5
+    assert len({str(record.ranks) for record in run.rounds}) > 2
+    assert [record.full_ranks for record in run.rounds] == [record.full_ranks for record in folder.read_rounds()]
 
 
 def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: Path) -> None:
