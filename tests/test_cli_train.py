@@ -95,12 +95,6 @@ def test_train_says_what_it_does_and_what_came_out(fedmaestro: Command) -> None:
     assert "\x1b" not in result.out
 
 
-def test_train_beside_another_training(quick: Command) -> None:
-    assert quick("dense", "train.epochs=1", "model.form=dense").code == 0
-    result = quick("ours", "train.epochs=1", options=("--compare", "dense"))
-    assert (result.code, result.err) == (0, "")
-
-
 def test_ctrl_c_then_resume(quick: Command, fedmaestro: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quick("whole")
     with monkeypatch.context() as patch:
@@ -159,15 +153,6 @@ def test_mistakes_in_the_settings_of_a_training(case: str, quick: Command) -> No
 def test_mistakes_in_the_folders(options: tuple[str, ...], said: list[str], fedmaestro: Command) -> None:
     before = tree(Path.cwd().parent)
     check_refused(fedmaestro(*options), said, before)
-
-
-@pytest.mark.parametrize("command", ["train", "extract"])
-def test_help(command: str, fedmaestro: Command) -> None:
-    assert command in fedmaestro("--help").out
-    text = fedmaestro(command, "--help").out
-    assert "Usage" in text
-    for option in {"train": ["--set", "--resume", "--compare"], "extract": ["--tier", "--max-macs", "--out"]}[command]:
-        assert option in text
 
 
 # extract

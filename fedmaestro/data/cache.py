@@ -2,8 +2,8 @@
 
 Law: whatever is visible under an entry's own name was written completely. A folder is filled under a
 temporary name beside its final place and takes its name in one rename, together with a manifest of its files'
-sizes. A crash leaves only a temporary folder, which a later build removes. Of two processes that build one
-entry, one wins and both succeed.
+lengths and checksums. A crash leaves only a temporary folder, which a later build removes. Of two processes that
+build one entry, one wins and both succeed.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -82,8 +83,8 @@ def fetch(entry: Path, build: Callable[[Path], None], read: Callable[[Path], T])
 
 def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:
     try:
-        sizes = json.loads((entry / _MANIFEST).read_bytes())
-        if all((entry / name).stat().st_size == size for name, size in sizes.items()):
+        checksums = json.loads((entry / _MANIFEST).read_bytes())
+        if all(_checksum(entry / name) == known for name, known in checksums.items()):
             return read(entry)
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # whatever is wrong with an entry, the answer is to build it again
@@ -91,8 +92,17 @@ def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def _write_manifest(folder: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+    checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
+
+
+def _checksum(path: Path) -> list[int]:
+    """Return length and CRC-32 of a file: a disk that loses blocks keeps the length (1 GB takes about a second)."""
+    length, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            length, crc = length + len(block), zlib.crc32(block, crc)
+    return [length, crc]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedmaestro.data.sources import EncodedBatch, EncodedSplit
 from fedmaestro.errors import UserError
@@ -59,10 +59,38 @@ def _decode_batch(batch: EncodedBatch, mode: str, shape: Shape | None) -> list[n
 
 
 def _decode(encoded: bytes, mode: str, where: str) -> npt.NDArray[np.uint8]:
-    """Return one image as (C, H, W)."""
+    """Return one image as (C, H, W), upright and opaque, in 8 bits."""
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+        image.load()
+        if image.mode.startswith("I;16"):
+            image = _in_8_bits(image)
+        elif image.mode in ("I", "F"):
+            kind = "floating-point" if image.mode == "F" else "32-bit integer"
+            raise UserError(f"{where}: {kind} pixels have no range of their own: store the images in 8 or 16 bits")
+        elif image.has_transparency_data:
+            image = _opaque(image, where)
         pixels = np.asarray(image if image.mode == mode else image.convert(mode), np.uint8)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: cannot decode the image: it is no image file that Pillow knows") from None
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise UserError(f"{where}: cannot decode the image: {' '.join(str(error).split())}") from error
     return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey image in 8 bits: PIL's own conversion would clip all values above 255."""
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _opaque(image: Image.Image, where: str) -> Image.Image:
+    """Return an image without its alpha channel, which must not hide anything."""
+    colours = image.convert("RGBA")
+    if colours.getextrema()[3] != (255, 255):
+        raise UserError(
+            f"{where}: the image has transparent pixels, and nothing says what is behind them: flatten the images"
+        )
+    return colours.convert("RGB")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fedmaestro.data import cache
 from fedmaestro.data.sources import DATASETS, SPLITS, DatasetRow, hub_split, local_files, local_split
-from fedmaestro.errors import check_name
+from fedmaestro.errors import UserError, check_name
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,7 @@ def load_dataset(
 
     def build(folder: Path) -> None:
         train, test = _decoded(row, files, progress)
+        _check(name, train, test)
         _store(folder, train, test)
 
     return cache.fetch(entry, build, lambda folder: _read(folder, name, row))
@@ -118,6 +119,17 @@ def _decoded(row: DatasetRow, files: dict[str, list[Path]], progress: Progress |
 
     train_arrays = decode_split(train, row.mode, advance)
     return train_arrays, decode_split(test, row.mode, advance, shape=train_arrays[0].shape[1:])
+
+
+def _check(name: str, train: "Arrays", test: "Arrays") -> None:
+    """Refuse data that nobody can learn from, or be tested on."""
+    if train[0].min() == train[0].max():
+        raise UserError(f"the {len(train[0])} training images of {name!r} are all of one colour: check the files")
+    if unknown := sorted(set(np.unique(test[1]).tolist()) - set(np.unique(train[1]).tolist())):
+        raise UserError(
+            f"the test set of {name!r} has the classes {', '.join(map(str, unknown))}, of which there is no training "
+            "example: check the files"
+        )
 
 
 def _store(folder: Path, train: "Arrays", test: "Arrays") -> None:

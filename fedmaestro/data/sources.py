@@ -3,6 +3,7 @@
 Local parquet files and the hub give the same Arrow columns: from `EncodedBatch` on there is one code path.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -83,24 +84,50 @@ class EncodedSplit:
     batches: Iterator[EncodedBatch]
 
 
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-\w+)?\.parquet$")
+"""Of a file's name on the hub: which of how many files it is; older ones end with a hash."""
+
+
 def local_files(row: DatasetRow, data_dir: Path) -> dict[str, list[Path]]:
     """Return the parquet files of each split in ``data_dir``, in order.
 
     Raises:
-        UserError: a split has no file, or a shard of ``…-00000-of-00002.parquet`` is missing.
+        UserError: a split has no file, or a shard of ``…-00000-of-00002.parquet`` is missing, or files of two
+            generations lie side by side.
 
     """
     folder = data_dir / row.folder
-    files = {split: [p for p in sorted(folder.glob(f"{split}-*.parquet")) if p.is_file()] for split in SPLITS}
+    files = {split: _files_of(folder, split) for split in SPLITS}
     for split, paths in files.items():
         if not paths:
-            wanted = f"expected {folder}/{split}-*.parquet, {_found(data_dir, folder)}"
+            wanted = f"expected {folder}/{split}-*.parquet, {_elsewhere(row, data_dir) or _found(data_dir, folder)}"
             raise UserError(f"no {split} files for {row.folder!r} in --data-dir {data_dir}: {wanted}")
-        shards = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
-        if shards and len(paths) != int(shards[1]):
-            names = ", ".join(path.name for path in paths)
-            raise UserError(f"{folder} has {len(paths)} of {int(shards[1])} {split} files: found {names}")
+        shards = [tuple(map(int, match.groups())) for path in paths if (match := _SHARD.search(path.name))]
+        names = ", ".join(path.name for path in paths)
+        if shards and (len(set(shards)) < len(paths) or len({total for _, total in shards}) > 1):
+            raise UserError(f"{folder} has {split} files of more than one generation: keep one of {names}")
+        if shards and len(shards) != shards[0][1]:
+            raise UserError(f"{folder} has {len(shards)} of {shards[0][1]} {split} files: found {names}")
     return files
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split: ``train-*.parquet``, or all of ``train/`` (the hub's converted form)."""
+    found = [*folder.glob(f"{split}-*.parquet")] or [*(folder / split).glob("*.parquet")]
+    return sorted(path for path in found if path.is_file())
+
+
+def _elsewhere(row: DatasetRow, data_dir: Path) -> str:
+    """Return where the files lie, if that is one level away; empty if it is not."""
+    near = [data_dir.parent, data_dir / row.folder]
+    with contextlib.suppress(OSError):
+        near += sorted(path for path in data_dir.iterdir() if path.is_dir() and path not in near)
+    for folder in near:
+        if all(_files_of(folder / row.folder, split) for split in SPLITS):
+            return f"which are in {folder / row.folder}: give --data-dir {folder}"
+    if all(_files_of(data_dir, split) for split in SPLITS):
+        return f"which lie in {data_dir} itself: move them into a folder {row.folder!r}, and give that folder's parent"
+    return ""
 
 
 def _found(data_dir: Path, folder: Path) -> str:
@@ -215,12 +242,20 @@ def _image_bytes(column: "pa.ChunkedArray", name: str, origin: str) -> list[byte
 def _labels(column: "pa.ChunkedArray", row: DatasetRow, origin: str) -> npt.NDArray[np.int64]:
     import pyarrow as pa
 
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        # Numbers in another spelling; what is no number stays, and is told below.
+        with contextlib.suppress(pa.ArrowInvalid):
+            column = column.cast(pa.int64())
     if not pa.types.is_integer(column.type) or column.null_count:
-        raise UserError(f"{origin}: column {row.label_column!r} must hold an integer in every row, not {column.type}")
+        found = f"{column.null_count} rows without a label" if column.null_count else column.type
+        raise UserError(f"{origin}: column {row.label_column!r} must hold an integer in every row, not {found}")
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     if labels.size and not 0 <= labels.min() <= labels.max() < row.num_classes:
         span = f"{labels.min()} to {labels.max()}"
-        raise UserError(f"{origin}: labels run from {span}, expected 0 to {row.num_classes - 1}")
+        shift = f": subtract {labels.min()}" if labels.max() - labels.min() < row.num_classes else ""
+        raise UserError(f"{origin}: labels run from {span}, expected 0 to {row.num_classes - 1}{shift}")
     return labels
 
 

@@ -114,13 +114,6 @@ def test_shards_are_read_in_order(
         load_dataset("mnist", fake_mnist, tmp_path / "cache")
 
 
-def test_plain_binary_and_colour_images_are_accepted(write_parquet: Callable[..., Path], tmp_path: Path) -> None:
-    colour = np.zeros((5, 4, 3), np.uint8)
-    for split in ("train", "test"):
-        path = write_parquet(split, pa.table({"image": [png(colour)], "label": [0]}))
-    assert load_dataset("mnist", path.parents[1], tmp_path / "cache").image_shape == (1, 5, 4)
-
-
 def test_changed_files_are_decoded_again(fake_mnist: Path, write_parquet: Callable[..., Path], tmp_path: Path) -> None:
     before = load_dataset("mnist", fake_mnist, tmp_path / "cache")
     write_parquet("test", table([png(np.ones((5, 4), np.uint8))] * 3, [0, 1, 2]))

@@ -1,7 +1,6 @@
 """Extraction of models for deployment: what is written is true, and what goes wrong is told before anything is."""
 
 import json
-import shutil
 import tomllib
 from dataclasses import asdict
 from functools import cache
@@ -174,16 +173,6 @@ def test_a_smaller_budget_gives_a_nested_model(trainings: dict[str, Path], tmp_p
     for larger, smaller in pairwise(found):
         assert all(smaller_rank <= ranks_of(larger)[name] for name, smaller_rank in ranks_of(smaller).items())
         assert smaller.card["macs_per_example"] < larger.card["macs_per_example"]
-
-
-def test_the_default_folder_and_a_second_extraction_beside_it(trainings: dict[str, Path], tmp_path: Path) -> None:
-    source = tmp_path / "run"
-    shutil.copytree(trainings["lod"], source)
-    first = extract(source, Target(max_macs=9000), calibration=32)
-    assert first.path == source / "extracted" / "macs-9000"
-    second = extract(source, Target(max_params=9000), calibration=32)
-    assert second.path == source / "extracted" / "params-9000"
-    assert sorted(path.name for path in first.path.iterdir()) == ["model.json", "model.safetensors"]
 
 
 # From a federation

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import TRAINING_SHARE_OF_RAM, exact, fit, within_ranks
 from fedmaestro.fleet.cost import Cost
-from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers, load_tiers
+from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers
 
 
 def make_cost(macs: int = 1, memory: int = 1, traffic: int = 2) -> Cost:
@@ -30,16 +30,6 @@ def make_cost(macs: int = 1, memory: int = 1, traffic: int = 2) -> Cost:
 
 
 # Presets
-
-
-@pytest.mark.parametrize("name", FLEETS)
-def test_preset_is_a_fleet(name: str) -> None:
-    tiers = load_tiers(name)
-    assert tiers == FLEETS[name].tiers
-    assert sum(tier.share for tier in tiers) == pytest.approx(1, abs=1e-12)
-    assert len({tier.name for tier in tiers}) == len(tiers)
-    assert any(tier.rank_fraction == 1 for tier in tiers), "no tier serves the whole model"
-    assert FLEETS[name].summary
 
 
 def test_unknown_preset_names_the_nearest() -> None:

@@ -140,13 +140,6 @@ def test_ranks_out_of_bounds_are_refused(rank: int) -> None:
     assert layer.rank == 4
 
 
-def test_numpy_integers_are_ranks_and_become_plain_integers() -> None:
-    layer = lod_linear(5, 4, 4)
-    layer.rank = np.int64(2)  # type: ignore[assignment]
-    assert type(layer.rank) is int
-    assert layer.rank == 2
-
-
 def test_factors_of_different_ranks_are_refused() -> None:
     with pytest.raises(UserError, match="disagree on the rank"):
         lod.LoDLinear(torch.zeros(5, 3), torch.zeros(2, 4), None)

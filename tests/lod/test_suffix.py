@@ -163,13 +163,3 @@ def test_importance_is_the_formula_and_never_increases(model: nn.Module, dtype: 
         np.testing.assert_allclose(found[name].numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
         assert not (found[name].diff() > 0).any()
         assert not found[name].requires_grad
-
-
-@pytest.mark.parametrize("dense", [nn.Linear(9, 4), nn.Linear(3, 8), nn.Conv2d(2, 7, (3, 2)), nn.Conv2d(5, 3, 1)])
-def test_after_factorising_strengths_are_the_singular_values(dense: nn.Linear | nn.Conv2d) -> None:
-    dense = dense.double()
-    sigma = np.linalg.svd(dense.weight.detach().flatten(1).numpy(), compute_uv=False)
-    model = lod.factorize(dense)
-    np.testing.assert_allclose(lod.column_strengths(model)[""].numpy(), sigma, rtol=1e-10)
-    # ‖U_{b:}‖² = ‖V_{b:}‖² = Σ_{j ≥ b} σ_j, so importance is the nuclear norm of what is cut off.
-    np.testing.assert_allclose(lod.importance(model)[""].numpy(), sigma[::-1].cumsum()[::-1], rtol=1e-10)

@@ -100,19 +100,3 @@ def test_a_smaller_level_computes_what_the_cut_model_does(scaler: bool) -> None:
 
 
 # ---------------------------------------------------------------- calibration
-
-
-def test_calibration_follows_the_evaluated_function_without_scalers() -> None:
-    arch = replace(CNN, scaler=True)
-    scaled, plain = random_model(arch, Fraction(1, 4)), random_model(CNN, Fraction(1, 4))
-    x, other = images_of(CNN, 6), images_of(CNN, 3, seed=1)
-    for model in (scaled, plain):
-        calibrate(model, x)
-    assert torch.equal(scaled(other), plain(other))
-
-
-def test_training_voids_the_statistics() -> None:
-    model, x = random_model(CNN, Fraction(1, 4)), images_of(CNN, 6)
-    calibrate(model, x)
-    assert all(norm.mean is not None for norm in norms(model.eval()))
-    assert all(norm.mean is None and norm.var is None for norm in norms(model.train()))

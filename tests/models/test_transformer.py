@@ -124,16 +124,6 @@ def test_a_target_token_sees_only_itself_and_what_is_before_it() -> None:
             assert not torch.allclose(after[:, t], logits[:, t])
 
 
-def test_positions_are_sines_and_cosines_of_geometric_wavelengths() -> None:
-    table = positions(torch.zeros(50, 8, dtype=torch.float64))
-    assert table.shape == (50, 8)
-    assert table.dtype == torch.float64
-    for i in range(4):
-        angles = torch.arange(50) / 10_000 ** (2 * i / 8)
-        torch.testing.assert_close(table[:, i].float(), angles.sin(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(table[:, 4 + i].float(), angles.cos(), rtol=1e-4, atol=1e-4)
-
-
 def test_dropout_acts_in_training_only() -> None:
     model = copy.deepcopy(tiny()).train()
     source, target = tokens(2, 5), tokens(2, 4)

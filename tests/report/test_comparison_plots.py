@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
-from typing import Any
 
 import matplotlib
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from reports import edited, make_results, make_row
+from reports import make_results, make_row
 
 from fedmaestro.report import compare_curves, compare_plots
 from fedmaestro.report.compare_figure import failed
@@ -118,13 +117,6 @@ def test_rows_that_lack_seeds_say_so() -> None:
     assert "mnist · seeds 0, 1, 2 · incomplete" in texts(draw("worst_mean", results))
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_nothing_finished(name: str) -> None:
-    results = make_results([make_row("a", 0, seeds=[]), make_row("b", 0, seeds=[])])
-    shown = texts(draw(name, results))
-    assert name == "tier_accuracy" or "nothing has been recorded yet" in shown
-
-
 def test_a_few_lines_share_a_panel_in_their_own_colours() -> None:
     (axes,) = draw("accuracy_round", make_results(3)).axes
     assert labels(axes) == ["nested\n96.20 ± 0.20 %", "zero-pad\n95.20 ± 0.20 %", "heterofl\n94.20 ± 0.20 %"]
@@ -178,20 +170,6 @@ def test_a_strategy_that_fails_does_not_squash_the_others() -> None:
     assert lines.axes[0].get_ylim()[0] > 60
     assert labels(panel(lines, "oracle")) == ["below the axis"]
     assert not any(labels(axes) for axes in lines.axes[:-1])
-
-
-def test_tail_energy_is_logarithmic_with_a_floor() -> None:
-    def collapse(content: dict[str, Any]) -> None:
-        for series in content["strategies"][1]["series"]:
-            series["tail_energy"][-1] = 0.0
-
-    results = edited(make_results(2), collapse)
-    (axes,) = draw("tail_energy", results).axes
-    assert labels(axes) == ["nested\n7.3 %", "zero-pad\n≤ 0.0001 %"]
-    assert axes.get_yscale() == "log"
-    assert curve(axes)[-1][1] == pytest.approx(60 * 0.9**20)
-    assert curve(axes, 2)[-1][1] == pytest.approx(1e-4)
-    assert any("what is below 0.0001 % is drawn there" in text for text in texts(axes.figure))
 
 
 _points = st.lists(st.tuples(st.integers(20, 580), st.integers(20, 380)), min_size=1, max_size=20, unique=True)
