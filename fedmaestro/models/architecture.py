@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.errors import check_name
 from fedmaestro.models import MODELS, InputShape
-from fedmaestro.models.init import initialize
 from fedmaestro.models.scaler import add_scalers
 from fedmaestro.models.static_norm import StaticNorm, use_static_norms
 from fedmaestro.models.width import LeadingGroupNorm, Scale
@@ -79,16 +78,26 @@ class Architecture:
         return self.size_at(FULL)
 
     def initial_state(self, seed: int) -> State:
-        """Return a random initial state (``init.initialize``), the same function in both forms.
+        """Return the initial state that follows from the seed, the same function in both forms.
 
-        Computed with one thread: the factorisation's rounding, and with it a run's hash, may not depend on the cores.
+        The row of ``MODELS`` draws it, or the model itself does, from PyTorch's generator. Computed with one thread:
+        the factorisation's rounding, and with it a run's hash, may not depend on the cores.
         """
+        model = self._initial(seed)
+        with one_thread():
+            return {name: tensor.detach() for name, tensor in self._formed(model).state_dict().items()}
+
+    def _initial(self, seed: int) -> nn.Module:
+        draw = MODELS[self.name].initialize
+        if draw is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self._dense(FULL)
         with torch.device("meta"):
             model = self._dense(FULL)
         model = model.to_empty(device="cpu")
-        initialize(model, torch.Generator().manual_seed(seed))
-        with one_thread():
-            return {name: tensor.detach() for name, tensor in self._formed(model).state_dict().items()}
+        draw(model, torch.Generator().manual_seed(seed))
+        return model
 
     def size_at(self, fraction: Fraction) -> Size:
         """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
@@ -107,12 +116,30 @@ class Architecture:
         """Return the model of this size on the ``meta`` device, with tensors of that size only."""
         if self.form == "dense":
             with torch.device("meta"):
-                return self._dense(size.width or FULL)
-        return lod.truncate(self.full, size.ranks or {})
+                return self.with_constants(self._dense(size.width or FULL))
+        return self.with_constants(lod.truncate(self.full, size.ranks or {}))
 
     def materialize(self, size: Size) -> nn.Module:
         """Return the model of this size on the CPU with uninitialised tensors: load a state before use."""
-        return self.build(size).to_empty(device="cpu")
+        return self.on_cpu(self.build(size))
+
+    def on_cpu(self, model: nn.Module) -> nn.Module:
+        """Give a model of this architecture memory on the CPU, with uninitialised tensors."""
+        return self.with_constants(model.to_empty(device="cpu"))
+
+    def with_constants(self, model: nn.Module) -> nn.Module:
+        """Give a model of this architecture the buffers that are no part of its state (a table of positions, say)."""
+        for name, tensor in self._constants.items():
+            path, _, buffer = name.rpartition(".")
+            model.get_submodule(path).register_buffer(buffer, tensor.clone(), persistent=False)
+        return model
+
+    @cached_property
+    def _constants(self) -> State:
+        state = self.full.state_dict()
+        if all(name in state for name, _ in self.full.named_buffers()):
+            return {}
+        return {name: tensor for name, tensor in self._initial(0).named_buffers() if name not in state}
 
     def size_of(self, state: Mapping[str, Tensor]) -> Size:
         """Return the size that the factors of ``state`` have (a shrunken model's ranks); dense models are whole."""

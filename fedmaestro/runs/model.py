@@ -153,12 +153,11 @@ def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
     if card.recomposed:
         model = lod.recompose(model)
-    return filled(model, state, folder, cut_to_size=tier is not None)
+    return filled(architecture.on_cpu(model), state, folder, cut_to_size=tier is not None)
 
 
 def filled(model: nn.Module, state: State, folder: Path, *, cut_to_size: bool = False) -> nn.Module:
-    """Return a ``meta`` model on the CPU with the tensors of ``state``."""
-    model = model.to_empty(device="cpu")
+    """Return a model with the tensors of ``state``, in evaluation mode."""
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         load(model, cut(state, shapes) if cut_to_size else state)

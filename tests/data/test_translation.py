@@ -56,16 +56,6 @@ def test_sentences_become_ids_and_back(load: Callable[..., TranslationDataset]) 
     assert (len(data.train), len(data.val), len(data.test)) == (3, 1, 2)
 
 
-def test_lengths_say_where_padding_starts(load: Callable[..., TranslationDataset]) -> None:
-    for split in (load().train, load().val, load().test):
-        for ids, lengths in ((split.source, split.source_lengths), (split.target, split.target_lengths)):
-            assert ids.dtype == lengths.dtype == np.int64
-            assert ids.shape == (len(split), lengths.max())
-            np.testing.assert_array_equal((ids != PAD).sum(1), lengths)
-            assert (ids[:, 0] == BOS).all()
-            assert (ids[np.arange(len(ids)), lengths - 1] == EOS).all()
-
-
 def test_the_vocabulary_is_that_of_both_languages_by_frequency(load: Callable[..., TranslationDataset]) -> None:
     data = load()
     assert data.vocabulary[:4] == SPECIAL == ("<pad>", "<unk>", "<bos>", "<eos>")

@@ -144,13 +144,6 @@ def test_tied_weights_are_refused_unless_skipped() -> None:
         lod.factorize(pair)
 
 
-def test_one_module_under_two_names_stays_one_module() -> None:
-    layer = nn.Linear(4, 4)
-    model = lod.factorize(nn.Sequential(layer, nn.ReLU(), layer))
-    assert isinstance(model.get_submodule("0"), lod.LoDLinear)
-    assert model.get_submodule("0") is model.get_submodule("2")
-
-
 @pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False), (False, False)])
 def test_frozen_parameters_stay_frozen(weight: bool, bias: bool) -> None:
     dense = network()

@@ -95,12 +95,4 @@ def test_training_is_that_of_a_plain_model_whose_weights_are_divided(arch: Archi
 # ---------------------------------------------------------------- when nothing is scaled
 
 
-@pytest.mark.parametrize("arch", SCALED, ids=name_of)
-def test_evaluation_is_that_of_the_plain_model(arch: Architecture) -> None:
-    width, x = Fraction(1, 5), images_of(arch)
-    state = random_state(arch, width)
-    models = [model_of(a, width, state).eval() for a in (arch, plain(arch))]
-    assert torch.equal(models[0](x), models[1](x))
-
-
 # ---------------------------------------------------------------- what models go through

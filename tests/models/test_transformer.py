@@ -124,13 +124,6 @@ def test_a_target_token_sees_only_itself_and_what_is_before_it() -> None:
             assert not torch.allclose(after[:, t], logits[:, t])
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = copy.deepcopy(tiny()).train()
-    source, target = tokens(2, 5), tokens(2, 4)
-    assert not torch.equal(model(source, target), model(source, target))
-    assert torch.equal(tiny()(source, target), tiny()(source, target))
-
-
 # ---------------------------------------------------------------- as an architecture
 
 

@@ -2,7 +2,6 @@
 
 import math
 import struct
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from reports import svg_texts
 
 from fedmaestro.report import accuracy_cost_svg, plot_accuracy_cost
-from fedmaestro.report.cost_plot import METRICS, Point, log_ticks, score_limits
+from fedmaestro.report.cost_plot import METRICS, Point, score_limits
 
 NAMES = [f"{method}, {choice} ranks" for method in ("Maestro", "dense + SVD") for choice in ("searched", "uniform")]
 BUDGETS = (1.0, 0.85, 0.7, 0.55, 0.45, 0.35, 0.27, 0.2, 0.15, 0.11, 0.08, 0.05)
@@ -93,11 +92,3 @@ def test_limits_never_hide_the_leading_models(metric: str, data: st.DataObject) 
         assert point.score <= high
     for budget in (quarter, largest):
         assert low <= max(point.score for point in points if point.macs <= budget * (1 + 1e-9))
-
-
-@given(st.floats(1e-3, 1e12), st.floats(1.05, 1e9))
-def test_ticks_are_few_round_and_inside(low: float, ratio: float) -> None:
-    ticks = log_ticks(low, low * ratio)
-    assert len(ticks) <= 8
-    assert all(low <= tick <= low * ratio for tick in ticks)
-    assert all(left < right for left, right in combinations(ticks, 2))
