@@ -140,11 +140,6 @@ def test_ranks_out_of_bounds_are_refused(rank: int) -> None:
     assert layer.rank == 4
 
 
-def test_factors_of_different_ranks_are_refused() -> None:
-    with pytest.raises(UserError, match="disagree on the rank"):
-        lod.LoDLinear(torch.zeros(5, 3), torch.zeros(2, 4), None)
-
-
 def two_layers() -> nn.Module:
     return lod.factorize(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)))
 
