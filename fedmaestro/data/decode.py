@@ -89,7 +89,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 def _opaque(image: Image.Image, where: str) -> Image.Image:
     """Return an image without its alpha channel, which must not hide anything."""
     colours = image.convert("RGBA")
-    if colours.getextrema()[3] != (255, 255):
+    if np.asarray(colours.getchannel("A")).min() < 255:
         raise UserError(
             f"{where}: the image has transparent pixels, and nothing says what is behind them: flatten the images"
         )
