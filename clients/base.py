@@ -3,15 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmaestro.fleet.rule import Passes
 from fedmaestro.submodel import Shapes, leading_block
+from fedmaestro.tasks.goal import CLASSIFICATION, Goal
+
+X = Tensor | tuple[Tensor, ...]
+"""The inputs of some examples: a tensor, or several for a model that takes several."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +29,7 @@ class Prefixes:
         model: of the device's own size.
         smaller: a template on ``meta`` and the shapes of every smaller level, largest first.
         num_classes: of the logits.
+        goal: what is learnt.
         classes: bool ``(num_classes,)``, the classes of the device; None: all of them count.
         offsets: ``(num_classes,)``, what ``label_loss`` adds to the logits; None: nothing.
     """
@@ -32,6 +37,7 @@ class Prefixes:
     model: nn.Module
     smaller: Sequence[tuple[nn.Module, Shapes]] = ()
     num_classes: int
+    goal: Goal = CLASSIFICATION
     classes: Tensor | None = None
     offsets: Tensor | None = None
 
@@ -57,24 +63,34 @@ class Prefixes:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def __call__(self, images: Tensor, level: int = 0) -> Tensor:
-        """Return the logits ``(B, classes)`` of ``images (B, C, H, W)``."""
+    def __call__(self, x: X, level: int = 0) -> Tensor:
+        """Return the outputs of a level: logits ``(B, classes)`` of images, say."""
+        inputs = x if isinstance(x, tuple) else (x,)
         if level == 0:
-            return self.model(images)  # type: ignore[no-any-return]
+            return self.goal.outputs(self.model(*inputs))
         template, shapes = self.smaller[level - 1]
         views = {name: leading_block(self._parameters[name], shape) for name, shape in shapes.items()}
-        return functional_call(template, views, (images,))  # type: ignore[no-any-return]
+        return self.goal.outputs(functional_call(template, views, inputs))
 
-    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of ``logits (B, classes)``, with the logit adjustment where that is on.
+    def label_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the task's loss, with the logit adjustment where that is on: the mean over the targets that count.
 
-        What the formulas of the objectives call ``CE(·, y)``.
+        What the formulas of the objectives call ``CE(·, y)``: cross-entropy where targets are classes or tokens.
         """
-        return F.cross_entropy(logits if self.offsets is None else logits + self.offsets, labels)
+        return self.goal.loss(outputs if self.offsets is None else outputs + self.offsets, targets)
+
+    def distillation(self, outputs: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        """Return what a smaller level minimises against a larger one, whose outputs carry no gradient.
+
+        What the formulas call ``CE(·, softmax(teacher))``: cross-entropy on soft targets, squared error where outputs
+        are numbers.
+        """
+        return self.goal.distillation(outputs, teacher, targets)
 
 
-Loss = Callable[[Prefixes, Tensor, Tensor, np.random.Generator], Tensor]
-"""``(prefixes, images (B, C, H, W), labels (B,), generator) -> scalar``"""
+Loss = Callable[[Prefixes, Any, Tensor, np.random.Generator], Tensor]
+"""``(prefixes, x, targets, generator) -> scalar``; ``x`` is a tensor, images ``(B, C, H, W)`` say, or a tuple of them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +104,7 @@ class Objective:
     summary: str
     source: str
     masked: bool = False
-    """Whether ``loss`` reads ``Prefixes.classes``."""
+    """Whether ``loss`` reads ``Prefixes.classes``: for classification only."""
 
 
 OWN_AND_SMALLER = Passes(

@@ -5,7 +5,6 @@ keeps the larger one, whose last columns few devices train, from following its o
 """
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
@@ -21,8 +20,8 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
         return prefixes.label_loss(own, labels)
     smaller = prefixes(images, 1 + int(generator.integers(prefixes.levels - 1)))
     of_labels = prefixes.label_loss(own, labels) + prefixes.label_loss(smaller, labels)
-    of_own, of_smaller = (logits.detach().softmax(dim=1) for logits in (own, smaller))
-    return 0.5 * (of_labels + F.cross_entropy(smaller, of_own) + F.cross_entropy(own, of_smaller))
+    of_each_other = prefixes.distillation(smaller, own, labels), prefixes.distillation(own, smaller, labels)
+    return 0.5 * (of_labels + of_each_other[0] + of_each_other[1])
 
 
 MUTUAL_DISTILLATION = Objective(

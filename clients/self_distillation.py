@@ -4,7 +4,6 @@ FjORD (NeurIPS 2021, section 3.3) and Maestro's optional second pass (section 3.
 """
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmaestro.clients.base import OWN_AND_SMALLER, Objective, Prefixes
@@ -16,7 +15,7 @@ def loss(prefixes: Prefixes, images: Tensor, labels: Tensor, generator: np.rando
     value = prefixes.label_loss(own, labels)
     if prefixes.levels > 1:
         level = 1 + int(generator.integers(prefixes.levels - 1))
-        value = value + F.cross_entropy(prefixes(images, level), own.detach().softmax(dim=1))
+        value = value + prefixes.distillation(prefixes(images, level), own, labels)
     return value
 
 

@@ -43,6 +43,13 @@ _Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
 ]
 _DataDir = Annotated[Path | None, typer.Option(help="Folder of local datasets (data.dir).")]
+_Use = Annotated[
+    str | None, typer.Option("--use", metavar="FILE", help="Files or modules of your own code that add rows (use).")
+]
+_Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="TRACKER", help="Also write to a tracker (`fedmaestro list trackers`)."),
+]
 _Actors = Annotated[int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")]
 _Out = Annotated[Path | None, typer.Option(help="Folder of the results; a new one under runs/ by default.")]
 _RayAddress = Annotated[
@@ -54,30 +61,35 @@ _RayAddress = Annotated[
 def run(
     experiment: _Experiment = None,
     set_: _Overrides = None,
+    use: _Use = None,
     data_dir: _DataDir = None,
     out: _Out = None,
     actors: _Actors = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     ray_address: _RayAddress = None,
+    track: _Track = None,
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
     from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.run import run as run_experiment
     from fedmaestro.terminal.display import LiveDisplay, print_closing
+    from fedmaestro.trackers import trackers_of
 
     console = Console()
+    trackers = trackers_of(track or [])
     overrides = dict(parse_assignment(text) for text in set_ or [])
     try:
         with LiveDisplay(console) as display:
             finished = run_experiment(
                 experiment,
+                use=use,
                 overrides=overrides,
                 data_dir=data_dir,
                 out=out,
                 actors=actors,
                 resume=resume,
                 ray_address=ray_address,
-                observers=[display],
+                observers=[display, *trackers],
             )
     except KeyboardInterrupt:
         console.print("interrupted before the first round: nothing to keep")
@@ -106,6 +118,7 @@ def compare(
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each strategy, counted from the experiment's.")] = 3,
     set_: _Overrides = None,
+    use: _Use = None,
     data_dir: _DataDir = None,
     out: _Out = None,
     actors: _Actors = None,
@@ -113,13 +126,16 @@ def compare(
         bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
     ] = False,
     ray_address: _RayAddress = None,
+    track: _Track = None,
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
     from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.compare import compare as run_comparison
     from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
+    from fedmaestro.trackers import trackers_of
 
     console = Console()
+    trackers = trackers_of(track or [])
     overrides = dict(parse_assignment(text) for text in set_ or [])
     names = [name for name in strategies.split(",") if name.strip()]
     if not names:
@@ -130,13 +146,14 @@ def compare(
                 experiment,
                 names,
                 seeds,
+                use=use,
                 overrides=overrides,
                 data_dir=data_dir,
                 out=out,
                 actors=actors,
                 resume=resume,
                 ray_address=ray_address,
-                observers=[display],
+                observers=[display, *trackers],
             )
     except KeyboardInterrupt:
         console.print("interrupted before the first cell was finished: go on with --resume and the same --out")
@@ -153,6 +170,7 @@ def compare(
 def train(
     config: Annotated[Path | None, typer.Argument(help="Training TOML; without it Maestro on embedded digits.")] = None,
     set_: _Overrides = None,
+    use: _Use = None,
     data_dir: _DataDir = None,
     out: _Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out.")] = False,
@@ -171,6 +189,7 @@ def train(
         with TrainingDisplay(console) as display:
             finished = run_training(
                 config,
+                use=use,
                 overrides=overrides,
                 data_dir=data_dir,
                 out=out,
@@ -212,8 +231,8 @@ def extract(
     """Write the model for a tier or a budget, with a card of what it costs and how accurate it is."""
     from fedmaestro.deploy.extract import Target
     from fedmaestro.deploy.extract import extract as extract_model
-    from fedmaestro.report import format_count
-    from fedmaestro.terminal.training import show
+    from fedmaestro.report.format import Shown, format_count
+    from fedmaestro.runs.records import MetricFacts
 
     console = Console()
     target = Target(tier=tier, max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms)
@@ -228,12 +247,12 @@ def extract(
             note=status.update,
         )
     card = extracted.card
-    metric = "accuracy" if "test_accuracy" in card else "perplexity"
+    shown = Shown(MetricFacts(**card["metric"]))
     rows: list[tuple[Any, ...]] = [
         ("parameters", format_count(card["params"])),
         ("MACs per example", format_count(card["macs_per_example"])),
         (f"latency, batch {card['latency_batch']}", f"{card['latency_ms']:.3g} ms"),
-        (f"test {metric}" + (" %" if metric == "accuracy" else ""), show(metric, card[f"test_{metric}"])),
+        (f"test {shown.heading}", shown.number(card[f"test_{shown.name}"])),
         ("layers", ", ".join(f"{name} {form}" for name, form in card["layers"].items())),
     ]
     console.print(_filled(_table("figure", "value"), rows))
@@ -263,11 +282,13 @@ def list_(
         str,
         typer.Argument(
             help="strategies, submodels, objectives, aggregations, server-steps, server-optimizers, models, datasets, "
-            "fleets, settings or training-settings"
+            "tasks, metrics, partitions, selections, optimizers, schedules, trackers, fleets, settings or "
+            "training-settings"
         ),
     ],
+    use: _Use = None,
 ) -> None:
-    """List what can be named in an experiment."""
+    """List what can be named in an experiment; with --use, rows of your own too."""
     tables: dict[str, Callable[[], Table]] = {
         "strategies": _strategies,
         "submodels": _submodels,
@@ -277,12 +298,35 @@ def list_(
         "server-optimizers": _server_optimizers,
         "models": _models,
         "datasets": _datasets,
+        "tasks": _tasks,
+        "metrics": _metrics,
+        "partitions": _partitions,
+        "selections": _selections,
+        "optimizers": _optimizers,
+        "schedules": _schedules,
+        "trackers": _trackers,
         "fleets": _fleets,
         "settings": _settings,
         "training-settings": _training_settings,
     }
     check_name("list", kind, tables)
+    if use is not None:
+        from fedmaestro.config.base import located_use
+        from fedmaestro.runs.code import activate, gather
+
+        activate(gather(located_use(use, Path.cwd())))
     Console().print(tables[kind]())
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="New Python file, my_paper.py say.")],
+) -> None:
+    """Write a commented file of your own code, with an experiment beside it, that runs as it is."""
+    from fedmaestro.runs.starter import write_starter
+
+    experiment = write_starter(file)
+    Console().print(f"written: {file} and {experiment}; try `fedmaestro run {experiment}`", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:
@@ -352,6 +396,52 @@ def _datasets() -> Table:
     from fedmaestro.data import DATASETS
 
     return _filled(_table("dataset", "what it is"), [(n, d.summary) for n, d in DATASETS.items()])
+
+
+def _tasks() -> Table:
+    from fedmaestro.tasks.goal import TASKS
+
+    return _filled(
+        _table("task", "what is learnt", "metrics"), [(n, t.summary, " ".join(t.metrics)) for n, t in TASKS.items()]
+    )
+
+
+def _metrics() -> Table:
+    from fedmaestro.tasks.metrics import METRICS
+
+    rows = [(n, "higher" if m.higher_is_better else "lower", m.summary) for n, m in METRICS.items()]
+    return _filled(_table("metric", "better", "what it is"), rows)
+
+
+def _partitions() -> Table:
+    from fedmaestro.data import PARTITIONS
+
+    return _filled(_table("partition", "who gets what"), [(n, p.summary) for n, p in PARTITIONS.items()])
+
+
+def _selections() -> Table:
+    from fedmaestro.fleet.selection import SELECTIONS
+
+    rows = [(name, row.summary, row.source) for name, row in SELECTIONS.items()]
+    return _filled(_table("selection", "who is asked to train", "source"), rows)
+
+
+def _optimizers() -> Table:
+    from fedmaestro.clients.optimizers import OPTIMIZERS
+
+    return _filled(_table("optimizer", "local steps"), [(n, row.summary) for n, row in OPTIMIZERS.items()])
+
+
+def _schedules() -> Table:
+    from fedmaestro.clients.optimizers import SCHEDULES
+
+    return _filled(_table("schedule", "learning rate"), [(n, row.summary) for n, row in SCHEDULES.items()])
+
+
+def _trackers() -> Table:
+    from fedmaestro.trackers import SUMMARIES
+
+    return _filled(_table("tracker", "where it writes"), list(SUMMARIES.items()))
 
 
 def _fleets() -> Table:

@@ -32,9 +32,20 @@ def cut(state: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> State:
     return {name: leading_block(state[name], shape) for name, shape in shapes.items()}
 
 
+def state_of(model: nn.Module) -> State:
+    """Return the tensors of a module's state; a parameter that several modules share is in it once."""
+    state: State = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
+    return state
+
+
 def shapes_of(source: nn.Module | Mapping[str, Tensor]) -> Shapes:
     """Return the shape of every tensor of a module's state or of a state."""
-    state = source.state_dict() if isinstance(source, nn.Module) else source
+    state = state_of(source) if isinstance(source, nn.Module) else source
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -55,7 +66,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: other names or shapes; nothing is copied then.
     """
-    own = model.state_dict()
+    own = state_of(model)
     if own.keys() != state.keys():
         raise ValueError(f"state and model differ in {sorted(own.keys() ^ state.keys())}")
     if wrong := [name for name, tensor in own.items() if tensor.shape != state[name].shape]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fedmaestro.config.base import Value
+from fedmaestro.config.experiment import decided_by_rows
+from fedmaestro.errors import check_name
 from fedmaestro.fleet.rule import SubmodelRule
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ PLAIN: dict[str, Value] = {
     "train.aggregation": "coverage-mean",
     "train.freeze": "none",
     "train.logit-adjustment": 0.0,
+    "train.proximal": 0.0,
+    "train.correction": "none",
     "model.norm": "group",
     "model.scaler": "off",
     "server.steps": "optimizer tail-decay reorder tail-start",
@@ -161,6 +165,18 @@ _ROWS = (
         source="RoLoRA (2502.01755), for LoD layers trained from scratch",
     ),
     Strategy(
+        name="fedprox",
+        settings={"train.proximal": 0.01},
+        summary="per-column mean; devices are held near what they were sent by a proximal term",
+        source="FedProx (1812.06127), on rank prefixes",
+    ),
+    Strategy(
+        name="scaffold",
+        settings={"train.correction": "scaffold"},
+        summary="per-column mean; devices correct their steps by control variates, which double the traffic",
+        source="SCAFFOLD (1910.06378), on rank prefixes",
+    ),
+    Strategy(
         name="fedlmt",
         settings={"train.submodel": "smallest"},
         summary="every device trains the smallest tier's low-rank model, which then serves all tiers",
@@ -223,3 +239,10 @@ _ROWS = (
 )
 
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
+
+
+def own_strategy(name: str, settings: Mapping[str, Value], summary: str) -> Strategy:
+    """Return a row of user code; UserError for what is no setting that rows decide."""
+    for key in settings:
+        check_name(f"setting of strategy {name!r}", key, decided_by_rows())
+    return Strategy(name=name, settings=dict(settings), summary=summary, source="user code")

@@ -97,6 +97,7 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
     from fedmaestro.flower.federation import Federation
     from fedmaestro.rounds.environment import open_environment
     from fedmaestro.runs.folder import RunFolder
+    from fedmaestro.runs.start import code_of
 
     count = iter(range(1000))
 
@@ -110,7 +111,8 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
         observers: Sequence[Any] = (),
     ) -> tuple[dict[str, Any], RunFolder, LocalGrid]:
         small = {"train.rounds": 2, "train.evaluate-every": 2}
-        env = open_environment(load_config(None, small | (overrides or {})))
+        config = load_config(None, small | (overrides or {}))
+        env = open_environment(config, code=code_of(config, folder))
         run_folder = RunFolder(folder or tmp_path / f"run{next(count)}")
         grid = LocalGrid(nodes, spoil)
         federation = Federation(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE_FOLDERS = ("fedmaestro", "strategies", "clients", "experiments", "tests")
 CORE = ("lod", "fleet", "submodel.py", "data", "tasks", "models", "rounds", "runs", "config")
-COMPOSITION_ROOT = ("rounds", "flower", "cli.py")
+COMPOSITION_ROOT = ("rounds", "flower", "cli.py", "extend.py")
 
 
 def run_python(code: str, *, cwd: Path = ROOT, path: str = "") -> subprocess.CompletedProcess[str]:
@@ -148,7 +148,7 @@ def test_top_level_folders() -> None:
     ).stdout.split("\0")
     folders = {path.split("/")[0] for path in listed if "/" in path}
     visible = {folder for folder in folders if not folder.startswith(".")}
-    assert visible - {"docs"} == set(CODE_FOLDERS)
+    assert visible - {"docs", "examples"} == set(CODE_FOLDERS)
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

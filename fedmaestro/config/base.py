@@ -7,6 +7,8 @@ Neither TOML nor Flower's run config has a null. A setting that may be unset is 
 that in text (``Unset``): ``default`` leaves it to the strategy, ``none`` switches it off, a path is empty.
 """
 
+import os
+import shlex
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +50,39 @@ def _absolute(path: str | None) -> str | None:
 
 PathSetting = Annotated[str | None, AfterValidator(_absolute), Unset("")]
 """A path, absolute once it is read: hosts may run in another working directory."""
+
+
+UseSetting = Annotated[str, AfterValidator(lambda use: located_use(use, Path.cwd()))]
+"""Files and modules of user code, separated by spaces; files are absolute once it is read."""
+
+
+def located_use(use: str, folder: Path) -> str:
+    """Return ``use`` with absolute files: those that are not yet lie relative to ``folder``."""
+    try:
+        words = shlex.split(use)
+    except ValueError as error:
+        raise UserError(f"use = {use!r}: {error}: quote a path that holds a space or a quote") from None
+    files = {word: str((folder / Path(word).expanduser()).absolute()) for word in words if is_file_name(word)}
+    return shlex.join(files.get(word, word) for word in words)
+
+
+FilesSetting = Annotated[str, AfterValidator(lambda files: located_files(files, Path.cwd()))]
+"""Files and folders, separated by spaces; those that are there are absolute once it is read."""
+
+
+def located_files(files: str, folder: Path) -> str:
+    """Return ``files`` with absolute paths where they are there, relative to ``folder``; names on the hub stay."""
+    try:
+        words = shlex.split(files)
+    except ValueError as error:
+        raise UserError(f"data.file = {files!r}: {error}: quote a path that holds a space or a quote") from None
+    found = [folder / Path(word).expanduser() for word in words]
+    return shlex.join(str(x.absolute()) if x.exists() else word for x, word in zip(found, words, strict=True))
+
+
+def is_file_name(word: str) -> bool:
+    """Return whether a word of ``use`` names a file, and not a module."""
+    return word.endswith(".py") or "/" in word or os.sep in word
 
 
 def kebab(name: str) -> str:
@@ -162,6 +197,10 @@ def read(
         tables, file = ({}, "") if source is None else (_read_toml(source), str(source))
     known = dict(_fields(schema))
     _check_keys(schema, known, flatten(tables), file)
+    if isinstance(tables.get("use"), str) and file:
+        tables["use"] = located_use(tables["use"], Path(file).expanduser().absolute().parent)
+    if isinstance(data := tables.get("data"), dict) and isinstance(data.get("file"), str) and file:
+        data["file"] = located_files(data["file"], Path(file).expanduser().absolute().parent)
     settings = dict(settings or {})
     _check_keys(schema, known, settings, where)
     for key, value in settings.items():

@@ -6,11 +6,27 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedmaestro.config.base import PathSetting, Positive, Settings, Table, Unset, read
+from fedmaestro.config.base import (
+    FilesSetting,
+    PathSetting,
+    Positive,
+    Settings,
+    Table,
+    Unset,
+    UseSetting,
+    describe,
+    read,
+)
 from fedmaestro.errors import UserError
 
 BY_STRATEGY = Unset("default")
 """Unset: what the strategy's row says (``strategies.rows``)."""
+
+BY_DATA = Unset("default")
+"""Unset: what follows from the data."""
+
+DEVICES = 20
+"""Of a federation that says nothing of their number."""
 
 NONE = Unset("none")
 """Unset: there is no such limit."""
@@ -24,11 +40,47 @@ class DataConfig(Table):
 
     name: str = Field("digits", description="dataset (`fedmaestro list datasets`)")
     dir: PathSetting = Field(None, description="folder of local parquet files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
-    devices: Positive = Field(20, description="number of simulated devices")
-    partition: str = Field("dirichlet", description="iid, dirichlet or pathological")
+    file: FilesSetting = Field(
+        "",
+        description="for name = csv, parquet, image-folder or hub: what to read (relative to the experiment's file); "
+        "two words are training and test examples",
+    )
+    columns: str = Field(
+        "", description="for these: what is what, for example target=label inputs=a,b groups=user standardize=true"
+    )
+    task: Annotated[str | None, BY_DATA] = Field(
+        None, description="what is learnt (`fedmaestro list tasks`); default: what the dataset is for"
+    )
+    metrics: Annotated[str | None, BY_DATA] = Field(
+        None,
+        description="what is measured (`fedmaestro list metrics`), separated by spaces, the main one first; default: "
+        "the task's own",
+    )
+    devices: Annotated[Positive | None, BY_DATA] = Field(
+        None, description="number of simulated devices; default: 20, for partition = natural all users of the data"
+    )
+    partition: str = Field("dirichlet", description="how examples are spread (`fedmaestro list partitions`)")
     alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: smaller is more skewed")
     classes_per_device: Positive = Field(2, description="for partition = pathological")
-    min_examples: Positive = Field(1, description="fewest examples of a device, for partition = dirichlet")
+    min_examples: int = Field(1, ge=0, description="fewest examples of a device, for partition = dirichlet or quantity")
+    device_test: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="part of its examples that every device keeps to test the models on; 0: the test examples of its "
+        "users, where the data name users",
+    )
+    augment: Literal["none", "crop-flip"] = Field(
+        "none", description="crop-flip: devices train on random crops after padding by 4 pixels, and mirror images"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twenty(cls, tables: Any) -> Any:
+        """Give the number of devices a value wherever the data do not say it."""
+        if not isinstance(tables, Mapping) or tables.get("partition") == "natural":
+            return tables
+        return {**tables, "devices": DEVICES} if tables.get("devices") in (None, BY_DATA.word) else tables
 
 
 class ModelConfig(Table):
@@ -90,16 +142,30 @@ class TrainConfig(Table):
         "cross-entropy; default: the strategy's",
     )
     devices_per_round: Positive = Field(10, description="devices whose work a round waits for")
+    selection: str = Field("uniform", description="which devices are asked (`fedmaestro list selections`)")
     cohort_size: Positive = Field(5, description="devices of one tier per message; 1 is classic Flower")
     local_epochs: Positive = Field(2, description="passes of a device over its examples in a round")
     batch_size: Positive = Field(16, description="examples per local SGD step")
+    optimizer: str = Field("sgd", description="local optimiser (`fedmaestro list optimizers`), fresh in every round")
     lr: float = Field(0.2, gt=0, description="learning rate of the first round")
+    schedule: str = Field("cosine", description="learning rate over the rounds (`fedmaestro list schedules`)")
     lr_final_factor: float = Field(
-        0.05, gt=0, le=1, description="cosine decay over the rounds to this share of lr; 1: constant"
+        0.05, gt=0, le=1, description="part of lr that the cosine or exponential schedule ends with; 1: constant"
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="local SGD momentum")
-    weight_decay: float = Field(0.0, ge=0, description="local SGD weight decay")
+    warmup_rounds: int = Field(0, ge=0, description="rounds in which the learning rate grows linearly at first")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the local optimiser sgd")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the local optimiser")
     clip_norm: float = Field(5.0, ge=0, description="largest norm of a local step's gradient; 0: no clipping")
+    proximal: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(
+        None,
+        description="FedProx's μ: devices add μ/2 times the squared distance from what they were sent to the loss; 0: "
+        "nothing; default: the strategy's",
+    )
+    correction: Annotated[Literal["none", "scaffold"] | None, BY_STRATEGY] = Field(
+        None,
+        description="scaffold: devices correct their steps by control variates (plain sgd only); default: the "
+        "strategy's",
+    )
     group_lasso: float = Field(
         0.0,
         ge=0,
@@ -188,6 +254,11 @@ class ExperimentConfig(Settings):
 
     seed: int = Field(0, ge=0, lt=2**32, description="the one seed: same seed and cohort size, same result")
     out: PathSetting = Field(None, description="run folder; empty: a new one under runs/")
+    use: UseSetting = Field(
+        "",
+        description="files (relative to the experiment's) or modules of your own code, separated by spaces; they add "
+        "rows to the tables (`fedmaestro.extend`)",
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     fleet: FleetConfig = FleetConfig()
@@ -207,6 +278,12 @@ class ExperimentConfig(Settings):
                     f"train.rounds={self.train.rounds}: lower it, or train for more rounds"
                 )
         return self
+
+
+def decided_by_rows() -> tuple[str, ...]:
+    """Return the settings that each strategy has a value of its own for, by their dotted keys."""
+    settings = [setting.key for setting in describe(ExperimentConfig) if setting.default == BY_STRATEGY.word]
+    return tuple(key for key in settings if not key.startswith("data."))
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedmaestro.config.base import PathSetting, Positive, Settings, Table, Unset
+from fedmaestro.config.base import FilesSetting, PathSetting, Positive, Settings, Table, Unset, UseSetting
 
 ALL = Unset("all")
 """Unset: no limit, all examples."""
@@ -15,8 +15,23 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class TrainingData(Table):
     """Which examples."""
 
-    name: str = Field("digits", description="dataset (`fedmaestro list datasets`) or multi30k")
+    name: str = Field("digits", description="dataset (`fedmaestro list datasets`)")
     dir: PathSetting = Field(None, description="folder of local files; empty: $FEDMAESTRO_DATA_DIR, or the hub")
+    file: FilesSetting = Field(
+        "",
+        description="for name = csv, parquet, image-folder or hub: what to read; two words: training and test examples",
+    )
+    columns: str = Field(
+        "", description="for these: what is what, for example target=label inputs=a,b groups=user standardize=true"
+    )
+    task: Annotated[str | None, Unset("default")] = Field(
+        None, description="what is learnt (`fedmaestro list tasks`); default: what the dataset is for"
+    )
+    metrics: Annotated[str | None, Unset("default")] = Field(
+        None,
+        description="what is measured (`fedmaestro list metrics`), separated by spaces, the main one first; default: "
+        "the task's own",
+    )
     limit: Annotated[Positive | None, ALL] = Field(
         None, description="use only this many training examples, drawn by the seed, or all"
     )
@@ -94,6 +109,11 @@ class TrainingConfig(Settings):
 
     seed: int = Field(0, ge=0, lt=2**32, description="the one seed")
     out: PathSetting = Field(None, description="run folder; empty: a new one under runs/")
+    use: UseSetting = Field(
+        "",
+        description="files (relative to this one) or modules of your own code, separated by spaces; they add rows to "
+        "the tables (`fedmaestro.extend`)",
+    )
     data: TrainingData = TrainingData()
     model: TrainedModel = TrainedModel()
     train: Optimisation = Optimisation()

@@ -14,11 +14,13 @@ from fedmaestro.data.partition import (
     partition,
     partition_fingerprint,
 )
+from fedmaestro.data.sources import TRANSLATION
 from fedmaestro.data.translation import TranslationDataset, TranslationSplit, load_translation
 
 __all__ = [
     "DATASETS",
     "PARTITIONS",
+    "TRANSLATION",
     "DatasetRow",
     "ImageDataset",
     "TranslationDataset",

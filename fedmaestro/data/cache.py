@@ -81,6 +81,11 @@ def fetch(entry: Path, build: Callable[[Path], None], read: Callable[[Path], T])
     raise UserError(f"cannot read back the cache entry {entry}: remove it, or set {CACHE_VARIABLE} to another folder")
 
 
+def read(entry: Path, read_entry: Callable[[Path], T]) -> T | None:
+    """Return ``read_entry(entry)`` if the entry is there, complete and undamaged."""
+    return _read_complete(entry, read_entry)
+
+
 def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:
     try:
         checksums = json.loads((entry / _MANIFEST).read_bytes())

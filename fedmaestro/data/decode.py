@@ -50,7 +50,7 @@ def decode_split(split: EncodedSplit, mode: str, advance: Callable[[int], None],
 def _decode_batch(batch: EncodedBatch, mode: str, shape: Shape | None) -> list[npt.NDArray[np.uint8]]:
     decoded = []
     for row, encoded in enumerate(batch.images, batch.first_row):
-        image = _decode(encoded, mode, f"{batch.origin} row {row}")
+        image = decode(encoded, mode, f"{batch.origin} row {row}")
         shape = shape or image.shape
         if image.shape != shape:
             raise UserError(f"{batch.origin} row {row}: image of shape {image.shape}, others have {shape}")
@@ -58,7 +58,7 @@ def _decode_batch(batch: EncodedBatch, mode: str, shape: Shape | None) -> list[n
     return decoded
 
 
-def _decode(encoded: bytes, mode: str, where: str) -> npt.NDArray[np.uint8]:
+def decode(encoded: bytes, mode: str, where: str) -> npt.NDArray[np.uint8]:
     """Return one image as (C, H, W), upright and opaque, in 8 bits."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))

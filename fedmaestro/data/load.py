@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmaestro.data import cache
-from fedmaestro.data.sources import DATASETS, SPLITS, DatasetRow, hub_split, local_files, local_split
+from fedmaestro.data.files import KINDS as FILE_KINDS
+from fedmaestro.data.sources import DATASETS, SPLITS, TRANSLATION, DatasetRow, hub_split, local_files, local_split
 from fedmaestro.errors import UserError, check_name
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def load_dataset(
     """
     check_name("dataset", name, DATASETS)
     row = DATASETS[name]
+    if not isinstance(row, DatasetRow) or name in (TRANSLATION, *FILE_KINDS):
+        raise UserError(f"dataset {name!r} is no set of images")
     files = local_files(row, Path(data_dir).expanduser().absolute()) if row.hub and str(data_dir) else {}
     entry = cache.cache_root(cache_dir) / "datasets" / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedmaestro.data.files import KINDS as FILE_KINDS
+from fedmaestro.data.own import OwnRow
 from fedmaestro.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ class DatasetRow:
     mode: str = "L"  # PIL's word: "L" is one channel, "RGB" three
 
 
-DATASETS = {
+TRANSLATION = "multi30k"
+
+DATASETS: dict[str, "DatasetRow | OwnRow"] = {
     "digits": DatasetRow(summary="scikit-learn's embedded 8×8 digits, 1,797 grey images: needs no files"),
     "mnist": DatasetRow(
         summary="MNIST, 70,000 grey 28×28 digits",
@@ -64,6 +68,11 @@ DATASETS = {
         num_classes=100,
         mode="RGB",
     ),
+    TRANSLATION: DatasetRow(
+        summary="Multi30k, 29,000 German sentences with their English translations: text files in --data-dir",
+        folder=TRANSLATION,
+    ),
+    **{name: DatasetRow(summary=summary) for name, (_, summary) in FILE_KINDS.items()},
 }
 
 

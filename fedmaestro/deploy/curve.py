@@ -5,6 +5,7 @@ ranks. A LoD model trained by Maestro and a dense model cut by truncated SVD go 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,11 @@ from fedmaestro.config.training import Curve, TrainingConfig
 from fedmaestro.deploy.latency import latencies_ms
 from fedmaestro.deploy.rank_search import Candidate, deployed_cost, search, uniform, within
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.cost import trace
+from fedmaestro.fleet.plan import trace_of
 from fedmaestro.models.architecture import Architecture, dense_layers
 from fedmaestro.runs.records import CostCurve, CostPoint
 from fedmaestro.submodel import num_elements, shapes_of
-from fedmaestro.tasks.task import Task, evaluate
+from fedmaestro.tasks.task import Task, evaluate, metric_facts
 
 Note = Callable[[str], None]
 _DENSE = (("the dense model", 0),)
@@ -56,7 +57,7 @@ def accuracy_cost_curve(
     """
     model, device = model.eval(), torch.device(config.train.device)
     factors = lod_form(architecture, model)
-    traced = trace(factors_of(architecture), architecture.input_shape)
+    traced = trace_of(replace(architecture, form="lod"))
     full = lod.max_ranks(factors_of(architecture))
     dense_params, dense_macs = deployed_cost(traced, full)
     calibration = task.calibration(config.seed, config.curve.calibration)
@@ -94,6 +95,7 @@ def accuracy_cost_curve(
     }
     return CostCurve(
         metric=task.metric,
+        facts=metric_facts(task),
         device=_describe(config),
         seed=config.seed,
         dense_params=dense_params,
@@ -113,7 +115,7 @@ def figures(config: TrainingConfig, task: Task, models: Sequence[nn.Module]) -> 
     device, settings = config.train.device, config.curve
     latencies: Sequence[float | None] = [None] * len(models)
     if settings.latency:
-        latencies = latencies_ms(models, task.input_shape, settings.latency_batch, device=device)
+        latencies = latencies_ms(models, task.inputs, settings.latency_batch, device=device)
     return [
         {"params": num_elements(shapes_of(model)), "latency_ms": latency, **_scores(task, model, torch.device(device))}
         for model, latency in zip(models, latencies, strict=True)

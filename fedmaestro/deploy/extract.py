@@ -19,15 +19,21 @@ from fedmaestro.deploy.latency import latency_ms
 from fedmaestro.deploy.rank_search import Candidate, search, within, within_latency
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import cost, trace
+from fedmaestro.fleet.plan import trace_of
 from fedmaestro.models.architecture import Architecture, Size, dense_layers
+from fedmaestro.models.static_norm import statistics
+from fedmaestro.runs.code import read_code, write_code
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import ModelCard, load_model, read_card, write_model
 from fedmaestro.runs.reader import read_toml
+from fedmaestro.submodel import state_of
 from fedmaestro.tasks.opening import open_task
-from fedmaestro.tasks.task import Batch, Task, evaluate
+from fedmaestro.tasks.task import Batch, Task, evaluate, metric_facts
 
 Note = Callable[[str], None]
 _DATA_KEYS = ("seed", "data.name", "data.dir")
+_ASKED = ("data.task", "data.metrics", "data.file", "data.columns")
+"""Settings of the data that older runs do not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +114,9 @@ def extract(
     card = read_card(run_dir)
     architecture = card.architecture(run_dir)
     card.check_tier(target.tier, run_dir)
-    if card.norm == "static":
-        raise UserError(
-            f"the model of {run_dir} normalises by statistics that are no part of it (model.norm=static): "
-            "train with model.norm=group to extract models"
-        )
     source = load_model(run_dir, target.tier)
     config = _training_config(run_dir, data_dir)
-    task = open_task(config)
-    _check_data(task, architecture, run_dir)
+    task = _as_taken(open_task(config), run_dir, architecture)
     facts: dict[str, Any] = {}
     if target.tier is not None:
         size, model = card.tiers[target.tier], source
@@ -139,13 +139,16 @@ def extract(
         norm=card.norm,
         input_shape=card.input_shape,
         num_classes=card.num_classes,
+        inputs=card.inputs,
         size=size,
         recomposed=True,
         extracted_for={key: value for key, value in asdict(target).items() if value is not None},
         layers={name: _describe(module) for name, module in deployed.named_modules() if _is_weighted(module)},
         **{**kept, **facts},
     )
-    write_model(folder, {None: deployed.state_dict()}, new_card)
+    write_code(folder, read_code(run_dir))
+    # Scoring has calibrated the norms that need it.
+    write_model(folder, {None: state_of(deployed)}, new_card, {None: statistics(deployed)})
     return Extraction(folder, read_card(folder).to_dict())
 
 
@@ -158,10 +161,19 @@ def _training_config(run_dir: Path, data_dir: str | Path | None) -> TrainingConf
     if missing := [key for key in _DATA_KEYS if key not in given]:
         raise UserError(f"{path} names no {missing[0]}: give the folder of a run")
     if "model.form" not in given:  # of a federation, which uses all training examples
-        given = {key: given[key] for key in _DATA_KEYS}
+        given = {key: given[key] for key in (*_DATA_KEYS, *_ASKED) if key in given}
     if data_dir is not None:
         given["data.dir"] = str(data_dir)
     return read(TrainingConfig, None, {**given, "train.device": "cpu"}, str(path))
+
+
+def _as_taken(task: Task, run_dir: Path, architecture: Architecture) -> Task:
+    """Return the task with its examples as the model takes them."""
+    with_channel = task.with_channel()
+    if with_channel is not None and with_channel.input_shape == architecture.input_shape:
+        task = with_channel
+    _check_data(task, architecture, run_dir)
+    return task
 
 
 def _check_data(task: Task, architecture: Architecture, run_dir: Path) -> None:
@@ -192,7 +204,7 @@ def _path(
         lod.set_ranks(factors, start)
         return loss
 
-    traced = trace(architecture.full, architecture.input_shape)
+    traced = trace_of(architecture)
     return search(traced, start, loss_of, level_ratio=config.curve.level_ratio)
 
 
@@ -201,28 +213,29 @@ def _within(target: Target, path: list[Candidate], task: Task, factors: nn.Modul
         return within(path, max_macs=target.max_macs or math.inf, max_params=target.max_params or math.inf)
 
     def measure(point: Candidate) -> float:
-        return latency_ms(lod.recompose(lod.truncate(factors, point.ranks)), task.input_shape, latency_batch)
+        return latency_ms(lod.recompose(lod.truncate(factors, point.ranks)), task.inputs, latency_batch)
 
     return within_latency(path, target.max_latency_ms, measure)[0]
 
 
 def _figures(deployed: nn.Module, task: Task, latency_batch: int) -> dict[str, Any]:
-    traced = trace(deployed, task.input_shape)
+    traced = trace(deployed, task.inputs)
     result = evaluate(deployed, task, task.split("test"))
     figures = cost(traced, lod.max_ranks(deployed), batch_size=1)
     return {
         "params": figures.params,
         "macs_per_example": figures.macs_per_example,
-        "latency_ms": latency_ms(deployed, task.input_shape, latency_batch),
+        "latency_ms": latency_ms(deployed, task.inputs, latency_batch),
         "latency_batch": latency_batch,
         "data": task.name,
+        "metric": metric_facts(task).to_dict(),
         "test_loss": result.loss,
         f"test_{task.metric}": task.value(result),
     }
 
 
 def _is_weighted(module: nn.Module) -> bool:
-    return isinstance(module, lod.LoDLayer | nn.Linear | nn.Conv2d)
+    return isinstance(module, lod.LoDLayer | nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _describe(module: nn.Module) -> str:

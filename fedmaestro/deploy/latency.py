@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from torch import nn
 from torch.utils import benchmark
 
-from fedmaestro.models.shape import InputShape, example_inputs
+from fedmaestro.models.shape import Inputs, InputShape, example_inputs
 
 ROUNDS = 5
 ROUND_SECONDS = 0.1
 
 
-def latency_ms(model: nn.Module, input_shape: InputShape, batch: int, *, device: str = "cpu") -> float:
+def latency_ms(model: nn.Module, inputs: Inputs | InputShape, batch: int, *, device: str = "cpu") -> float:
     """Return the milliseconds of one forward pass of ``batch`` examples; see ``latencies_ms``."""
-    return latencies_ms([model], input_shape, batch, device=device)[0]
+    return latencies_ms([model], inputs, batch, device=device)[0]
 
 
 def latencies_ms(
-    models: Sequence[nn.Module], input_shape: InputShape, batch: int, *, device: str = "cpu", threads: int = 1
+    models: Sequence[nn.Module], inputs: Inputs | InputShape, batch: int, *, device: str = "cpu", threads: int = 1
 ) -> list[float]:
     """Return the milliseconds of one forward pass of ``batch`` examples in inference mode, for every model.
 
@@ -26,12 +26,12 @@ def latencies_ms(
     meets all of them. ``torch.utils.benchmark`` warms up, synchronises the accelerator and repeats each measurement for
     a tenth of a second. Values of the inputs do not matter.
     """
-    inputs = tuple(x.to(device) for x in example_inputs(input_shape, batch))
+    examples = tuple(x.to(device) for x in example_inputs(inputs, batch))
     modes = [model.training for model in models]
     timers = [
         benchmark.Timer(
             "with torch.inference_mode():\n    model(*inputs)",
-            globals={"model": model.eval(), "inputs": inputs},
+            globals={"model": model.eval(), "inputs": examples},
             num_threads=threads,
         )
         for model in models

@@ -1,12 +1,17 @@
 """Costs in closed form, for any ranks, without building the model of those ranks.
 
-Units: MACs (multiply-accumulates of linear and convolution layers, as in the papers' tables; a FLOP counter shows
-twice as many), bytes of float32 tensors. ``O`` out, ``I`` in times kernel, ``R`` full rank, ``r`` prefix, ``P`` output
-positions of a layer (1 for a linear layer on vectors).
+Units: MACs (multiply-accumulates of the layers with weights, as in the papers' tables; a FLOP counter shows twice as
+many), bytes of float32 tensors. ``O`` out, ``I`` in times kernel, ``R`` full rank, ``r`` prefix, ``P`` output positions
+of a layer (1 for a linear layer on vectors).
+
+Linear, convolution and LoD layers have a closed form. What else a model multiplies (recurrent and transposed layers,
+parameters of its own) is what PyTorch's FLOP counter sees beyond them; it does not depend on ranks. Departure, as in
+the papers' tables: the products of queries, keys and values inside of attention layers are not counted.
 """
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedmaestro.errors import UserError, check_name
-from fedmaestro.lod import LoDLayer, max_ranks, set_ranks
+from fedmaestro.lod import LoDLayer, LoDMultiheadAttention, max_ranks, set_ranks
 from fedmaestro.lod.layers import check_rank
-from fedmaestro.models.shape import InputShape, example_inputs
+from fedmaestro.models.shape import Inputs, InputShape, example_inputs
 from fedmaestro.submodel import num_elements, shapes_of
+from fedmaestro.tasks.goal import outputs_of
 from fedmaestro.threads import one_thread
 
 BYTES_PER_SCALAR = 4
+
+_CLOSED_FORM = (LoDLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PRODUCTS = {
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+}
+"""Operators that multiply activations with each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +55,7 @@ class LayerTrace:
     max_rank: int | None
     """``R`` of a LoD layer, None for a dense one."""
     input_needs_grad: bool
-    """False for layers that see the images: their input gradient is never computed."""
+    """False for layers that see the examples: their input gradient is never computed."""
 
     def macs(self, rank: int) -> int:
         """Forward: ``P·O·I`` dense, ``P·r·(I + O)`` in LoD form."""
@@ -60,6 +78,8 @@ class Trace:
     """Parameters outside U and V: dense layers, biases, norms."""
     fixed_activation_bytes: int
     """Bytes per example that autograd keeps for the backward pass, without the hidden ``(P, r)`` of LoD layers."""
+    fixed_macs: int = 0
+    """Forward MACs that no layer's closed form knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +97,34 @@ class Cost:
     upload_bytes: int
 
 
-def trace(model: nn.Module, input_shape: InputShape) -> Trace:
+def trace(model: nn.Module, inputs: Inputs | InputShape) -> Trace:
     """Measure a copy of ``model`` at full rank, once with batches of one and two examples; values do not matter."""
-    model = copy.deepcopy(model).to_empty(device="cpu")
+    model = copy.deepcopy(model)
+    if any(x.is_meta for x in model.parameters()):
+        model = model.to_empty(device="cpu")
     set_ranks(model, max_ranks(model))
     with one_thread(), torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-        layers = _layer_traces(model, input_shape)
-        kept = _saved_bytes(model, input_shape, 2) - _saved_bytes(model, input_shape, 1)
+        layers = _layer_traces(model, inputs)
+        fixed_macs = _counted_macs(model, inputs) - sum(x.macs(x.max_rank or 0) for x in layers)
+        kept = _saved_bytes(model, inputs, 2) - _saved_bytes(model, inputs, 1)
     hidden = sum(layer.positions * (layer.max_rank or 0) for layer in layers)
     pairs = sum((layer.max_rank or 0) * (layer.inner + layer.out) for layer in layers)
     return Trace(
         layers=tuple(layers),
         fixed_params=num_elements(shapes_of(model)) - pairs,
+        fixed_macs=max(fixed_macs, 0),
         fixed_activation_bytes=kept - BYTES_PER_SCALAR * hidden,
     )
 
 
-def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: bool = False) -> Cost:
+def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, slots: int = 0) -> Cost:
     """Return the cost at ``ranks``; every figure is monotone in every rank.
+
+    Args:
+        traced: the model.
+        ranks: of every LoD layer.
+        batch_size: examples of a training step.
+        slots: tensors that the local optimiser keeps for each parameter's (1: momentum).
 
     Raises:
         UserError: ``ranks`` does not hold one rank in ``0 … R`` for each LoD layer of the trace and nothing else.
@@ -104,11 +134,11 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, momentum: 
     params = traced.fixed_params + sum(rank[x.name] * (x.inner + x.out) for x in lod)
     hidden = sum(rank[x.name] * x.positions for x in lod)
     activation_bytes = traced.fixed_activation_bytes + BYTES_PER_SCALAR * hidden
-    copies = 3 if momentum else 2
+    copies = 2 + slots  # parameters, gradients, what the optimiser keeps
     return Cost(
         params=params,
-        macs_per_example=sum(x.macs(rank[x.name]) for x in traced.layers),
-        train_macs_per_example=sum(x.train_macs(rank[x.name]) for x in traced.layers),
+        macs_per_example=traced.fixed_macs + sum(x.macs(rank[x.name]) for x in traced.layers),
+        train_macs_per_example=3 * traced.fixed_macs + sum(x.train_macs(rank[x.name]) for x in traced.layers),
         train_memory_bytes=copies * BYTES_PER_SCALAR * params + batch_size * activation_bytes,
         activation_bytes=batch_size * activation_bytes,
         download_bytes=BYTES_PER_SCALAR * params,
@@ -125,34 +155,58 @@ def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: check_rank(ranks[name], max_rank, name) for name, max_rank in full.items()}
 
 
-def _layer_traces(model: nn.Module, input_shape: InputShape) -> list[LayerTrace]:
-    traces: list[LayerTrace] = []
+def _layer_traces(model: nn.Module, inputs: Inputs | InputShape) -> list[LayerTrace]:
+    traces: dict[str, LayerTrace] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             is_lod = isinstance(module, LoDLayer)
             out, inner = _fan(module)
-            traces.append(
-                LayerTrace(
-                    name=name,
-                    out=out,
-                    inner=inner,
-                    positions=output.numel() // out,  # of one example, wherever its dimension is
-                    max_rank=module.max_rank if is_lod else None,  # type: ignore[arg-type]
-                    input_needs_grad=inputs[0].requires_grad,
-                )
+            before = traces.get(name)  # of a layer that the model uses more than once
+            traces[name] = LayerTrace(
+                name=name,
+                out=out,
+                inner=inner,
+                # of one example, wherever its dimension is
+                positions=output.numel() // out + (before.positions if before else 0),
+                max_rank=module.max_rank if is_lod else None,  # type: ignore[arg-type]
+                input_needs_grad=inputs[0].requires_grad or (before is not None and before.input_needs_grad),
             )
 
         return hook
 
-    counted = {n: m for n, m in model.named_modules() if isinstance(m, LoDLayer | nn.Linear | nn.Conv2d)}
+    counted = {n: m for n, m in model.named_modules() if isinstance(m, _CLOSED_FORM)}
     handles = [module.register_forward_hook(record(name)) for name, module in counted.items()]
     try:
-        model(*example_inputs(input_shape, 1))
+        model(*example_inputs(inputs, 1))
     finally:
         for handle in handles:
             handle.remove()
-    return traces
+    if unused := [name for name, m in counted.items() if isinstance(m, LoDLayer) and name not in traces]:
+        raise UserError(
+            f"layer {unused[0]!r} is never called by the model's forward pass: add it to model.keep-dense, or take it "
+            "out of the model"
+        )
+    return list(traces.values())
+
+
+def _counted_macs(model: nn.Module, inputs: Inputs | InputShape) -> int:
+    """Return the MACs that PyTorch's FLOP counter sees, without the products of activations inside of attention."""
+    counter = FlopCounterMode(display=False)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about TF32, on whatever machine
+        # MKL-DNN has kernels of its own for recurrent layers, which the counter does not know.
+        with torch.backends.mkldnn.flags(enabled=False), counter:
+            model(*example_inputs(inputs, 1))
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    attention = [
+        f"{root}.{name}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention | LoDMultiheadAttention)
+    ]
+    inside = sum(flops for name in attention for op, flops in counts.get(name, {}).items() if op in _PRODUCTS)
+    return (sum(counts["Global"].values()) - inside) // 2
 
 
 def _fan(module: nn.Module) -> tuple[int, int]:
@@ -164,7 +218,7 @@ def _fan(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def _saved_bytes(model: nn.Module, input_shape: InputShape, batch: int) -> int:
+def _saved_bytes(model: nn.Module, inputs: Inputs | InputShape, batch: int) -> int:
     """Return the bytes of distinct storages that autograd keeps for one loss, parameters excluded."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
@@ -176,7 +230,8 @@ def _saved_bytes(model: nn.Module, input_shape: InputShape, batch: int) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(*example_inputs(input_shape, batch)).flatten(0, -2)
+        logits = outputs_of(model(*example_inputs(inputs, batch)))
+        logits = logits.flatten(0, -2) if logits.dim() > 1 else logits[:, None]
         # Keep the graph alive while counting: a freed storage's address could be reused.
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
     del loss

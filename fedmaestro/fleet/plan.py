@@ -24,13 +24,13 @@ class Setting:
     Attributes:
         rule: see ``SubmodelRule``.
         batch_size: examples of a local step, for the memory budgets.
-        momentum: whether the local optimiser keeps a momentum buffer, for the memory budgets.
+        slots: tensors that the local optimiser keeps for each parameter's, for the memory budgets.
         passes: what the local objective runs in a step, for the memory budgets and the virtual clock.
     """
 
     rule: SubmodelRule
     batch_size: int
-    momentum: bool = False
+    slots: int = 0
     passes: Passes = OWN_PASS
 
     @property
@@ -108,7 +108,7 @@ def make_plan(
     rule: SubmodelRule,
     *,
     batch_size: int,
-    momentum: bool = False,
+    slots: int = 0,
     passes: Passes = OWN_PASS,
     match_macs: bool = False,
 ) -> Plan:
@@ -118,8 +118,8 @@ def make_plan(
         architecture: the LoD form; ``rule.form`` turns it into the dense one where needed.
         tiers: the fleet.
         rule: see ``SubmodelRule``.
-        batch_size: see ``Setting``, as for ``momentum`` and ``passes``.
-        momentum: see there.
+        batch_size: see ``Setting``, as for ``slots`` and ``passes``.
+        slots: see there.
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
             are the coarser of the two, so ranks follow them, layer by layer (not uniform any more).
@@ -128,7 +128,7 @@ def make_plan(
         UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
     """
     _check_ranked(architecture, tiers)
-    setting = Setting(rule=rule, batch_size=batch_size, momentum=momentum, passes=passes)
+    setting = Setting(rule=rule, batch_size=batch_size, slots=slots, passes=passes)
     fractions = _fit_fractions(architecture, tiers, setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
     if rule.form == "dense" or match_macs:
@@ -330,11 +330,11 @@ def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
 
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
     traced = trace_of(architecture, size.width)
-    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, momentum=setting.momentum)
+    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
 
 
 @lru_cache(maxsize=256)
 def trace_of(architecture: Architecture, width: Fraction | None = None) -> Trace:
     """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a width."""
-    model = architecture.full if width is None else architecture.build(Size(width=width))
-    return trace(model, architecture.input_shape)
+    model = architecture.measurable(None if width is None else Size(width=width))
+    return trace(model, architecture.inputs)

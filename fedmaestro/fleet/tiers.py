@@ -7,7 +7,7 @@ Units: bytes, kilobits per second, MACs per example (forward). Speed is relative
 import itertools
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmaestro import rng
+from fedmaestro.config.base import kebab
 from fedmaestro.errors import UserError, check_name, reason_of, unknown_name
 
 
@@ -24,7 +25,7 @@ class Tier(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
+        alias_generator=kebab,
         validate_by_name=True,
         allow_inf_nan=False,
     )
@@ -114,17 +115,36 @@ def load_tiers(preset: str, file: str | None = None) -> tuple[Tier, ...]:
     if file is None:
         check_name("fleet.preset", preset, FLEETS)
         return FLEETS[preset].tiers
-    tables = _read_tables(file)
-    tiers = tuple(_parse_tier(file, name, table) for name, table in tables.items())
+    return _tiers_of(_read_tables(file), file)
+
+
+def own_fleet(name: str, tiers: Any, summary: str) -> FleetPreset:
+    """Return the row of a fleet of user code: ``Tier`` records, or tables of settings by the tiers' names."""
+    where = f"fleet {name!r}"
+    if isinstance(tiers, Mapping):
+        return FleetPreset(tiers=_tiers_of(tiers, where), summary=summary)
+    tiers = tuple(tiers) if isinstance(tiers, list | tuple) else ()
+    if not tiers or not all(isinstance(tier, Tier) for tier in tiers):
+        raise UserError(f"{where}: give tables by the tiers' names, or a list of fedmaestro.fleet.tiers.Tier")
+    _check_shares(tiers, where)
+    return FleetPreset(tiers=tiers, summary=summary)
+
+
+def _tiers_of(tables: Mapping[str, Any], where: str) -> tuple[Tier, ...]:
+    tiers = tuple(_parse_tier(where, name, table) for name, table in tables.items())
+    _check_shares(tiers, where)
+    return tiers
+
+
+def _check_shares(tiers: Sequence[Tier], where: str) -> None:
     total = sum(tier.share for tier in tiers)
     if not math.isclose(total, 1, abs_tol=1e-6):
-        raise UserError(f"{file}: the shares of the tiers sum to {total:g}, they must sum to 1")
-    return tiers
+        raise UserError(f"{where}: the shares of the tiers sum to {total:g}, they must sum to 1")
 
 
 def _read_tables(file: str) -> dict[str, Any]:
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"fleet.file: cannot read {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -144,7 +164,7 @@ def _parse_tier(file: str, name: str, table: Any) -> Tier:
     if "name" in table:
         raise UserError(f"{file}: tiers.{name}.name: the table's own name is the tier's, remove this key")
     try:
-        return Tier.model_validate({"name": name, **table}, strict=True)
+        return Tier.model_validate({"name": name, **{kebab(key): x for key, x in table.items()}}, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -7,7 +7,7 @@ Tensors travel as Flower Arrays under their own names: their bytes are what the 
 and each Array adds the 128 bytes of NumPy's header.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedmaestro.clients.scaffold import Control
 from fedmaestro.fleet.plan import Plan
-from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_part, train_cohort
+from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_devices, evaluate_part, train_cohort
 from fedmaestro.rounds.environment import Environment, environment_of
+from fedmaestro.runs.code import received
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Score
 
 app = ClientApp()
 
 DESCRIBE = f"{MessageType.QUERY}.describe"
-JOB, SUBMODEL, PROBES, METRICS, FAILURES = "job", "submodel", "probes", "metrics", "failures"
+CONTROL, CONTROLS = "control", "controls"
+JOB, SUBMODEL, PROBES, METRICS, FAILURES, SUMS = "job", "submodel", "probes", "metrics", "failures", "sums"
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -42,7 +45,14 @@ def _writable(array: np.ndarray) -> np.ndarray:
     return array if array.flags.writeable else array.copy()
 
 
-def message(kind: str, node: int, env: Environment, submodel: ArrayRecord | None = None, **job: Any) -> Message:
+def message(
+    kind: str,
+    node: int,
+    env: Environment,
+    submodel: ArrayRecord | None = None,
+    more: Mapping[str, ArrayRecord] | None = None,
+    **job: Any,
+) -> Message:
     """Return a message to a host.
 
     Args:
@@ -50,12 +60,19 @@ def message(kind: str, node: int, env: Environment, submodel: ArrayRecord | None
         node: the host.
         env: the experiment, which the host opens too.
         submodel: the tensors that it is about; messages of one size share them, so they are serialised once.
+        more: other records of tensors, by their names.
         job: what to do, by the parameters of the handler's function; ``ranks`` names the plan where it has changed.
     """
-    about = {"experiment": env.config.model_dump_json(by_alias=True), "fingerprint": env.fingerprint}
+    about = {
+        "experiment": env.config.model_dump_json(by_alias=True),
+        "fingerprint": env.fingerprint,
+        "data": env.task.fingerprint,
+        **env.shipped_code,
+    }
     content = RecordDict({JOB: ConfigRecord({**about, **job})})
     if submodel is not None:
         content[SUBMODEL] = submodel
+    content.update(more or {})
     return Message(content=content, dst_node_id=node, message_type=kind)
 
 
@@ -64,7 +81,7 @@ def _opened(message: Message) -> tuple[Environment, Plan, dict[str, Any]]:
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
     job: dict[str, Any] = dict(message.content.config_records[JOB])
-    env = environment_of(job.pop("experiment"))
+    env = environment_of(job.pop("experiment"), received(job), job.pop("data"))
     if job.pop("fingerprint") != env.fingerprint and message.metadata.message_type != DESCRIBE:
         raise RuntimeError("the data, the partition or the fleet file changed during the run")
     return env, env.plan_at(job.pop("ranks", "")), job
@@ -99,7 +116,8 @@ def train(message: Message, _context: Context) -> Message:
     """
     env, plan, job = _opened(message)
     start = to_state(message.content.array_records[SUBMODEL])
-    result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()))
+    controls = _controls(message.content, job["devices"]) if CONTROL in message.content.array_records else None
+    result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()), controls)
     rows = result.reports
     metrics: dict[str, Any] = {
         "weight": result.weight,
@@ -110,7 +128,30 @@ def train(message: Message, _context: Context) -> Message:
     failures: dict[str, Any] = {"device": list(result.failures), "reason": list(result.failures.values())}
     content = RecordDict({METRICS: MetricRecord(metrics), FAILURES: ConfigRecord(failures)})
     content.update({kind: to_arrays(state) for kind, state in {**result.mean, PROBES: result.probes}.items()})
+    if result.controls:
+        content[CONTROLS] = to_arrays(by_device(result.controls))
     return Message(content, reply_to=message)
+
+
+def by_device(states: Mapping[int, Mapping[str, Tensor]]) -> State:
+    """Return the states of devices as one; ``of_device`` takes it apart."""
+    return {f"{device}/{name}": x for device, state in states.items() for name, x in state.items()}
+
+
+def of_device(state: Mapping[str, Tensor]) -> dict[int, State]:
+    """Return what ``by_device`` put together."""
+    states: dict[int, State] = {}
+    for key, tensor in state.items():
+        device, _, name = key.partition("/")
+        states.setdefault(int(device), {})[name] = tensor
+    return states
+
+
+def _controls(content: RecordDict, devices: Sequence[int]) -> dict[int, Control]:
+    """Return the control variates of a message: the server's, and each device's own."""
+    server = to_state(content.array_records[CONTROL])
+    own = of_device(to_state(content.array_records[CONTROLS]))
+    return {device: Control(server=server, own=own.get(device, {})) for device in devices}
 
 
 def read_cohort(reply: Message) -> CohortResult:
@@ -121,9 +162,11 @@ def read_cohort(reply: Message) -> CohortResult:
     rows = zip(metrics["device"], metrics["examples"], metrics["loss"], strict=True)
     arrays = {kind: to_state(record) for kind, record in content.array_records.items()}
     probes = arrays.pop(PROBES)
+    controls = of_device(arrays.pop(CONTROLS, {}))
     return CohortResult(
         mean=arrays,
         weight=metrics["weight"],
+        controls=controls,
         probes=probes,
         reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
         failures=dict(zip(failures["device"], failures["reason"], strict=True)),
@@ -132,15 +175,35 @@ def read_cohort(reply: Message) -> CohortResult:
 
 @app.evaluate()
 def evaluate(message: Message, _context: Context) -> Message:
-    """Evaluate a tier's submodel on a part of the test set."""
+    """Evaluate a tier's submodel on a part of the test set, or on what some devices are tested on."""
     env, plan, job = _opened(message)
     state = to_state(message.content.array_records[SUBMODEL])
+    if "devices" in job:
+        found = evaluate_devices(env, plan, job["tier"], state, job["devices"])
+        rows: dict[str, Any] = {
+            "device": list(found),
+            "loss": [score.loss for score in found.values()],
+            **{f"value.{metric.name}": [x.value(metric) for x in found.values()] for metric in env.task.metrics},
+        }
+        return Message(RecordDict({METRICS: MetricRecord(rows)}), reply_to=message)
     part = evaluate_part(env, plan, job["tier"], state, job["first"], job["last"])
-    metrics = MetricRecord({"correct": part.correct, "loss-sum": part.loss_sum, "examples": part.examples})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    sums = {f"{metric}/{name}": Array(x.numpy()) for metric, own in part.sums.items() for name, x in own.items()}
+    numbers = MetricRecord({"loss-sum": part.loss_sum, "examples": part.examples})
+    return Message(RecordDict({METRICS: numbers, SUMS: ArrayRecord(sums)}), reply_to=message)
+
+
+def read_device_values(reply: Message) -> dict[int, dict[str, float]]:
+    """Return what ``evaluate`` replied of devices: every metric, and the loss."""
+    rows: dict[str, Any] = dict(reply.content.metric_records[METRICS])
+    columns = {key.removeprefix("value."): values for key, values in rows.items() if key != "device"}
+    return {device: {name: values[i] for name, values in columns.items()} for i, device in enumerate(rows["device"])}
 
 
 def read_score(reply: Message) -> Score:
     """Return what ``evaluate`` replied."""
     metrics: dict[str, Any] = dict(reply.content.metric_records[METRICS])
-    return Score(metrics["correct"], metrics["loss-sum"], metrics["examples"])
+    sums: dict[str, State] = {}
+    for key, array in reply.content.array_records[SUMS].items():
+        metric, _, name = key.partition("/")
+        sums.setdefault(metric, {})[name] = torch.from_numpy(_writable(array.numpy()))
+    return Score(metrics["examples"], metrics["loss-sum"], sums)

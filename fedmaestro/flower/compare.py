@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from flwr.app import Context
@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from fedmaestro.config.base import Value, parse_assignment
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UserError
+from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.hosts import InterruptedRunError
@@ -30,13 +31,28 @@ from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.report.compare_page import write_comparison
 from fedmaestro.rounds.method import method_of
 from fedmaestro.rounds.observer import ComparisonObserver
+from fedmaestro.runs.code import activate
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
+from fedmaestro.runs.frames import rounds_frame
 from fedmaestro.runs.reader import read_json
-from fedmaestro.runs.records import Results, StrategyResults, Summary
+from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary
 from fedmaestro.runs.results import FinishedCell, strategy_results
-from fedmaestro.runs.start import check_folder, name_of, resolve
+from fedmaestro.runs.start import check_folder, code_of, name_of, resolve
 
-_FIXED = ("seed", "out", "data.", "train.strategy", "fleet.preset", "fleet.file", "fleet.match-macs", "model.name")
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FIXED = (
+    "seed",
+    "out",
+    "use",
+    "data.",
+    "train.strategy",
+    "fleet.preset",
+    "fleet.file",
+    "fleet.match-macs",
+    "model.name",
+)
 """What all variants of a comparison share: settings, or tables with a dot at the end."""
 
 
@@ -82,12 +98,32 @@ class Comparison:
         """The content of ``results.json``."""
         return read_json(self.path / "results.json", Results).to_dict()
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the tables of all cells that have rounds, one below the other (``runs.frames.rounds_frame``).
+
+        ``variant`` is the label of a row of the comparison.
+        """
+        import pandas as pd
+
+        frames = []
+        for rounds in sorted((self.path / "cells").glob("*/rounds.jsonl")):
+            frame = rounds_frame(rounds.parent)
+            frame.insert(0, "variant", rounds.parent.name.rpartition("-seed")[0])
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
 
 def compare(
     experiment: str | Path | ExperimentConfig | None,
     strategies: Sequence[str],
     seeds: int | Sequence[int] = 3,
     *,
+    model: Any = None,
+    data: Any = None,
+    task: Any = None,
+    partition: Any = None,
+    fleet: Any = None,
+    use: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
@@ -106,6 +142,13 @@ def compare(
         experiment: TOML file or configuration; None: the demo on embedded data.
         strategies: ``[LABEL:]NAME[+KEY=VALUE…]``: rows of ``STRATEGIES``, switches changed, names to print.
         seeds: how many (counted from the experiment's own), or which.
+        model: see ``run``, as for the next four; strategies, objectives and aggregations of your own are registered
+            (``fedmaestro.extend``) and named in ``strategies``.
+        data: see there.
+        task: see there.
+        partition: see there.
+        fleet: see there.
+        use: files or modules of user code.
         overrides: dotted settings for all cells.
         data_dir: folder of local data.
         out: the comparison's folder; a new one under ``runs/`` by default.
@@ -120,6 +163,10 @@ def compare(
         KeyboardInterrupt: Ctrl-C before anything was finished.
     """
     variants = [parse_variant(text) for text in strategies]
+    objects = {"model": model, "dataset": data, "task": task, "partition": partition, "fleet": fleet}
+    overrides = given(objects, use, overrides)
+    words = " ".join(f"{variant.strategy} {' '.join(map(str, variant.changes.values()))}" for variant in variants)
+    activate(code_of(resolve(ExperimentConfig, experiment, overrides, data_dir, None, False), more=words))
     base = _base(experiment, overrides, data_dir, variants)
     numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     _check(variants, numbers)
@@ -257,12 +304,13 @@ def _results(
     for variant in variants:
         finished = [done for cell in cells if cell.variant is variant and (done := cell.finished()) is not None]
         rows.append(_row(base, variant, finished))
-    private = ("seed", "out", "data.dir", "train.strategy")
+    private = ("seed", "out", "use", "data.dir", "train.strategy")
     return Results(
         experiment=name,
         complete=all(len(row.seeds) == len(seeds) for row in rows),
         seeds=list(seeds),
         tiers=next((list(row.tiers) for row in rows if row.tiers), []),
+        metric=next((done.summary.metric for cell in cells if (done := cell.finished()) is not None), ACCURACY),
         matched_macs=base.fleet.match_macs,
         protocol={key: value for key, value in base.flat().items() if key not in private},
         strategies=rows,

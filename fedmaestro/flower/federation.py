@@ -21,7 +21,17 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.learned import tails
 from fedmaestro.fleet.plan import Plan, Submodel, TierPlan, encode_ranks
-from fedmaestro.flower.client_app import message, read_cohort, read_score, to_arrays, to_state
+from fedmaestro.flower.client_app import (
+    CONTROL,
+    CONTROLS,
+    by_device,
+    message,
+    read_cohort,
+    read_device_values,
+    read_score,
+    to_arrays,
+    to_state,
+)
 from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts, one_line
 from fedmaestro.rounds import storage
 from fedmaestro.rounds.device import CohortResult
@@ -31,21 +41,26 @@ from fedmaestro.rounds.schedule import Cohort, Schedule
 from fedmaestro.rounds.server import (
     Gathering,
     ServerState,
+    control_of,
+    device_facts,
     evaluation_facts,
     from_checkpoint,
+    norm_statistics,
     rank_facts,
     schedule,
     start,
     step,
     to_checkpoint,
+    with_controls,
 )
 from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
+from fedmaestro.runs.code import write_code
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
 from fedmaestro.runs.model import ModelCard, write_model
-from fedmaestro.runs.records import RoundRecord, Summary, TierFigures
+from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, TierFigures
 from fedmaestro.runs.summary import summarize
 from fedmaestro.submodel import State
-from fedmaestro.tasks.task import Score
+from fedmaestro.tasks.task import Score, metric_facts
 
 log = logging.getLogger("fedmaestro")
 
@@ -73,6 +88,7 @@ class TieredStrategy(FlowerStrategy):
         self._schedule: Schedule | None = None
         self._cohorts: list[tuple[Message, Cohort]] = []
         self._parts: list[tuple[Message, Submodel]] = []
+        self._device_parts: list[tuple[Message, TierPlan]] = []
 
     def train_messages(self, server_round: int, grid: Grid) -> list[Message]:
         """Return one message per cohort, the one with the most work first (the shortest makespan)."""
@@ -89,16 +105,32 @@ class TieredStrategy(FlowerStrategy):
         if self.env.config.train.group_lasso and None in self.server.models:
             lacking = tails(self.server.models[None], cohort.submodel.size.ranks or {})
             job["tails"] = [x for tail in lacking for x in tail]
-        return self._message(MessageType.TRAIN, node, cohort.submodel, cohort.tier, job)
+        more: dict[str, ArrayRecord] = {}
+        if self.env.method.correction == "scaffold":
+            known = self.server.controls
+            own = {device: known[device] for device in cohort.devices if device in known}
+            more = {
+                CONTROL: to_arrays(control_of(self.server, cohort.submodel)),
+                CONTROLS: to_arrays(by_device(own)),
+            }
+        return self._message(MessageType.TRAIN, node, cohort.submodel, cohort.tier, job, more)
 
-    def _message(self, kind: str, node: int, submodel: Submodel, tier: TierPlan, job: dict[str, Any]) -> Message:
+    def _message(
+        self,
+        kind: str,
+        node: int,
+        submodel: Submodel,
+        tier: TierPlan,
+        job: dict[str, Any],
+        more: dict[str, ArrayRecord] | None = None,
+    ) -> Message:
         plan = self.server.plan
         if plan is not self.env.plan:
             job["ranks"] = encode_ranks(plan)
         # Messages of one size share one record, which is serialised once.
         if submodel not in self._records:
             self._records[submodel] = to_arrays(storage.download(plan, self.server.models, submodel))
-        return message(kind, node, self.env, self._records[submodel], tier=tier.tier.name, **job)
+        return message(kind, node, self.env, self._records[submodel], more, tier=tier.tier.name, **job)
 
     def receive(self, server_round: int, replies: Iterable[Message]) -> dict[str, Any]:
         """Merge what came back, in cohort order, and take the server's step; return what the round's record says.
@@ -116,6 +148,10 @@ class TieredStrategy(FlowerStrategy):
             log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
         facts = gathering.facts()
         before, self.server = self.server, step(self.env, self.server, gathering.partials, server_round)
+        losses = {report.device: report.loss for report in gathering.reports}
+        self.server = replace(self.server, history=self.server.history.after(server_round, losses))
+        if gathering.controls:
+            self.server = with_controls(self.env, self.server, gathering.controls)
         self._records = {}
         if self.server.plan.full is not before.plan.full:
             log.info("round %d: the whole model's ranks are %s", server_round, self.server.plan.full.size.ranks)
@@ -130,6 +166,29 @@ class TieredStrategy(FlowerStrategy):
                 job = {"round": server_round, "first": first, "last": min(first + TEST_PART, examples)}
                 self._parts.append((self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job), submodel))
         return [message for message, _ in self._parts]
+
+    def device_messages(self, server_round: int, grid: Grid) -> list[Message]:
+        """Return messages that evaluate every tier's submodel on what its devices are tested on."""
+        nodes, tests = _nodes(grid), self.env.device_tests.examples
+        self._device_parts = []
+        for tier in self.server.plan.tiers if tests else ():
+            devices = [d for d, index in enumerate(self.env.tier_of) if index == tier.index and len(tests[d])]
+            for some in _chunks(devices, [len(tests[d]) for d in devices]):
+                job = {"round": server_round, "devices": some}
+                message = self._message(MessageType.EVALUATE, next(nodes), tier.serves, tier, job)
+                self._device_parts.append((message, tier))
+        return [message for message, _ in self._device_parts]
+
+    def device_values(self, server_round: int, replies: Iterable[Message]) -> dict[int, dict[str, float]]:
+        """Return every metric of every device whose evaluation succeeded."""
+        values: dict[int, dict[str, float]] = {}
+        for tier, reply in _matched(self._device_parts, replies):
+            if reply is None or reply.has_error():
+                reason = "no reply" if reply is None else one_line(reply)
+                log.warning("round %d: test of tier %s's devices failed: %s", server_round, tier.tier.name, reason)
+            else:
+                values |= read_device_values(reply)
+        return dict(sorted(values.items()))
 
     def scores(self, server_round: int, replies: Iterable[Message]) -> dict[Submodel, Score]:
         """Return the score of every serving submodel whose evaluation succeeded everywhere."""
@@ -176,7 +235,7 @@ class TieredStrategy(FlowerStrategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""
-        tiers = evaluation_facts(self.server, self.scores(server_round, replies))["tiers"]
+        tiers = evaluation_facts(self.env.task, self.server, self.scores(server_round, replies))["tiers"]
         return MetricRecord(
             {
                 f"{metric}.{tier}": value
@@ -255,6 +314,7 @@ class Federation:
     def _server(self) -> ServerState:
         """Return the state of the checkpoint, or that of a run's start, which is written down then."""
         if (checkpoint := load_checkpoint(self.folder.checkpoint)) is None:
+            write_code(self.folder.path, self.env.code)
             write_atomically(self.folder.config, self.env.config.to_toml())
             return start(self.env)
         if checkpoint.fingerprint != self.env.fingerprint:
@@ -267,28 +327,38 @@ class Federation:
         strategy = TieredStrategy(self.env, server)
         for server_round in range(server.round + 1, self.env.config.train.rounds + 1):
             started = time.monotonic()
-            facts = self._round(strategy, server_round)
+            facts, devices = self._round(strategy, server_round)
             record = RoundRecord(round=server_round, wall_seconds=round(time.monotonic() - started, 4), **facts)
+            if devices.loss or devices.test:
+                self.folder.append_devices(devices)
             self.folder.append(record)
             save_checkpoint(self.folder.checkpoint, to_checkpoint(self.env, strategy.server))
             self.records.append(record)
+            if devices.loss or devices.test:
+                self._tell(lambda observer, devices=devices: observer.on_devices(devices))  # type: ignore[misc]
             self._tell_round(record)
         return strategy.server
 
-    def _round(self, strategy: TieredStrategy, server_round: int) -> dict[str, Any]:
-        """Run a round; return what its record says."""
+    def _round(self, strategy: TieredStrategy, server_round: int) -> tuple[dict[str, Any], DeviceRecord]:
+        """Run a round; return what its record and that of its devices say."""
         train = self.env.config.train
         facts: dict[str, Any] = {"tiers": {}}
+        tested: dict[int, dict[str, float]] = {}
         if server_round == 0:
             strategy.server = replace(strategy.server, round=0)
+            facts["metric"] = metric_facts(self.env.task)
         else:
             messages = strategy.train_messages(server_round, self.grid)
             facts |= strategy.receive(server_round, self._exchange(messages, server_round, "train"))
         if server_round % train.evaluate_every == 0 or server_round == train.rounds:
             messages = strategy.evaluate_messages(server_round, self.grid)
-            scores = strategy.scores(server_round, self._exchange(messages, server_round, "evaluate"))
-            facts |= evaluation_facts(strategy.server, scores)
-        return facts | rank_facts(self.env, strategy.server)
+            messages += strategy.device_messages(server_round, self.grid)
+            replies = self._exchange(messages, server_round, "evaluate")
+            facts |= evaluation_facts(self.env.task, strategy.server, strategy.scores(server_round, replies))
+            tested = strategy.device_values(server_round, replies)
+            facts["device_test"] = device_facts(self.env, tested)
+        devices = DeviceRecord.of(server_round, strategy.server.history, tested)
+        return facts | rank_facts(self.env, strategy.server), devices
 
     def _exchange(self, messages: list[Message], server_round: int, phase: str) -> list[Message]:
         done = 0
@@ -302,11 +372,13 @@ class Federation:
 
     def _finish(self, server: ServerState, interrupted: bool) -> Summary:
         env = self.env
-        sha256 = write_model(self.folder.path, server.models, model_card(env, server))
+        statistics = norm_statistics(env, server)
+        sha256 = write_model(self.folder.path, server.models, model_card(env, server), statistics)
         summary = summarize(
             self.records,
             tier_figures(env, server.plan),
             sha256,
+            metric_facts(env.task),
             strategy=env.method.name,
             objective=env.method.objective.name,
             settings=dict(env.method.settings),
@@ -338,10 +410,12 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
         norm=architecture.norm,
         input_shape=list(env.task.input_shape),
         num_classes=env.task.num_classes,
+        inputs=architecture.inputs,
         size=plan.full.size,
         tiers={tier.tier.name: tier.serves.size for tier in plan.tiers},
         separate={x.tier.name: storage.owner_of(plan, x.serves) or "" for x in plan.tiers} if separate else {},
         round=server.round,
+        **({"kept_dense": architecture.kept_dense} if architecture.own else {}),
         **env.task.facts,
     )
 
@@ -375,6 +449,20 @@ def log_to(folder: RunFolder) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+def _chunks(devices: Sequence[int], examples: Sequence[int]) -> Iterator[list[int]]:
+    """Yield devices in groups of at least ``TEST_PART`` test examples, but for the last one."""
+    some: list[int] = []
+    total = 0
+    for device, count in zip(devices, examples, strict=True):
+        some.append(device)
+        total += count
+        if total >= TEST_PART:
+            yield some
+            some, total = [], 0
+    if some:
+        yield some
 
 
 def _nodes(grid: Grid) -> Iterator[int]:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmaestro.config.experiment import ExperimentConfig
+from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.hosts import InterruptedRunError
@@ -20,10 +21,14 @@ from fedmaestro.report.observer import RunReporter
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.rounds.observer import Observer
 from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.frames import devices_frame, rounds_frame
 from fedmaestro.runs.model import load_model
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import RoundRecord, Summary
-from fedmaestro.runs.start import check_folder, folder_of, name_of, resolve
+from fedmaestro.runs.start import check_folder, code_of, folder_of, name_of, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FREE_ON_RESUME = {"out", "data.dir"}
 """Settings that may differ between a run and its continuation: they name places, not the experiment."""
@@ -45,6 +50,14 @@ class Run:
         """The content of ``summary.json``."""
         return read_json(RunFolder(self.path).summary, Summary).to_dict()
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a row for every evaluated round and tier (``runs.frames.rounds_frame``)."""
+        return rounds_frame(self.path)
+
+    def devices_to_pandas(self) -> "pd.DataFrame":
+        """Return a row for every round and device that trained or was tested (``runs.frames.devices_frame``)."""
+        return devices_frame(self.path)
+
     def model(self, tier: str | None = None) -> nn.Module:
         """Return the trained model that serves ``tier`` (None: the whole one), in evaluation mode.
 
@@ -57,6 +70,17 @@ class Run:
 def run(
     experiment: str | Path | ExperimentConfig | None = None,
     *,
+    model: Any = None,
+    data: Any = None,
+    task: Any = None,
+    objective: Any = None,
+    optimizer: Any = None,
+    aggregation: Any = None,
+    selection: Any = None,
+    strategy: Any = None,
+    partition: Any = None,
+    fleet: Any = None,
+    use: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
@@ -70,6 +94,18 @@ def run(
 
     Args:
         experiment: TOML file or configuration; None: the demo on embedded data.
+        model: a ``torch.nn.Module`` class, a function ``(input_shape, num_classes)`` or a module, as for
+            ``extend.model``; here and for the others, a string is the name of a row.
+        data: what ``extend.dataset`` takes: data, or a function that returns them (``data.own.FORM``).
+        task: what ``extend.task`` takes.
+        objective: what ``extend.objective`` takes.
+        optimizer: what ``extend.optimizer`` takes.
+        aggregation: what ``extend.aggregation`` takes.
+        selection: what ``extend.selection`` takes.
+        strategy: settings by their dotted keys, or the name of a row.
+        partition: what ``extend.partition`` takes.
+        fleet: what ``extend.fleet`` takes.
+        use: files or modules of user code (``use``).
         overrides: dotted settings, for example ``{"train.rounds": 5}``.
         data_dir: folder of local data (``data.dir``).
         out: run folder (``out``); a new one under ``runs/`` by default.
@@ -83,6 +119,19 @@ def run(
         UserError: anything wrong with the input; nothing was written then.
         KeyboardInterrupt: Ctrl-C before the first round (later, the run ends with what it has).
     """
+    objects = {
+        "model": model,
+        "dataset": data,
+        "task": task,
+        "objective": objective,
+        "optimizer": optimizer,
+        "aggregation": aggregation,
+        "selection": selection,
+        "strategy": strategy,
+        "partition": partition,
+        "fleet": fleet,
+    }
+    overrides = given(objects, use, overrides)
     config = resolve(ExperimentConfig, experiment, overrides, data_dir, out, resume)
     actors = checked_actors(actors)
     told = [RunReporter(), *observers]
@@ -130,4 +179,5 @@ def prepare(
     """
     folder = folder_of(config, name, f"{config.train.strategy}-seed{config.seed}")
     check_folder(folder, config, resume, FREE_ON_RESUME)
-    return folder, open_environment(config, on_data)
+    code = code_of(config, folder.path if resume else None)
+    return folder, open_environment(config, on_data, code=code)

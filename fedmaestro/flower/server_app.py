@@ -11,7 +11,7 @@ from fedmaestro.config.base import read
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.run import prepare
-from fedmaestro.report import format_percent
+from fedmaestro.report.format import Shown
 from fedmaestro.report.observer import RunReporter
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import Observer
@@ -26,12 +26,18 @@ log = logging.getLogger("fedmaestro")
 class LogObserver(Observer):
     """Writes one log line per evaluated round; there is no terminal behind a ServerApp."""
 
+    def __init__(self) -> None:
+        self._shown = Shown()
+
     def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
         log.info("results go to %s", folder.path)
 
     def on_round(self, record: RoundRecord) -> None:
+        if record.metric is not None:
+            self._shown = Shown(record.metric)
         if record.tiers:
-            scores = "  ".join(f"{name} {format_percent(tier['accuracy'])}" for name, tier in record.tiers.items())
+            show = self._shown
+            scores = "  ".join(f"{name} {show.text(tier.get(show.name))}" for name, tier in record.tiers.items())
             log.info("round %d: %s", record.round, scores)
 
 

@@ -5,13 +5,26 @@ Layers and prefixes: ``layers``. Between dense and LoD: ``decompose``. Training:
 """
 
 from fedmaestro.lod.attention import LoDMultiheadAttention
-from fedmaestro.lod.decompose import balanced_svd, factorize, recompose, truncate
-from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, layers, max_ranks, set_ranks
+from fedmaestro.lod.decompose import balanced_svd, factorize, is_candidate, recompose, truncate, unfactorisable
+from fedmaestro.lod.layers import (
+    LoDConv,
+    LoDConv1d,
+    LoDConv2d,
+    LoDConv3d,
+    LoDLayer,
+    LoDLinear,
+    layers,
+    max_ranks,
+    set_ranks,
+)
 from fedmaestro.lod.shrinking import kept_ranks, shrink
 from fedmaestro.lod.suffix import column_strengths, group_lasso, importance
 
 __all__ = [
+    "LoDConv",
+    "LoDConv1d",
     "LoDConv2d",
+    "LoDConv3d",
     "LoDLayer",
     "LoDLinear",
     "LoDMultiheadAttention",
@@ -20,6 +33,7 @@ __all__ = [
     "factorize",
     "group_lasso",
     "importance",
+    "is_candidate",
     "kept_ranks",
     "layers",
     "max_ranks",
@@ -27,4 +41,5 @@ __all__ = [
     "set_ranks",
     "shrink",
     "truncate",
+    "unfactorisable",
 ]

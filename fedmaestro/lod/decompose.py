@@ -1,6 +1,6 @@
 """Between dense layers and their LoD form: factorise, cut, recompose.
 
-Shapes as in ``layers``: ``O`` out, ``I`` in, ``R = min(O, I·k·l)`` full rank, ``r`` prefix.
+Shapes as in ``layers``: ``O`` out, ``I`` in, ``R = min(O, I·k…)`` full rank, ``r`` prefix.
 """
 
 import copy
@@ -12,9 +12,24 @@ from torch import Tensor, nn
 
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.lod.attention import LoDMultiheadAttention, keep_off_fast_path
-from fedmaestro.lod.layers import LoDConv2d, LoDLayer, LoDLinear, checked_ranks, freeze_like, layers
+from fedmaestro.lod.layers import (
+    LoDConv,
+    LoDConv1d,
+    LoDConv2d,
+    LoDConv3d,
+    LoDLayer,
+    LoDLinear,
+    checked_ranks,
+    freeze_like,
+    layers,
+)
 
-_DENSE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+_CONVOLUTIONS: dict[type[nn.Module], type[LoDConv]] = {
+    nn.Conv1d: LoDConv1d,
+    nn.Conv2d: LoDConv2d,
+    nn.Conv3d: LoDConv3d,
+}
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)
 
 
 def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
@@ -35,9 +50,9 @@ def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     Raises:
         UserError: an unknown name in ``skip``; a layer that is not in it and cannot be factorised: a grouped
             convolution or one with padding other than zeros, an attention with added keys, a layer that shares a
-            parameter with another module.
+            parameter with another module (``unfactorisable`` lists them).
     """
-    candidates = {n: m for n, m in dense.named_modules() if isinstance(m, _DENSE)}
+    candidates = {n: m for n, m in dense.named_modules() if is_candidate(m)}
     whole = {
         f"{name}.out_proj".lstrip("."): name
         for name, module in candidates.items()
@@ -51,6 +66,53 @@ def factorize(dense: nn.Module, skip: Collection[str] = ()) -> nn.Module:
     model = _replace(dense, {name: _factor_layer(name, m) for name, m in chosen.items()})
     keep_off_fast_path(model)
     return model
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Return whether ``factorize`` knows this kind of layer: linear, convolution (1 to 3 dimensions), attention."""
+    return isinstance(module, _KINDS)
+
+
+def unfactorisable(model: nn.Module) -> dict[str, str]:
+    """Return the layers with weights of two dimensions or more that LoD has no form for, and why, by name.
+
+    Grouped and depthwise convolutions, those with padding other than zeros, transposed ones, recurrent and embedding
+    layers, whatever else keeps matrices of its own, and layers that share a weight with another one.
+    """
+    reasons: dict[str, str] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoDLayer) or any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        if not any(x.dim() > 1 for x in module.parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside.add(name)
+        if reason := _obstacle(module):
+            reasons[name] = reason
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            first = owners.setdefault(id(parameter), name)
+            if first != name:
+                reasons |= {n: f"shares a weight with {o}" for n, o in ((first, name), (name, first))}
+    return reasons
+
+
+def _obstacle(layer: nn.Module) -> str:
+    """Return why a layer cannot be factorised; empty if it can."""
+    if isinstance(layer, nn.Linear):
+        return ""
+    if isinstance(layer, nn.MultiheadAttention):
+        if layer.bias_k is not None:
+            return "add_bias_kv=True"
+        return "add_zero_attn=True" if layer.add_zero_attn else ""
+    if isinstance(layer, tuple(_CONVOLUTIONS)):
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if layer.groups != 1:
+            return f"groups={layer.groups}"
+        return "" if layer.padding_mode == "zeros" else f"padding_mode={layer.padding_mode!r}"
+    return f"{type(layer).__name__} has no LoD form"
 
 
 def truncate(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
@@ -110,7 +172,7 @@ def _factor_layer(name: str, layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Linear):
         new: LoDLayer = _factor_linear(layer.weight, layer.bias)
     else:
-        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         new = _factor_conv(name, layer)
     return freeze_like(new, u=layer.weight, v=layer.weight, bias=layer.bias)
 
@@ -120,25 +182,24 @@ def _factor_linear(weight: Tensor, bias: Tensor | None) -> LoDLinear:
     return LoDLinear(u, v, _copied(bias))
 
 
-def _factor_conv(name: str, layer: nn.Conv2d) -> LoDConv2d:
-    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise _unsupported(
-            name, f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
-        )
+def _factor_conv(name: str, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> LoDConv:
+    if reason := _obstacle(layer):
+        raise _unsupported(name, reason)
     u, v = balanced_svd(layer.weight.detach().flatten(1))
-    return LoDConv2d(
+    form = next(new for kind, new in _CONVOLUTIONS.items() if isinstance(layer, kind))
+    return form(
         u,
         v.reshape(-1, *layer.weight.shape[1:]),
         _copied(layer.bias),
-        stride=_pair(layer.stride),
-        padding=_pair(layer.padding),
-        dilation=_pair(layer.dilation),
+        stride=tuple(layer.stride),
+        padding=layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
+        dilation=tuple(layer.dilation),
     )
 
 
 def _factor_attention(name: str, layer: nn.MultiheadAttention) -> LoDMultiheadAttention:
-    if layer.bias_k is not None or layer.add_zero_attn:
-        raise _unsupported(name, "add_bias_kv=True" if layer.bias_k is not None else "add_zero_attn=True")
+    if reason := _obstacle(layer):
+        raise _unsupported(name, reason)
     packed, packed_bias = layer.in_proj_weight, layer.in_proj_bias
     owners = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if packed is None else (packed,) * 3
     weights = owners if packed is None else packed.chunk(3)
@@ -172,10 +233,6 @@ def balanced_svd(weight: Tensor) -> tuple[Tensor, Tensor]:
     p, sigma, qt = torch.linalg.svd(weight.double(), full_matrices=False)
     root = sigma.sqrt()
     return (p * root).to(weight.dtype).contiguous(), (root[:, None] * qt).to(weight.dtype).contiguous()
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return value[0], value[1]
 
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -10,8 +10,8 @@ recovers them from fractions, off by one for some), and rank 0 means "bias only"
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class LoDLayer(nn.Module, ABC):
 
     Attributes:
         u: ``(O, R)``.
-        v: ``(R, I)`` or ``(R, I, k, l)``.
+        v: ``(R, I)``, or ``(R, I, k…)`` of a convolution.
         bias: ``(O,)`` or None; it belongs to the U side and to every prefix.
 
     ``state_dict`` carries the prefix, so loading it brings the rank back.
@@ -112,8 +112,15 @@ class LoDLinear(LoDLayer):
         return cast(nn.Linear, _filled(layer, u @ v, self))
 
 
-class LoDConv2d(LoDLayer):
-    """Convolution in LoD form: ``v (R, I, k, l)`` carries the geometry, ``u (O, R)`` is a 1×1 convolution."""
+class LoDConv(LoDLayer):
+    """Convolution in LoD form: ``v (R, I, k…)`` carries the geometry, ``u (O, R)`` is one of kernel 1.
+
+    ``dims`` is 1, 2 or 3; stride, padding and dilation have as many numbers. Padding may be ``valid`` or ``same``.
+    """
+
+    dims: ClassVar[int]
+    _convolve: ClassVar[Callable[..., Tensor]]
+    _plain: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -121,36 +128,42 @@ class LoDConv2d(LoDLayer):
         v: Tensor,
         bias: Tensor | None,
         *,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] = (),
+        padding: tuple[int, ...] | str = (),
+        dilation: tuple[int, ...] = (),
     ) -> None:
         super().__init__(u, v, bias)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride = stride or (1,) * self.dims
+        self.padding = padding or (0,) * self.dims
+        self.dilation = dilation or (1,) * self.dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, I, H, W)`` to ``(B, O, H', W')`` with ``r · (I·k·l + O)`` MACs per output position."""
+        """Map ``(B, I, …)`` to ``(B, O, …)`` with ``r · (I·k… + O)`` MACs per output position."""
         if self._rank == 0:
             return _only_bias(x.new_zeros(x.shape[0], self.u.shape[0], *self._out_space(x)), self.bias, dim=1)
         u, v = self.prefix()
-        hidden = F.conv2d(x, v, None, self.stride, self.padding, self.dilation)
-        return F.conv2d(hidden, u[:, :, None, None], self.bias)
+        convolve = type(self)._convolve
+        hidden = convolve(x, v, None, self.stride, self.padding, self.dilation)
+        return convolve(hidden, u[(..., *(None,) * self.dims)], self.bias)
 
     def _out_space(self, x: Tensor) -> list[int]:
+        if self.padding == "same":
+            return list(x.shape[2:])
         kernel = self.v.shape[2:]
+        padding = [0 if isinstance(self.padding, str) else self.padding[i] for i in range(self.dims)]
         return [
-            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i in range(2)
+            (x.shape[2 + i] + 2 * padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in range(self.dims)
         ]
 
-    def replaced(self, u: Tensor, v: Tensor) -> "LoDConv2d":
-        new = LoDConv2d(u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation)
+    def replaced(self, u: Tensor, v: Tensor) -> "LoDConv":
+        new = type(self)(u, v, _copy(self.bias), stride=self.stride, padding=self.padding, dilation=self.dilation)
         return freeze_like(new, u=self.u, v=self.v, bias=self.bias)
 
-    def dense(self) -> nn.Conv2d:
+    def dense(self) -> nn.Module:
         u, v = self.prefix()
         layer = _uninitialised(
-            nn.Conv2d,
+            self._plain,
             v.shape[1],
             u.shape[0],
             tuple(v.shape[2:]),
@@ -161,7 +174,31 @@ class LoDConv2d(LoDLayer):
             device=u.device,
             dtype=u.dtype,
         )
-        return cast(nn.Conv2d, _filled(layer, torch.einsum("or,rikl->oikl", u, v), self))
+        return _filled(layer, torch.einsum("or,ri...->oi...", u, v), self)
+
+
+class LoDConv1d(LoDConv):
+    """``LoDConv`` over ``(B, I, L)``."""
+
+    dims = 1
+    _convolve = staticmethod(F.conv1d)
+    _plain = nn.Conv1d
+
+
+class LoDConv2d(LoDConv):
+    """``LoDConv`` over ``(B, I, H, W)``."""
+
+    dims = 2
+    _convolve = staticmethod(F.conv2d)
+    _plain = nn.Conv2d
+
+
+class LoDConv3d(LoDConv):
+    """``LoDConv`` over ``(B, I, D, H, W)``."""
+
+    dims = 3
+    _convolve = staticmethod(F.conv3d)
+    _plain = nn.Conv3d
 
 
 def layers(model: nn.Module) -> dict[str, LoDLayer]:

@@ -1,7 +1,10 @@
 """The models, each defined once as a dense network; ``Architecture`` derives the LoD form and every size of both."""
 
+import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,20 +19,22 @@ from fedmaestro.models.transformer import transformer, transformer_small
 from fedmaestro.models.vgg import vgg19
 from fedmaestro.models.width import Scale
 
-__all__ = ["MODELS", "InputShape", "ModelSpec", "example_inputs"]
+__all__ = ["MODELS", "InputShape", "ModelSpec", "example_inputs", "own_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """One row of ``MODELS``: ``build(input_shape, num_classes, scale)`` returns the dense network.
 
-    It maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or source and target tokens ``(B, L)`` to logits
-    ``(B, L, num_classes)``.
+    It maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``, source and target tokens ``(B, L)`` to logits
+    ``(B, L, num_classes)``, or whatever the task at hand has.
     """
 
     build: Callable[[InputShape, int, Scale], nn.Module]
     initialize: Callable[[nn.Module, torch.Generator], None] | None = None
     """``(model, generator)``, called on uninitialised tensors; None: the model keeps what ``build`` gave it."""
+    scales: bool = True
+    """Whether ``build`` makes narrower networks at smaller scales."""
     summary: str
 
 
@@ -47,3 +52,31 @@ MODELS: dict[str, ModelSpec] = {
     "transformer": _drawn(build=transformer, summary="encoder-decoder Transformer, 6 + 6 layers of 512 (Multi30k)"),
     "transformer-small": _drawn(build=transformer_small, summary="3 + 3 layers of 96 (Multi30k on a CPU)"),
 }
+
+
+def own_model(made: Any, summary: str) -> ModelSpec:
+    """Return the row of a user's model, which keeps its own initialisation.
+
+    Args:
+        made: a class or a function that is called with the shape of an example and the number of outputs, as far as it
+            takes them, and with ``scale`` if it has such a parameter (``scale(channels)`` is the number of channels of
+            a narrower network); or a module, of which every run starts from a copy.
+        summary: what it is.
+    """
+    if isinstance(made, nn.Module):
+        return ModelSpec(build=lambda _shape, _outputs, _scale: copy.deepcopy(made), scales=False, summary=summary)
+    try:
+        parameters = list(inspect.signature(made).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "scale"]
+    many = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    taken = 2 if many or len(places) > 2 else len(places)
+    scales = any(p.name == "scale" for p in parameters)
+
+    def build(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
+        more = {"scale": scale} if scales else {}
+        model: nn.Module = made(*(input_shape, num_classes)[:taken], **more)
+        return model
+
+    return ModelSpec(build=build, scales=scales, summary=summary)

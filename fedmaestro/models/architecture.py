@@ -4,9 +4,10 @@ A *size* is what a tier trains: one rank per LoD layer, or a width. Sizes of one
 leading block of every larger one.
 """
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Literal
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fedmaestro import lod
-from fedmaestro.errors import check_name
-from fedmaestro.models import MODELS, InputShape
+from fedmaestro.errors import UserError, check_name
+from fedmaestro.models import MODELS, InputShape, ModelSpec
 from fedmaestro.models.scaler import add_scalers
-from fedmaestro.models.static_norm import StaticNorm, use_static_norms
+from fedmaestro.models.shape import Inputs, example_inputs, inputs_of
+from fedmaestro.models.static_norm import StaticNorm, has_static_norms, use_static_batch_norms, use_static_norms
 from fedmaestro.models.width import LeadingGroupNorm, Scale
-from fedmaestro.submodel import Shapes, State, load, shapes_of
+from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
@@ -42,10 +44,14 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model of ``MODELS`` for images ``(C, H, W)`` or token sequences ``(L,)``.
+    """A model of ``MODELS`` for examples of one shape.
 
     Attributes:
-        num_classes: classes, or the size of the vocabulary.
+        name: of the row in ``MODELS``.
+        input_shape: of the first input; ``(C, H, W)`` of images.
+        num_classes: classes, size of the vocabulary, or values of a regression.
+        inputs: what the network is called with; by default what ``inputs_of`` makes of ``input_shape``.
+        spec: the row, looked up once: user code may give the name another meaning later.
         form: ``lod`` (factor pairs, sizes are ranks) or ``dense`` (plain layers, sizes are widths).
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
@@ -60,17 +66,56 @@ class Architecture:
     keep_dense: str = "first-conv head"
     scaler: bool = False
     norm: Norm = "group"
+    inputs: Inputs = ()
+    spec: ModelSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", MODELS[self.name])
+        if not self.inputs:
+            object.__setattr__(self, "inputs", inputs_of(self.input_shape))
+
+    @property
+    def own(self) -> bool:
+        """Whether the model is the user's: it may draw, and do whatever needs real tensors, where it is made."""
+        return self.spec.initialize is None
 
     @cached_property
     def full(self) -> nn.Module:
         """The whole model on the ``meta`` device (shapes without memory)."""
+        if self.own:
+            return self._formed(self._on_meta())
         with torch.device("meta"):
             return self._formed(self._dense(FULL))
+
+    @cached_property
+    def _any(self) -> nn.Module:
+        """A model of the user's as it was made for some seed: for shapes and constants."""
+        return self._initial(0)
+
+    def _on_meta(self) -> nn.Module:
+        model = copy.deepcopy(self._any)
+        ties = _ties(model)
+        return _tied(model.to("meta"), ties)
+
+    @property
+    def kept_dense(self) -> dict[str, str]:
+        """Weighted layers that are not factorised because they cannot be, and why; none for a dense model."""
+        if self.form == "dense":
+            return {}
+        if self.own:
+            return lod.unfactorisable(self._any)
+        with torch.device("meta"):
+            return lod.unfactorisable(self._dense(FULL))
 
     @property
     def has_norms(self) -> bool:
         """Whether the network normalises its channels: GroupNorm, or the static norm in its place."""
         return any(isinstance(x, nn.GroupNorm | LeadingGroupNorm | StaticNorm) for x in self.full.modules())
+
+    @cached_property
+    def needs_calibration(self) -> bool:
+        """Whether evaluation needs the statistics of ``static_norm.calibrate``."""
+        return has_static_norms(self.full)
 
     @cached_property
     def full_size(self) -> Size:
@@ -85,10 +130,10 @@ class Architecture:
         """
         model = self._initial(seed)
         with one_thread():
-            return {name: tensor.detach() for name, tensor in self._formed(model).state_dict().items()}
+            return state_of(self._formed(model))
 
     def _initial(self, seed: int) -> nn.Module:
-        draw = MODELS[self.name].initialize
+        draw = self.spec.initialize
         if draw is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -125,7 +170,18 @@ class Architecture:
 
     def on_cpu(self, model: nn.Module) -> nn.Module:
         """Give a model of this architecture memory on the CPU, with uninitialised tensors."""
-        return self.with_constants(model.to_empty(device="cpu"))
+        ties = _ties(model)
+        return self.with_constants(_tied(model.to_empty(device="cpu"), ties))
+
+    def measurable(self, size: Size | None = None) -> nn.Module:
+        """Return the model (None: the whole one) on the CPU, for measurements to which values do not matter."""
+        model = copy.deepcopy(self.full) if size is None else self.build(size)
+        if not self.own:
+            return model.to_empty(device="cpu")
+        model = self.on_cpu(model)
+        for tensor in state_of(model).values():
+            tensor.zero_()
+        return model
 
     def with_constants(self, model: nn.Module) -> nn.Module:
         """Give a model of this architecture the buffers that are no part of its state (a table of positions, say)."""
@@ -137,9 +193,9 @@ class Architecture:
     @cached_property
     def _constants(self) -> State:
         state = self.full.state_dict()
-        if all(name in state for name, _ in self.full.named_buffers()):
+        if not self.own or all(name in state for name, _ in self.full.named_buffers()):
             return {}
-        return {name: tensor for name, tensor in self._initial(0).named_buffers() if name not in state}
+        return {name: tensor for name, tensor in self._any.named_buffers() if name not in state}
 
     def size_of(self, state: Mapping[str, Tensor]) -> Size:
         """Return the size that the factors of ``state`` have (a shrunken model's ranks); dense models are whole."""
@@ -166,12 +222,16 @@ class Architecture:
                 counts.add(channels)
                 return channels
 
-        with torch.device("meta"):
-            MODELS[self.name].build(self.input_shape, self.num_classes, Recorder())
+        if self.spec.scales:
+            with torch.device("cpu" if self.own else "meta"), torch.random.fork_rng(devices=[]):
+                self.spec.build(self.input_shape, self.num_classes, Recorder())
         return counts
 
     def _dense(self, width: Fraction) -> nn.Module:
-        model = MODELS[self.name].build(self.input_shape, self.num_classes, Scale(width))
+        model = self.spec.build(self.input_shape, self.num_classes, Scale(width))
+        if self.own:
+            _settle(model, self.inputs, self.name)
+            use_static_batch_norms(model)
         if self.norm == "static":
             use_static_norms(model)
         if self.scaler and width != FULL:
@@ -182,13 +242,49 @@ class Architecture:
         return dense if self.form == "dense" else lod.factorize(dense, dense_layers(dense, self.keep_dense))
 
 
+@torch.no_grad()
+def _settle(model: nn.Module, inputs: Inputs, name: str) -> None:
+    """Let the lazy modules of a new model see an example, which gives them their shapes and their start."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name!r} is {type(model).__name__}: its row must make a torch.nn.Module")
+    if any(
+        isinstance(x, nn.UninitializedParameter | nn.UninitializedBuffer)
+        for x in (*model.parameters(), *model.buffers())
+    ):
+        model(*example_inputs(inputs, 2))
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that are the same as an earlier one: ``name -> first name``."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: known for name, x in named if (known := first.setdefault(id(x), name)) != name}
+
+
+def _tied(model: nn.Module, ties: Mapping[str, str]) -> nn.Module:
+    """Return ``model`` with the ties that taking it to another device has undone."""
+    for name, first in ties.items():
+        path, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(path), parameter, model.get_parameter(first))
+    return model
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def dense_layers(model: nn.Module, keep_dense: str) -> list[str]:
-    """Resolve ``keep_dense`` to layer names: ``first-conv``, ``head`` (last linear layer), ``none`` and plain names."""
-    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    """Return the names of the layers that stay dense.
+
+    ``keep_dense`` says which: ``first-conv``, ``head`` (last linear layer), ``none`` and plain names. Those that cannot
+    be factorised are dense in any case.
+    """
+    convs = [name for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {"first-conv": convs[:1], "head": linears[-1:], "none": []}
     names: dict[str, None] = {}
     for word in keep_dense.replace(",", " ").split():
         check_name("layer in model.keep-dense", word, [*groups, *convs, *linears])
         names.update(dict.fromkeys(groups.get(word, [word])))
-    return list(names)
+    known = dict(model.named_modules())
+    cannot = [name for name in lod.unfactorisable(model) if lod.is_candidate(known[name])]
+    return list(names | dict.fromkeys(cannot))

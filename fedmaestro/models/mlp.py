@@ -1,11 +1,11 @@
-"""Multi-layer perceptron for small images."""
+"""Multi-layer perceptron for small images and other examples of a fixed shape."""
 
 import math
 from collections import OrderedDict
 
 from torch import nn
 
-from fedmaestro.models.shape import InputShape, image_dims
+from fedmaestro.models.shape import InputShape
 from fedmaestro.models.width import Scale
 
 
@@ -15,7 +15,7 @@ def mlp(input_shape: InputShape, num_classes: int, scale: Scale) -> nn.Module:
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
-            fc1=nn.Linear(math.prod(image_dims("mlp", input_shape)), hidden),
+            fc1=nn.Linear(math.prod(input_shape), hidden),
             relu1=nn.ReLU(),
             fc2=nn.Linear(hidden, hidden),
             relu2=nn.ReLU(),

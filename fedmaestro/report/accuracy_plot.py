@@ -1,4 +1,4 @@
-"""Test accuracy per tier over communication rounds and over virtual time."""
+"""The main metric per tier over communication rounds and over virtual time."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -16,7 +16,7 @@ from fedmaestro.report.figure import (
     svg_text,
     tier_colors,
 )
-from fedmaestro.report.format import MISSING
+from fedmaestro.report.format import Shown
 from fedmaestro.runs.records import RoundRecord
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _Rounds = Sequence[RoundRecord]
 
 
 def plot_tier_accuracy(rounds: _Rounds, path_without_suffix: Path | str, title: str = "") -> tuple[Path, Path]:
-    """Draw test accuracy (%) per tier over rounds and, where time was simulated, over virtual time.
+    """Draw the main metric (accuracy in %) per tier over rounds and, where time was simulated, over virtual time.
 
     Args:
         rounds: Lines of ``rounds.jsonl``.
@@ -53,19 +53,30 @@ def tier_accuracy_svg(rounds: _Rounds, title: str = "") -> str:
 
 
 def y_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the limits of the accuracy axis in percent, from the curves after the first quarter of the run.
+    """Return the limits of the metric's axis as shown, from the curves after the first quarter of the run.
 
-    Every final value lies inside; the steep start may be cut off.
+    Every final value lies inside; the bad start may be cut off.
     """
+    show = _shown(curves)
     last = max((curve.rounds[-1] for curve in curves), default=0)
     settled = [curve.final for curve in curves if curve.finite]
     for curve in curves:
-        settled += [a for n, a in zip(curve.rounds, curve.accuracy, strict=True) if n >= _SETTLED * last and a == a]
+        settled += [a for n, a in zip(curve.rounds, curve.values, strict=True) if n >= _SETTLED * last and a == a]
     if not settled:
-        return 0.0, 100.0
-    low, high = 100 * min(settled), 100 * max(settled + [curve.best for curve in curves if curve.finite])
+        return 0.0, show.factor
+    bests = [curve.best for curve in curves if curve.finite]
+    low, high = show.factor * min(settled + bests), show.factor * max(settled + bests)
+    if not show.metric.percent:
+        margin = max(0.06 * (high - low), 0.005 * abs(high)) or 0.1
+        return low - margin, high + margin
+    if show.metric.higher_is_better:
+        low = show.factor * min(settled)
     margin = max(0.06 * (high - low), (_MIN_SPAN - (high - low)) / 2, 0.15)
     return max(low - margin, -1.5), min(high + margin, max(101.5, low + _MIN_SPAN))
+
+
+def _shown(curves: Sequence[Curve]) -> Shown:
+    return Shown(curves[0].metric) if curves else Shown()
 
 
 def _figure(rounds: _Rounds, title: str) -> "Figure":
@@ -90,7 +101,7 @@ def _draw(axes: "Axes", curves: Sequence[Curve], positions: Sequence[Sequence[fl
         marker = markers[index % len(markers)]
         axes.plot(
             x,
-            [100 * value for value in curve.accuracy],
+            [_shown(curves).factor * value for value in curve.values],
             color=colors[index],
             marker=marker,
             # Staggered where points are many; where they are few, each evaluation shows.
@@ -113,19 +124,19 @@ def _finish(figure: "Figure", axes: "Sequence[Axes]", curves: Sequence[Curve], t
 
     low, high = y_limits(curves)
     axes[0].set_ylim(low, high)
-    axes[0].set_ylabel("Test accuracy (%)")
+    axes[0].set_ylabel(_shown(curves).label("Test {metric}"))
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     if title:
         figure.suptitle(title, fontsize=11.5, fontweight="bold")
     if curves:
         _legend(figure, axes[0], curves)
-    note = _note(curves, low, has_time=len(axes) == 2)
+    note = _note(curves, low, high, has_time=len(axes) == 2)
     if note:
         figure.supxlabel(note, fontsize=8.5, color=MUTED)
 
 
 def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve]) -> None:
-    """List the tiers in order, final accuracy first: digits line up, and no label overlaps another."""
+    """List the tiers in order, final value first: digits line up, and no label overlaps another."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -136,7 +147,7 @@ def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve]) -> None:
         handles,
         [f"{_final(curve)}  {short_name(curve.tier)}" for curve in curves],
         loc="outside right upper",
-        title="Final accuracy (%)\nper tier, largest first",
+        title=f"{_shown(curves).label('Final {metric}')}\nper tier, largest first",
         title_fontsize=9.5,
         alignment="left",
         frameon=False,
@@ -145,15 +156,23 @@ def _legend(figure: "Figure", axes: "Axes", curves: Sequence[Curve]) -> None:
 
 
 def _final(curve: Curve) -> str:
-    """Return the final accuracy in percent, padded with figure spaces to the width of 100.0."""
-    text = f"{100 * curve.final:.1f}" if curve.finite else MISSING
-    return text.rjust(5, "\N{FIGURE SPACE}")
+    """Return the final value, padded with figure spaces to the width of 100.0."""
+    return Shown(curve.metric).number(curve.final, 1).rjust(5, "\N{FIGURE SPACE}")
 
 
-def _note(curves: Sequence[Curve], low: float, *, has_time: bool) -> str:
+def _note(curves: Sequence[Curve], low: float, high: float, *, has_time: bool) -> str:
     if not any(curve.finite for curve in curves):
         return "no round has been evaluated yet"
-    lowest = 100 * min(min(curve.finite) for curve in curves if curve.finite)
-    cut = f"the y axis starts at {low:.1f} %: the start of the run, from {lowest:.1f} %, is cut off"
-    notes = ([cut] if lowest < low else []) + ([] if has_time else ["no virtual time"])
+    show = _shown(curves)
+    worst = show.metric.worst(show.metric.worst(curve.finite) or 0.0 for curve in curves if curve.finite)
+    start, edge = show.factor * (worst or 0.0), low if show.metric.higher_is_better else high
+    unit = show.unit
+    where = "starts" if show.metric.higher_is_better else "ends"
+    cut = f"the y axis {where} at {edge:{_digits(show)}}{unit}: the start of the run, from "
+    cut += f"{start:{_digits(show)}}{unit}, is cut off"
+    notes = ([cut] if show.is_worse(start, edge) else []) + ([] if has_time else ["no virtual time"])
     return "; ".join(notes)
+
+
+def _digits(show: Shown) -> str:
+    return ".1f" if show.metric.percent else ".4g"

@@ -16,12 +16,13 @@ from fedmaestro.report.compare_figure import (
     NOTE,
     NOTHING,
     Scale,
-    accuracy_scale,
     apply_scale,
     even_ticks,
     failed,
     family_legend,
     followed,
+    is_beyond,
+    metric_scale,
     ranked,
     titled_figure,
 )
@@ -29,6 +30,7 @@ from fedmaestro.report.compare_table import family, is_whole, seeds_text
 from fedmaestro.report.cost_plot import log_ticks
 from fedmaestro.report.curves import as_number, time_unit
 from fedmaestro.report.figure import SERIES_COLORS, short_name
+from fedmaestro.report.format import Shown
 from fedmaestro.report.rank_plot import spread
 from fedmaestro.runs.records import Results, Series
 from fedmaestro.runs.records import StrategyResults as Row
@@ -64,26 +66,28 @@ class Line:
 
 
 def accuracy_round_figure(results: Results) -> "Figure":
-    """Draw the accuracy (%), mean over tiers, over communication rounds."""
-    lines = _accuracy_lines(results, "round")
-    return _curves(results, lines, _rounds_x(lines), _accuracy_y(lines))
+    """Draw the main metric, mean over tiers, over communication rounds."""
+    lines = _metric_lines(results, "round")
+    return _curves(results, lines, _rounds_x(lines), _metric_y(results, lines))
 
 
 def accuracy_bytes_figure(results: Results) -> "Figure":
-    """Draw the accuracy (%), mean over tiers, over the bytes that all devices sent and received."""
-    lines = _accuracy_lines(results, "bytes")
+    """Draw the main metric, mean over tiers, over the bytes that all devices sent and received."""
+    lines = _metric_lines(results, "bytes")
     most = max(_known(lines, "x"), default=0.0)
     unit, size = next(((unit, size) for unit, size in _BYTE_UNITS if most >= 2 * size), ("B", 1.0))
     lines = [_in_units(line, size) for line in lines]
-    return _curves(results, lines, _cost_x(lines, "Traffic of all devices, down and up", unit), _accuracy_y(lines))
+    return _curves(
+        results, lines, _cost_x(lines, "Traffic of all devices, down and up", unit), _metric_y(results, lines)
+    )
 
 
 def accuracy_time_figure(results: Results) -> "Figure":
-    """Draw the accuracy (%), mean over tiers, over virtual time."""
-    lines = _accuracy_lines(results, "virtual_seconds")
+    """Draw the main metric, mean over tiers, over virtual time."""
+    lines = _metric_lines(results, "virtual_seconds")
     unit, size = time_unit(max(_known(lines, "x"), default=0.0))
     lines = [_in_units(line, size) for line in lines]
-    return _curves(results, lines, _cost_x(lines, "Virtual time", unit), _accuracy_y(lines))
+    return _curves(results, lines, _cost_x(lines, "Virtual time", unit), _metric_y(results, lines))
 
 
 def tail_energy_figure(results: Results) -> "Figure":
@@ -128,8 +132,9 @@ def _cost_x(lines: Sequence[Line], label: str, unit: str) -> Scale:
     return _zero_scale(ends, f"{label} ({unit})", lines)
 
 
-def _accuracy_y(lines: Sequence[Line]) -> Scale:
-    """Return the accuracy axis: all that follows the first third of the runs is inside, the start may be cut off."""
+def _metric_y(results: Results, lines: Sequence[Line]) -> Scale:
+    """Return the metric's axis: all that follows the first third of the runs is inside, the start may be cut off."""
+    metric = results.metric
     last = max((line.rounds[-1] for line in lines), default=0)
     settled = [
         (value, line.failed)
@@ -138,21 +143,27 @@ def _accuracy_y(lines: Sequence[Line]) -> Scale:
         if number >= min(_SETTLED * last, line.rounds[-1])
         for value in values
     ]
-    scale = accuracy_scale(followed(settled), "Mean accuracy of tiers", count=_tick_count(lines))
-    lowest = min(_known([line for line in lines if not line.failed], "mean"), default=100.0)
-    return replace(scale, note=f"the start, from {lowest:.0f} %, is cut off" if lowest < scale.low else "")
+    show = Shown(metric)
+    scale = metric_scale(followed(settled, metric), show, "Mean {metric} of tiers", count=_tick_count(lines))
+    worst = metric.worst(_known([line for line in lines if not line.failed], "mean"))
+    if worst is None or not is_beyond(worst, scale, metric):
+        return scale
+    start = f"{worst:.0f}" if metric.percent else f"{worst:.3g}"
+    return replace(scale, note=f"the start, from {start}{show.unit}, is cut off")
 
 
 def _tick_count(lines: Sequence[Line]) -> int:
     return 7 if len(lines) <= _TOGETHER else 5
 
 
-def _accuracy_lines(results: Results, x_key: str) -> list[Line]:
-    def mean_of_tiers(series: Series) -> list[float]:
-        tiers = [series.accuracy[tier] for tier in results.tiers]
-        return [100 * statistics.fmean(map(as_number, scores)) for scores in zip(*tiers, strict=True)]
+def _metric_lines(results: Results, x_key: str) -> list[Line]:
+    show = Shown(results.metric)
 
-    lines = [_line(row, results, x_key, mean_of_tiers) for row in ranked(results)]
+    def mean_of_tiers(series: Series) -> list[float]:
+        tiers = [series.values[tier] for tier in results.tiers]
+        return [show.factor * statistics.fmean(map(as_number, scores)) for scores in zip(*tiers, strict=True)]
+
+    lines = [_line(row, results, x_key, mean_of_tiers, show=show) for row in ranked(results)]
     return [line for line in lines if line is not None]
 
 
@@ -169,7 +180,9 @@ def _layer_lines(results: Results, key: str, floor: float | None = None) -> list
     return [line for line in lines if line is not None]
 
 
-def _line(row: Row, results: Results, x_key: str, measure: Measure, floor: float | None = None) -> Line | None:
+def _line(
+    row: Row, results: Results, x_key: str, measure: Measure, floor: float | None = None, show: Shown | None = None
+) -> Line | None:
     """Return the line over the rounds that any seed has evaluated; None where no point can be drawn."""
     points: dict[int, list[tuple[float, float]]] = {}
     for series in row.series:
@@ -187,7 +200,7 @@ def _line(row: Row, results: Results, x_key: str, measure: Measure, floor: float
         name=short_name(row.name),
         family=family(row),
         failed=row in failed(results),
-        final=f"{_ending(*drawn[-1], floor)}{note}",
+        final=f"{_ending(*drawn[-1], floor, show)}{note}",
         rounds=rounds,
         x=x,
         mean=mean,
@@ -196,8 +209,10 @@ def _line(row: Row, results: Results, x_key: str, measure: Measure, floor: float
     )
 
 
-def _ending(_: float, mean: float, high: float, floor: float | None) -> str:
-    """Return the last value in words, with its standard deviation where that is one of percentages."""
+def _ending(_: float, mean: float, high: float, floor: float | None, show: Shown | None) -> str:
+    """Return the last value in words, with its standard deviation where that is no logarithm's."""
+    if show is not None and not show.metric.percent:
+        return f"{mean:.4g} ± {high - mean:.2g}" if high > mean else f"{mean:.4g}"
     if floor is not None:
         return f"≤ {floor:g} %" if mean < 1.001 * floor else f"{mean:.2g} %"
     return f"{mean:.2f} ± {high - mean:.2f} %" if high > mean else f"{mean:.2f} %"
@@ -274,11 +289,13 @@ def _draw_line(axes: "Axes", line: Line, y: Scale, color: str) -> tuple[float, f
     axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
     axes.plot(line.x, line.mean, color=color, linewidth=1.7)
     at, value = [pair for pair in zip(line.x, line.mean, strict=True) if all(map(math.isfinite, pair))][-1]
-    below = value < y.low
-    axes.plot(at, max(value, y.low), "v" if below else "o", color=color, markersize=4.5, clip_on=False, zorder=3)
-    if below:
-        axes.annotate("below the axis", (at, y.low), (-4, 5), textcoords="offset points", ha="right", **NOTE)
-    return at, max(value, y.low)
+    below, above = value < y.low, value > y.high
+    inside, marker = min(max(value, y.low), y.high), "v" if below else "^" if above else "o"
+    axes.plot(at, inside, marker, color=color, markersize=4.5, clip_on=False, zorder=3)
+    if below or above:
+        words, shift = ("below the axis", 5) if below else ("above the axis", -12)
+        axes.annotate(words, (at, inside), (-4, shift), textcoords="offset points", ha="right", **NOTE)
+    return at, inside
 
 
 def _draw_background(axes: "Axes", lines: Sequence[Line]) -> None:

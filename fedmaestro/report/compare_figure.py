@@ -1,7 +1,7 @@
 """What the pictures of a comparison share: the order of strategies, axes, titles, legends.
 
-Strategies stand in the order of their final accuracy (mean over tiers and seeds), best first. Accuracy axes follow the
-field: a strategy that fails does not squash the others, what it reaches is said in words.
+Strategies stand in the order of their final value (mean over tiers and seeds), best first. Axes of the metric follow
+the field: a strategy that fails does not squash the others, what it reaches is said in words.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedmaestro.report.compare_table import overall_stat
 from fedmaestro.report.figure import MUTED, SERIES_COLORS, new_figure
-from fedmaestro.runs.records import Results
+from fedmaestro.report.format import Shown
+from fedmaestro.runs.records import MetricFacts, Results
 from fedmaestro.runs.records import StrategyResults as Row
 
 if TYPE_CHECKING:
@@ -46,36 +47,56 @@ class Scale:
 
 
 def ranked(results: Results) -> list[Row]:
-    """Return the strategies by final accuracy (mean over tiers), best first; those without one last."""
-    means = [(overall_stat(row, "mean", "final").mean, row) for row in results.strategies]
-    return [row for _, row in sorted(means, key=lambda pair: math.inf if math.isnan(pair[0]) else -pair[0])]
+    """Return the strategies by final value (mean over tiers), best first; those without one last."""
+    sign = -1 if results.metric.higher_is_better else 1
+    means = [(overall_stat(results, row, "mean", "final").mean, row) for row in results.strategies]
+    return [row for _, row in sorted(means, key=lambda pair: math.inf if math.isnan(pair[0]) else sign * pair[0])]
 
 
 def failed(results: Results) -> list[Row]:
-    """Return the strategies whose final accuracy lies far below the others': accuracy axes do not follow them."""
-    means = {row.name: 100 * overall_stat(row, "mean", "final").mean for row in results.strategies}
+    """Return the strategies whose final value is far worse than the others': axes do not follow them."""
+    sign = 1 if results.metric.higher_is_better else -1
+    means = {row.name: sign * overall_stat(results, row, "mean", "final").shown_mean for row in results.strategies}
     known = [mean for mean in means.values() if math.isfinite(mean)]
     if not known:
         return []
     median = statistics.median(known)
-    lowest = median - _FAR * max(max(known) - median, _MIN_LEAD)
+    least = _MIN_LEAD if results.metric.percent else _MIN_LEAD / 100 * abs(median)
+    lowest = median - _FAR * max(max(known) - median, least)
     return [row for row in results.strategies if means[row.name] < lowest]
 
 
-def followed(values: Sequence[tuple[float, bool]]) -> list[float]:
+def followed(values: Sequence[tuple[float, bool]], metric: MetricFacts) -> list[float]:
     """Return what an axis must hold of (value, whether the strategy has failed): not what only failures reach."""
-    lowest = min((value for value, far in values if not far and math.isfinite(value)), default=-math.inf)
-    return [value for value, _ in values if value >= lowest]
+    good = [value for value, far in values if not far and math.isfinite(value)]
+    worst = metric.worst(good)
+    return [value for value, _ in values if worst is None or not metric.better(worst, value)]
 
 
-def accuracy_scale(values: Sequence[float], label: str, *, room: float = 0.04, count: int = 8) -> Scale:
-    """Return an axis in percent that holds all finite values and ``room`` (a share of its length) on both sides."""
+def is_beyond(value: float, scale: "Scale", metric: MetricFacts) -> bool:
+    """Return whether a value lies beyond the bad end of an axis."""
+    return value < scale.low if metric.higher_is_better else value > scale.high
+
+
+def bad_end(scale: "Scale", metric: MetricFacts) -> float:
+    """Return the end of an axis where values are worst."""
+    return scale.low if metric.higher_is_better else scale.high
+
+
+def metric_scale(values: Sequence[float], show: Shown, label: str, *, room: float = 0.04, count: int = 8) -> Scale:
+    """Return an axis that holds all finite values (as shown) and ``room`` (a share of its length) on both sides."""
+    label = show.label(label)
+    if not show.metric.percent:
+        finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+        span = max(finite) - min(finite) or abs(max(finite)) or 1.0
+        low, high = min(finite) - room * span, max(finite) + room * span
+        return Scale(label=label, low=low, high=high, ticks=even_ticks(low, high, count))
     known = [value for value in values if math.isfinite(value)] or [0.0, 100.0]
     lack = max(_MIN_SPAN - max(known) + min(known), 0.0) / 2
     low, high = max(min(known) - lack, 0.0), min(max(known) + lack, 100.0)
     margin = room * (high - low)
     ticks = even_ticks(low - margin, min(high + margin, 100.0), count)
-    return Scale(label=f"{label} (%)", low=low - margin, high=high + margin, ticks=ticks)
+    return Scale(label=label, low=low - margin, high=high + margin, ticks=ticks)
 
 
 def even_ticks(low: float, high: float, count: int) -> list[float]:

@@ -9,7 +9,6 @@ from fedmaestro.report import compare_curves, compare_plots
 from fedmaestro.report.compare_figure import ranked
 from fedmaestro.report.compare_table import (
     BUDGETS,
-    SCORE_NOTE,
     budget,
     family,
     is_whole,
@@ -17,6 +16,7 @@ from fedmaestro.report.compare_table import (
     overall_stat,
     protocol,
     score_columns,
+    score_note,
     seeds_text,
     table_csv,
     table_markdown,
@@ -24,7 +24,7 @@ from fedmaestro.report.compare_table import (
 )
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.figure import inline_svg, plot_style, save_figure
-from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds
 from fedmaestro.report.html import Cell, Content, Markup, details, document, escape, pairs, table
 from fedmaestro.runs.records import Results
 
@@ -45,7 +45,7 @@ class Plot:
 PLOTS = (
     Plot(
         name="tier_accuracy",
-        heading="Accuracy per tier",
+        heading="{Metric} per tier",
         caption="Best mean first. A wide row serves its tiers unequally.",
         draw=compare_plots.tier_accuracy_figure,
     ),
@@ -57,19 +57,19 @@ PLOTS = (
     ),
     Plot(
         name="accuracy_rounds",
-        heading="Accuracy over rounds",
-        caption="Mean over tiers, best final accuracy first.",
+        heading="{Metric} over rounds",
+        caption="Mean over tiers, best final value first.",
         draw=compare_curves.accuracy_round_figure,
     ),
     Plot(
         name="accuracy_bytes",
-        heading="Accuracy over traffic",
+        heading="{Metric} over traffic",
         caption="Mean over tiers, over what all devices have received and sent until then.",
         draw=compare_curves.accuracy_bytes_figure,
     ),
     Plot(
         name="accuracy_time",
-        heading="Accuracy over virtual time",
+        heading="{Metric} over virtual time",
         caption="Mean over tiers, over the simulated time of the federation.",
         draw=compare_curves.accuracy_time_figure,
     ),
@@ -163,7 +163,7 @@ def _warning(results: Results) -> str:
 
 
 def _remark(results: Results) -> str:
-    note = f"<p>Test accuracy in %, {escape(SCORE_NOTE)} Bold: the best of a column. Click a heading to sort.</p>"
+    note = f"<p>{escape(score_note(results))} Bold: the best of a column. Click a heading to sort.</p>"
     remark = macs_remark(results)
     return note + (f'\n<p class="warning">{escape(remark)}</p>' if remark else "")
 
@@ -221,11 +221,12 @@ def _cost_table(results: Results) -> str:
 
 def _plot(results: Results, plot: Plot, svg: str) -> str:
     best = ranked(results)[0]
-    text = overall_stat(best, "mean", "final").text
-    summary = "" if text == MISSING else f" Best final mean of tiers: {best.name}, {text} %."
-    label = escape(f"{plot.heading} of {len(results.strategies)} strategies. {plot.caption}{summary}")
+    text, show = overall_stat(results, best, "mean", "final").text, Shown(results.metric)
+    summary = "" if text == MISSING else f" Best final mean of tiers: {best.name}, {text}{show.unit}."
+    heading = plot.heading.format(metric=show.name, Metric=f"{show.name[:1].upper()}{show.name[1:]}")
+    label = escape(f"{heading} of {len(results.strategies)} strategies. {plot.caption}{summary}")
     picture = inline_svg(svg, plot.name.replace("_", "-"), label)
-    return f'<h3>{plot.heading}</h3>\n<p>{escape(plot.caption)}</p>\n<div class="plot">{picture}</div>'
+    return f'<h3>{escape(heading)}</h3>\n<p>{escape(plot.caption)}</p>\n<div class="plot">{picture}</div>'
 
 
 def _row_table(results: Results) -> str:

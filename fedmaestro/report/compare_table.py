@@ -9,12 +9,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.format import MISSING, format_bytes, format_count
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count
 from fedmaestro.runs.records import Results, Scores
 from fedmaestro.runs.records import StrategyResults as Row
 
@@ -50,22 +50,33 @@ _SAME_MACS = 0.03  # families whose MACs differ by more than this are not the sa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fractions:
-    """Accuracies (fractions) over seeds: mean and sample standard deviation, nan where unknown, and one per seed."""
+class Values:
+    """The main metric over seeds: mean and sample standard deviation, nan where unknown, and one value per seed."""
 
     mean: float = math.nan
     std: float = math.nan
     values: tuple[float, ...] = ()
+    show: Shown = field(default_factory=Shown)
+
+    @property
+    def shown_mean(self) -> float:
+        """The mean as pictures show it: in percent, if it is a share."""
+        return self.show.factor * self.mean
+
+    @property
+    def shown_std(self) -> float:
+        """The standard deviation as pictures show it; 0 for one seed."""
+        return 0.0 if math.isnan(self.std) else self.show.factor * self.std
 
     @property
     def mean_text(self) -> str:
-        """The mean in percent with two decimals: what prints the same counts as equal."""
-        return MISSING if math.isnan(self.mean) else f"{100 * self.mean:.2f}"
+        """The mean as tables show it: what prints the same counts as equal."""
+        return self.show.number(self.mean)
 
     @property
     def text(self) -> str:
-        """``97.41 ± 0.15`` in percent, without the latter for one seed."""
-        return self.mean_text if math.isnan(self.std) else f"{self.mean_text} ± {100 * self.std:.2f}"
+        """``97.41 ± 0.15``, without the latter for one seed."""
+        return self.mean_text if math.isnan(self.std) else f"{self.mean_text} ± {self.show.number(self.std)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +99,14 @@ class MacsGap:
     excess: float
 
 
-def tier_stat(row: Row, tier: str, kind: Kind) -> Fractions:
-    """Return the accuracy of one tier."""
-    return _fractions(row.tiers.get(tier), kind)
+def tier_stat(results: Results, row: Row, tier: str, kind: Kind) -> Values:
+    """Return the main metric of one tier."""
+    return _values(results, row.tiers.get(tier), kind)
 
 
-def overall_stat(row: Row, over: Literal["mean", "worst"], kind: Kind) -> Fractions:
-    """Return the accuracy over all tiers: their mean, or the worst."""
-    return _fractions(getattr(row, over), kind)
+def overall_stat(results: Results, row: Row, over: Literal["mean", "worst"], kind: Kind) -> Values:
+    """Return the main metric over all tiers: their mean, or the worst."""
+    return _values(results, getattr(row, over), kind)
 
 
 def family(row: Row) -> str:
@@ -120,13 +131,22 @@ def unfinished(results: Results) -> list[str]:
 
 
 def score_columns(results: Results) -> list[Column]:
-    """Return the columns of the result table: accuracies in percent and, last, the monotone seeds."""
-    rows = results.strategies
-    columns = [_score_column(tier, [tier_stat(row, tier, "final") for row in rows]) for tier in results.tiers]
-    columns.append(_score_column("Mean of tiers", [overall_stat(row, "mean", "final") for row in rows]))
-    columns.append(_score_column("Worst tier", [overall_stat(row, "worst", "final") for row in rows]))
-    columns.append(_score_column("Best round: mean", [overall_stat(row, "mean", "best") for row in rows]))
-    columns.append(_score_column("Best round: worst", [overall_stat(row, "worst", "best") for row in rows]))
+    """Return the columns of the result table: the main metric and, last, the monotone seeds."""
+    rows, show = results.strategies, Shown(results.metric)
+
+    def column(heading: str, stats: list[Values]) -> Column:
+        best = _are_best([stat.mean for stat in stats], [stat.mean_text for stat in stats], show)
+        return Column(heading=heading, texts=[s.text for s in stats], values=[s.mean for s in stats], best=best)
+
+    overall: tuple[tuple[str, Literal["mean", "worst"], Kind], ...] = (
+        ("Mean of tiers", "mean", "final"),
+        ("Worst tier", "worst", "final"),
+        ("Best round: mean", "mean", "best"),
+        ("Best round: worst", "worst", "best"),
+    )
+    columns = [column(tier, [tier_stat(results, row, tier, "final") for row in rows]) for tier in results.tiers]
+    for heading, over, kind in overall:
+        columns.append(column(heading, [overall_stat(results, row, over, kind) for row in rows]))
     return [*columns, _monotone_column(rows)]
 
 
@@ -155,6 +175,13 @@ def macs_remark(results: Results) -> str:
     )
 
 
+def score_note(results: Results) -> str:
+    """Return what the numbers of the result table are."""
+    show = Shown(results.metric)
+    direction = "" if show.metric.higher_is_better else " (lower is better)"
+    return f"Test {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
+
+
 def protocol(results: Results) -> dict[str, str]:
     """Return the settings that all cells share, as text, and whether the families' MACs were matched."""
     settings = {
@@ -175,7 +202,7 @@ def table_markdown(results: Results) -> str:
         "" if results.complete else f"**Incomplete**{f': {lacking}' if lacking else ''}",
         f"Remark: {_md(remark)}" if (remark := macs_remark(results)) else "",
         "## Results",
-        f"Test accuracy in %, {SCORE_NOTE} Bold: the best of a column.",
+        f"{score_note(results)} Bold: the best of a column.",
         _result_table(results),
         "## Budgets",
         "Per example, or per device and round; memory is the peak of a training step.",
@@ -187,28 +214,31 @@ def table_markdown(results: Results) -> str:
 def table_csv(results: Results) -> str:
     """Return ``table.csv``: one line per strategy, finished seed and tier, numbers in full precision.
 
-    Accuracies are fractions; an unknown number is empty; ``ranks`` is JSON.
+    Shares are fractions; an unknown number is empty; ``ranks`` is JSON.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["strategy", "seed", "tier", "final_accuracy", "best_accuracy", *_CSV_BUDGETS])
+    metric = results.metric.name
+    writer.writerow(["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS])
     for row in results.strategies:
         for index, seed in enumerate(row.seeds):
             for tier in results.tiers:
-                scores = [_nth(tier_stat(row, tier, kind), index) for kind in ("final", "best")]
+                scores = [_nth(tier_stat(results, row, tier, kind), index) for kind in ("final", "best")]
                 cells = [_csv_cell(budget(row, tier, key)) for key in _CSV_BUDGETS]
                 writer.writerow([row.name, seed, tier, *scores, *cells])
     return buffer.getvalue()
 
 
-def _fractions(scores: Scores | None, kind: Kind) -> Fractions:
+def _values(results: Results, scores: Scores | None, kind: Kind) -> Values:
+    show = Shown(results.metric)
     if scores is None:
-        return Fractions()
+        return Values(show=show)
     stat = scores.final if kind == "final" else scores.best
-    return Fractions(mean=as_number(stat.mean), std=as_number(stat.std), values=tuple(map(as_number, stat.values)))
+    known = tuple(map(as_number, stat.values))
+    return Values(mean=as_number(stat.mean), std=as_number(stat.std), values=known, show=show)
 
 
-def _nth(stat: Fractions, index: int) -> float | str:
+def _nth(stat: Values, index: int) -> float | str:
     value = stat.values[index] if index < len(stat.values) else math.nan
     return "" if math.isnan(value) else value
 
@@ -222,23 +252,21 @@ def _csv_cell(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value
 
 
-def _score_column(heading: str, stats: Sequence[Fractions]) -> Column:
-    best = _are_best([stat.mean for stat in stats], [stat.mean_text for stat in stats])
-    return Column(heading=heading, texts=[s.text for s in stats], values=[s.mean for s in stats], best=best)
-
-
 def _monotone_column(rows: Sequence[Row]) -> Column:
     counts = [(as_number(row.monotone_seeds), len(row.seeds)) for row in rows]
     known = [seeds > 0 and not math.isnan(count) for count, seeds in counts]
     texts = [f"{n:.0f} of {seeds}" if ok else MISSING for (n, seeds), ok in zip(counts, known, strict=True)]
     values = [n / seeds if ok else math.nan for (n, seeds), ok in zip(counts, known, strict=True)]
-    return Column(heading="Monotone seeds", texts=texts, values=values, best=_are_best(values, list(map(str, values))))
+    return Column(
+        heading="Monotone seeds", texts=texts, values=values, best=_are_best(values, list(map(str, values)), Shown())
+    )
 
 
-def _are_best(values: Sequence[float], texts: Sequence[str]) -> list[bool]:
-    """Return which values print the same as the highest; none is the best of fewer than two."""
-    known = [(value, text) for value, text in zip(values, texts, strict=True) if not math.isnan(value)]
-    top = max(known)[1] if len(known) > 1 else None
+def _are_best(values: Sequence[float], texts: Sequence[str], show: Shown) -> list[bool]:
+    """Return which values print the same as the best; none is the best of fewer than two."""
+    known = {value: text for value, text in zip(values, texts, strict=True) if not math.isnan(value)}
+    best = show.metric.best(known) if sum(not math.isnan(value) for value in values) > 1 else None
+    top = None if best is None else known[best]
     return [text == top for text in texts]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.facts import headline, mean_and_worst, tier_facts
-from fedmaestro.report.format import format_percent
+from fedmaestro.report.facts import headline, mean_and_worst, shown, tier_facts
+from fedmaestro.report.format import Shown
 from fedmaestro.report.html import Cell, Content, Markup, escape, table
 from fedmaestro.runs.reader import RunRecord
 
@@ -20,16 +20,20 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def comparison(runs: Sequence[RunRecord], names: Sequence[str], anchors: Sequence[str]) -> str:
-    """Return the table of runs: strategy, seed, mean, worst and each tier's final accuracy."""
+    """Return the table of runs: strategy, seed, mean, worst and each tier's final value of the main metric."""
     tiers = list(dict.fromkeys(tier for run in runs for tier in tier_facts(run)))
     scores = [_scores(run, tiers) for run in runs]
-    best = [_best(column) for column in zip(*scores, strict=True)]
+    names_of_metrics = list(dict.fromkeys(shown(run).name for run in runs))
+    # Columns of different metrics have no best one.
+    show = shown(runs[0]) if len(names_of_metrics) == 1 else None
+    best = [_best(column, show) for column in zip(*scores, strict=True)]
     rows = [
         _row(run, _link(run, name, anchor), values, best)
         for run, name, anchor, values in zip(runs, names, anchors, scores, strict=True)
     ]
     header = ["Run", "Strategy", "Objective", "Seed", "Mean over tiers", "Worst tier", *tiers]
-    note = "<p>Final test accuracy. Bold: the best of a column. Click a heading to sort.</p>"
+    metrics = escape(", ".join(names_of_metrics))
+    note = f"<p>Final test {metrics}. Bold: the best of a column. Click a heading to sort.</p>"
     return f"<section>\n<h2>Comparison</h2>\n{note}\n{table(header, rows, sortable=True)}\n</section>"
 
 
@@ -44,20 +48,21 @@ def _link(run: RunRecord, name: str, anchor: str) -> Markup:
 
 def _scores(run: RunRecord, tiers: Sequence[str]) -> list[float]:
     facts = tier_facts(run)
-    return [*mean_and_worst(run), *(as_number(facts.get(tier, {}).get("final_accuracy")) for tier in tiers)]
+    return [*mean_and_worst(run), *(as_number(facts.get(tier, {}).get("final")) for tier in tiers)]
 
 
-def _best(column: Sequence[float]) -> str:
+def _best(column: Sequence[float], show: Shown | None) -> str:
     """Return the best of a column as it is printed: runs that print the same share the mark."""
-    known = [value for value in column if value == value]
-    return format_percent(max(known, default=None))
+    if show is None:
+        return ""
+    return show.text(show.metric.best(value for value in column if value == value))
 
 
 def _row(run: RunRecord, link: Markup, scores: Sequence[float], best: Sequence[str]) -> list[Content]:
-    facts = headline(run)
+    facts, show = headline(run), shown(run)
     seed = Cell(facts["seed"], float(facts["seed"]) if facts["seed"].isdecimal() else float("nan"))
     cells = [
-        Cell(format_percent(score), score, best=score == score and format_percent(score) == top)
+        Cell(show.text(score), score, best=score == score and show.text(score) == top)
         for score, top in zip(scores, best, strict=True)
     ]
     return [link, facts["strategy"], facts["objective"], seed, *cells]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from fedmaestro.report.figure import (
     short_name,
     svg_text,
 )
-from fedmaestro.report.format import format_count
+from fedmaestro.report.format import Shown, format_count
+from fedmaestro.runs.records import MetricFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +73,24 @@ METRICS = {
         min_margin=0.003,
     ),
 }
+
+
+def _metric(name: str, facts: Mapping[str, Any] | None) -> Metric:
+    """Return how a metric is drawn: one of ``METRICS``, or by what the curve says of it."""
+    if name in METRICS:
+        return METRICS[name]
+    show = Shown(MetricFacts(**(facts or {"name": name, "percent": False})))
+    if not show.metric.higher_is_better:
+        label = f"Test {name} (log scale, lower is better)"
+        return replace(METRICS["perplexity"], label=label, text=lambda value: f"{value:.3g}")
+    return Metric(
+        label=show.label("Test {metric}"),
+        text=lambda value: f"{value:.3g}{show.unit}",
+        factor=show.factor,
+        lower_is_better=False,
+        min_span=0.03 * show.factor,
+        min_margin=0.0015 * show.factor,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +186,10 @@ def log_ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
 
 
 def _read(curve: Mapping[str, Any]) -> Curve:
-    name = curve["metric"]
-    if name not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {name!r}")
-    metric = METRICS[name]
+    name, facts = curve["metric"], curve.get("facts")
+    if name not in METRICS and facts is None:
+        raise ValueError(f"metric {name!r} is none of {', '.join(METRICS)}, and the curve does not say what it is")
+    metric = _metric(name, facts)
 
     def point(row: Mapping[str, Any]) -> Point:
         shown = metric.factor * as_number(row.get("value"))

@@ -1,50 +1,58 @@
-"""Accuracy per tier over rounds and over virtual time, from the lines of ``rounds.jsonl``."""
+"""The main metric per tier over rounds and over virtual time, from the lines of ``rounds.jsonl``."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmaestro.runs.records import RoundRecord
+from fedmaestro.runs.records import ACCURACY, MetricFacts, RoundRecord
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The test accuracy of one tier at the rounds in which it was evaluated.
+    """The main metric of one tier on the test set, at the rounds in which it was evaluated.
 
     Attributes:
         tier: Name of the tier.
         rounds: Communication rounds; 0 is the initial model.
         virtual_seconds: Simulated time since the start of the run at the end of each of these rounds.
-        accuracy: Fractions 0..1; nan where the evaluation gave none.
+        values: Shares are fractions 0..1; nan where the evaluation gave none.
+        metric: The metric.
 
     """
 
     tier: str
     rounds: tuple[int, ...]
     virtual_seconds: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    values: tuple[float, ...]
+    metric: MetricFacts = ACCURACY
 
     @property
     def finite(self) -> tuple[float, ...]:
-        return tuple(value for value in self.accuracy if math.isfinite(value))
+        return tuple(value for value in self.values if math.isfinite(value))
 
     @property
     def final(self) -> float:
-        """The last accuracy that is a number; nan if there is none."""
+        """The last value that is a number; nan if there is none."""
         return self.finite[-1] if self.finite else math.nan
 
     @property
     def best(self) -> float:
-        return max(self.finite, default=math.nan)
+        best = self.metric.best(self.finite)
+        return math.nan if best is None else best
 
 
 def tier_curves(rounds: Sequence[RoundRecord]) -> tuple[Curve, ...]:
     """Return one curve per tier in the order in which the tiers are listed: largest first."""
-    clock = _virtual_clock(rounds)
+    clock, metric = _virtual_clock(rounds), metric_of(rounds)
     names = dict.fromkeys(name for row in rounds for name in row.tiers)
-    return tuple(_curve(name, rounds, clock) for name in names)
+    return tuple(_curve(name, rounds, clock, metric) for name in names)
+
+
+def metric_of(rounds: Sequence[RoundRecord]) -> MetricFacts:
+    """Return the main metric of a run, which its first round says; older runs have accuracies."""
+    return next((row.metric for row in rounds if row.metric is not None), ACCURACY)
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -66,11 +74,11 @@ def _virtual_clock(rounds: Sequence[RoundRecord]) -> list[float]:
     return clock
 
 
-def _curve(name: str, rounds: Sequence[RoundRecord], clock: Sequence[float]) -> Curve:
+def _curve(name: str, rounds: Sequence[RoundRecord], clock: Sequence[float], metric: MetricFacts) -> Curve:
     points = [
-        (row.round, now, as_number(row.tiers[name].get("accuracy")))
+        (row.round, now, as_number(row.tiers[name].get(metric.name)))
         for row, now in zip(rounds, clock, strict=True)
         if name in row.tiers
     ]
-    numbers, times, accuracies = zip(*points, strict=True)
-    return Curve(tier=name, rounds=numbers, virtual_seconds=times, accuracy=accuracies)
+    numbers, times, values = zip(*points, strict=True)
+    return Curve(tier=name, rounds=numbers, virtual_seconds=times, values=values, metric=metric)

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedmaestro.config.base import flatten
-from fedmaestro.report.curves import as_number, tier_curves
-from fedmaestro.report.format import MISSING
+from fedmaestro.report.curves import as_number, metric_of, tier_curves
+from fedmaestro.report.format import MISSING, Shown
 from fedmaestro.runs.reader import RunRecord
+
+NAN = float("nan")
 
 # The keys of summary.json and, for a run without one, where the configuration says the same.
 HEADLINE = {
@@ -36,14 +38,29 @@ def run_title(run: RunRecord) -> str:
 
 
 def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """Return the facts of each tier, largest tier first; a run without summary has only accuracies."""
-    facts = {
-        curve.tier: {"final_accuracy": curve.final, "best_accuracy": curve.best} for curve in tier_curves(run.rounds)
-    }
+    """Return the facts of each tier, largest tier first; a run without summary has only ``final`` and ``best``."""
+    facts = {curve.tier: {"final": curve.final, "best": curve.best} for curve in tier_curves(run.rounds)}
     if run.summary is not None:
         for name, known in run.summary.tiers.items():
             facts[name] = {**facts.get(name, {}), **known.to_dict()}
     return facts
+
+
+def shown(run: RunRecord) -> Shown:
+    """Return how the run's main metric is shown."""
+    return Shown(metric_of(run.rounds) if run.summary is None else run.summary.metric)
+
+
+def other_metrics(run: RunRecord) -> dict[str, dict[str, float]]:
+    """Return the other metrics of each tier in the last evaluated round: ``{metric: {tier: value}}``."""
+    last = next((row for row in reversed(run.rounds) if row.tiers), None)
+    main = shown(run).name
+    found: dict[str, dict[str, float]] = {}
+    for tier, values in (last.tiers if last else {}).items():
+        for name, value in values.items():
+            if name not in (main, "loss"):
+                found.setdefault(name, {})[tier] = as_number(value)
+    return found
 
 
 def totals(run: RunRecord) -> dict[str, float]:
@@ -69,12 +86,12 @@ def full_ranks(run: RunRecord) -> dict[str, int]:
 
 
 def mean_and_worst(run: RunRecord) -> tuple[float, float]:
-    """Return the mean and the worst final accuracy over the tiers, as fractions; nan where there is none."""
+    """Return the mean and the worst final value over the tiers; nan where there is none."""
     if run.summary is not None:
-        return as_number(run.summary.mean_tier_accuracy), as_number(run.summary.worst_tier_accuracy)
-    finals = [as_number(facts.get("final_accuracy")) for facts in tier_facts(run).values()]
+        return as_number(run.summary.mean_tier), as_number(run.summary.worst_tier)
+    finals = [as_number(facts.get("final")) for facts in tier_facts(run).values()]
     finals = [value for value in finals if value == value]
-    return (sum(finals) / len(finals), min(finals)) if finals else (float("nan"), float("nan"))
+    return (sum(finals) / len(finals), as_number(shown(run).metric.worst(finals))) if finals else (NAN, NAN)
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmaestro.runs.records import ACCURACY, MetricFacts
 
 MISSING = "–"  # what a table shows where a number is unknown or not a number
 
@@ -24,6 +27,54 @@ def format_percent(fraction: float | None, digits: int = 1) -> str:
     if fraction is None or not math.isfinite(fraction):
         return MISSING
     return f"{100 * fraction:.{digits}f} %"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How values of a metric are shown: shares in percent, others as they are."""
+
+    metric: MetricFacts = ACCURACY
+
+    @property
+    def name(self) -> str:
+        """The metric in words."""
+        return self.metric.name
+
+    @property
+    def factor(self) -> float:
+        """Shown value by value."""
+        return 100.0 if self.metric.percent else 1.0
+
+    @property
+    def unit(self) -> str:
+        """What stands behind a shown value."""
+        return " %" if self.metric.percent else ""
+
+    @property
+    def heading(self) -> str:
+        """``accuracy %``."""
+        return f"{self.name}{self.unit}"
+
+    def label(self, what: str) -> str:
+        """Return the label of an axis: ``Test accuracy (%)``, ``Test rmse (lower is better)``."""
+        label = what.format(metric=self.name)
+        notes = ["%" if self.metric.percent else "", "" if self.metric.higher_is_better else "lower is better"]
+        return f"{label} ({', '.join(filter(None, notes))})" if any(notes) else label
+
+    def number(self, value: float | None, digits: int = 2) -> str:
+        """Return a value without its unit: ``digits`` decimals in percent, four significant digits otherwise."""
+        if value is None or not math.isfinite(value):
+            return MISSING
+        return f"{100 * value:.{digits}f}" if self.metric.percent else f"{value:.4g}"
+
+    def text(self, value: float | None, digits: int = 1) -> str:
+        """Return a value with its unit."""
+        number = self.number(value, digits)
+        return number if number == MISSING else f"{number}{self.unit}"
+
+    def is_worse(self, left: float, right: float) -> bool:
+        """Return whether ``left`` is worse than ``right``."""
+        return self.metric.better(right, left)
 
 
 def format_seconds(s: float | None) -> str:

@@ -7,26 +7,26 @@ from typing import Any
 from fedmaestro.report.accuracy_plot import tier_accuracy_svg
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.facts import (
+    NAN,
     flat_config,
     full_ranks,
     headline,
     mean_and_worst,
+    other_metrics,
     rank_history,
     run_title,
+    shown,
     tier_facts,
     totals,
 )
 from fedmaestro.report.figure import inline_svg
-from fedmaestro.report.format import MISSING, format_bytes, format_count, format_percent, format_seconds
+from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds
 from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
 from fedmaestro.report.rank_plot import tier_rank_svg
 from fedmaestro.runs.reader import RunRecord
 
 # Column, key in the summary's tier, formatter. Memory and download are those of one device.
 _COLUMNS = (
-    ("Devices", "devices", format_count),
-    ("Final accuracy", "final_accuracy", format_percent),
-    ("Best accuracy", "best_accuracy", format_percent),
     ("Parameters", "params", format_count),
     ("MACs per example", "macs_per_example", format_count),
     ("Training memory", "train_memory_bytes", format_bytes),
@@ -50,8 +50,8 @@ def run_section(run: RunRecord, name: str, anchor: str) -> str:
         _totals(run),
         "<h3>Tiers</h3>",
         _tier_table(run),
-        "<h3>Test accuracy per tier</h3>",
-        _accuracy_plot(run, anchor),
+        f"<h3>Test {escape(shown(run).name)} per tier</h3>",
+        _metric_plot(run, anchor),
         _rank_plot(run, anchor),
         _partition_plot(run),
         _config(run),
@@ -75,11 +75,11 @@ def _interrupted(run: RunRecord) -> str:
 
 
 def _totals(run: RunRecord) -> str:
-    sums, (mean, worst) = totals(run), mean_and_worst(run)
+    sums, (mean, worst), show = totals(run), mean_and_worst(run), shown(run)
     lost = f"{sums['failed']:.0f} failed, {sums['dropped']:.0f} dropped"
     facts = {
-        "mean tier accuracy": format_percent(mean),
-        "worst tier accuracy": format_percent(worst),
+        f"mean tier {show.name}": show.text(mean),
+        f"worst tier {show.name}": show.text(worst),
         "rounds": f"{sums['rounds']:.0f}",
         "download, all devices": format_bytes(sums["download_bytes"]),
         "upload, all devices": format_bytes(sums["upload_bytes"]),
@@ -87,7 +87,7 @@ def _totals(run: RunRecord) -> str:
         "wall time": format_seconds(sums["wall_seconds"]),
         "device updates lost": lost if sums["failed"] + sums["dropped"] else "0",
     }
-    items = (f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    items = (f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
     return f'<dl class="totals">{"".join(items)}</dl>'
 
 
@@ -95,22 +95,49 @@ def _tier_table(run: RunRecord) -> str:
     tiers = tier_facts(run)
     if not tiers:
         return "<p>No round has been evaluated yet.</p>"
-    header = ["Tier", *(name for name, _, _ in _COLUMNS), "Ranks"]
-    note = "<p>Training memory and download per round are those of one device.</p>"
+    show, others = shown(run), other_metrics(run)
+    scores = [f"Final {show.name}", f"Best {show.name}", *(f"Final {name}" for name in others), *_own_test(run)]
+    header = ["Tier", "Devices", *scores, *(name for name, _, _ in _COLUMNS), "Ranks"]
+    own = " Own test: over the tier's devices, each on its own test examples." if _own_test(run) else ""
+    note = f"<p>Training memory and download per round are those of one device.{own}</p>"
     return note + table(header, (_tier_row(run, name, facts) for name, facts in tiers.items()))
 
 
 def _tier_row(run: RunRecord, name: str, facts: Mapping[str, Any]) -> list[Content]:
-    notes = {"final_accuracy": _final_round(run, facts)}
-    cells = []
+    show = shown(run)
+    final, best = as_number(facts.get("final")), as_number(facts.get("best"))
+    devices = as_number(facts.get("devices"))
+    cells = [
+        Cell(format_count(devices), devices),
+        Cell(show.text(final) + _final_round(run, facts), final),
+        Cell(show.text(best), best),
+        *(_plain(values.get(name, NAN)) for values in other_metrics(run).values()),
+        *(Cell(show.text(row.get(name)), as_number(row.get(name))) for row in _own_test(run).values()),
+    ]
     for _, key, to_text in _COLUMNS:
         value = as_number(facts.get(key))
-        cells.append(Cell(to_text(value) + notes.get(key, ""), value))
+        cells.append(Cell(to_text(value), value))
     return [name, *cells, _ranks(facts.get("ranks"))]
 
 
+def _plain(value: float) -> Cell:
+    """Return a value of another metric: nobody has said whether it is a share."""
+    return Cell(f"{value:.4g}" if value == value else MISSING, value)
+
+
+def _own_test(run: RunRecord) -> dict[str, dict[str, float | None]]:
+    """Return what the devices of each tier reached on their own tests in the last evaluated round, by heading."""
+    last = next((row.device_test for row in reversed(run.rounds) if row.device_test), {})
+    if not last:
+        return {}
+    return {
+        "Own test, mean": {tier: row["mean"] for tier, row in last.items()},
+        "Own test, worst tenth": {tier: row["worst_decile"] for tier, row in last.items()},
+    }
+
+
 def _final_round(run: RunRecord, facts: Mapping[str, Any]) -> str:
-    """Return the round of the final accuracy where that was measured before the last one."""
+    """Return the round of the final value where that was measured before the last one."""
     measured, last = as_number(facts.get("final_round")), as_number(run.summary.rounds if run.summary else None)
     return f" (round {measured:.0f})" if measured < last else ""
 
@@ -125,8 +152,8 @@ def _ranks(ranks: object) -> Content:
     return details(f"{len(pairs)} layers", Markup(escape(", ".join(pairs))))
 
 
-def _accuracy_plot(run: RunRecord, anchor: str) -> str:
-    label = escape(f"Test accuracy per tier over rounds and virtual time: {run_title(run)}")
+def _metric_plot(run: RunRecord, anchor: str) -> str:
+    label = escape(f"Test {shown(run).name} per tier over rounds and virtual time: {run_title(run)}")
     return f'<div class="plot">{inline_svg(tier_accuracy_svg(run.rounds), f"{anchor}-accuracy", label)}</div>'
 
 

@@ -4,19 +4,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
+from fedmaestro import rng
+from fedmaestro.clients import OBJECTIVES
 from fedmaestro.config.base import describe
 from fedmaestro.config.experiment import PREFIXES, ExperimentConfig
-from fedmaestro.data import (
-    DATASETS,
-    PARTITIONS,
-    cached_partition,
-    data_folder,
-    load_dataset,
-    partition_fingerprint,
-)
+from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder, partition_fingerprint
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.learned import Rederivation
 from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
@@ -24,8 +20,20 @@ from fedmaestro.fleet.tiers import assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.method import Method, method_of
-from fedmaestro.tasks.images import image_task
+from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
+from fedmaestro.tasks.fitting import fitted
+from fedmaestro.tasks.opening import as_asked, open_data
 from fedmaestro.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTests:
+    """Examples that devices are tested on, one by one; none of a federation that does not do that."""
+
+    examples: tuple[np.ndarray, ...] = ()
+    """Sorted indices of every device."""
+    held_out: bool = False
+    """Whether they are training examples that nobody trains on, and not test examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +47,17 @@ class Environment:
     """Sorted training indices of every device."""
     tier_of: tuple[int, ...]
     """Tier of every device, as an index into the fleet."""
+    device_tests: DeviceTests
+    """What every device is tested on, besides the test set."""
     plan: Plan
     """The run's first plan; ranks may change later (``rederivation``, ``plan_at``)."""
+    code: Code = NO_CODE
+    """The user's."""
+
+    @cached_property
+    def shipped_code(self) -> dict[str, Any]:
+        """What messages say of the user's code."""
+        return shipped(self.code)
 
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
@@ -69,18 +86,32 @@ class Environment:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of data, partition and fleet: whoever differs in it would train something else."""
+        """Hash of data, partition, fleet and the user's code: whoever differs in it would train something else."""
         tiers = [(plan.tier.model_dump_json(), plan.serves.size.describe()) for plan in self.plan.tiers]
         parts = partition_fingerprint(self.parts)
-        return hashlib.sha256(f"{self.task.fingerprint} {parts} {self.tier_of} {tiers}".encode()).hexdigest()
+        code = f" {self.code.fingerprint}" if self.code else ""
+        return hashlib.sha256(f"{self.task.fingerprint} {parts} {self.tier_of} {tiers}{code}".encode()).hexdigest()
 
 
-def open_environment(config: ExperimentConfig, progress: Callable[[int, int], None] | None = None) -> Environment:
+def open_environment(
+    config: ExperimentConfig,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    code: Code = NO_CODE,
+    data_fingerprint: str = "",
+) -> Environment:
     """Build the environment; data and partitions come from the cache from the second time on.
+
+    Args:
+        config: the experiment.
+        progress: is told (done, total) while the data are decoded for the first time.
+        code: the user's; it is loaded before any name is looked up.
+        data_fingerprint: of the data that the server has made of a dataset of the user's.
 
     Raises:
         UserError: whatever is wrong with the configuration or the data, before anything of the run is written.
     """
+    activate(code)
     method = method_of(config)
     data, train = config.data, config.train
     tiers = load_tiers(config.fleet.preset, config.fleet.file)
@@ -90,48 +121,157 @@ def open_environment(config: ExperimentConfig, progress: Callable[[int, int], No
         ("data.partition", data.partition, PARTITIONS),
     ):
         check_name(key, name, known)
-    if train.devices_per_round > data.devices:
+    if data.devices is not None:
+        assign_tiers(tiers, data.devices, config.seed)  # what is wrong with it shows before data are decoded
+    task = open_data(
+        data.name,
+        data_folder(data.dir),
+        progress=progress,
+        data_fingerprint=data_fingerprint,
+        crop_flip=data.augment == "crop-flip",
+        file=data.file,
+        columns=data.columns,
+    )
+    task = as_asked(task, data.task, data.metrics)
+    method = _of_task(config, method, task)
+    devices = data.devices if data.devices is not None else _users(task)
+    if train.devices_per_round > devices:
         raise UserError(
             f"train.devices-per-round={train.devices_per_round} is more than "
-            f"data.devices={data.devices}: lower it, or simulate more devices"
+            f"data.devices={devices}: lower it, or simulate more devices"
         )
-    tier_of = assign_tiers(tiers, data.devices, config.seed)
-    dataset = load_dataset(data.name, data_folder(data.dir), progress=progress)
-    task = image_task(dataset)
+    _check_correction(config, method)
+    tier_of = assign_tiers(tiers, devices, config.seed)
+    architecture, task = _architecture(config, method, task)
     plan = make_plan(
-        _architecture(config, method, task),
+        architecture,
         tiers,
         method.submodel,
         batch_size=train.batch_size,
-        momentum=train.momentum > 0,
+        slots=method.optimizer.slots(train.momentum),
         passes=method.objective.passes,
         match_macs=config.fleet.match_macs,
     )
     _check_needs(config, plan, method)
-    parts = cached_partition(
-        dataset,
-        scheme=data.partition,
-        num_devices=data.devices,
-        seed=config.seed,
-        alpha=data.alpha,
-        classes_per_device=data.classes_per_device,
-        min_examples=data.min_examples,
+    with user_code(f"partition {data.partition!r}"):
+        parts = cached_partition(
+            task.fingerprint,
+            task.labels,
+            groups=task.groups,
+            count=task.examples,
+            scheme=data.partition,
+            num_devices=devices,
+            seed=config.seed,
+            alpha=data.alpha,
+            classes_per_device=data.classes_per_device,
+            min_examples=data.min_examples,
+        )
+    parts, device_tests = _device_tests(config, task, parts)
+    return Environment(
+        config=config,
+        method=method,
+        task=task,
+        parts=parts,
+        tier_of=tier_of,
+        device_tests=device_tests,
+        plan=plan,
+        code=code,
     )
-    return Environment(config=config, method=method, task=task, parts=parts, tier_of=tier_of, plan=plan)
 
 
-def _architecture(config: ExperimentConfig, method: Method, task: Task) -> Architecture:
-    architecture = Architecture(
-        name=config.model.name,
-        input_shape=task.input_shape,
-        num_classes=task.num_classes,
-        keep_dense=config.model.keep_dense,
-        norm=method.norm,
+def _device_tests(
+    config: ExperimentConfig, task: Task, parts: tuple[np.ndarray, ...]
+) -> tuple[tuple[np.ndarray, ...], DeviceTests]:
+    """Return what devices train on and what they are tested on."""
+    if share := config.data.device_test:
+        kept, held = [], []
+        for device, part in enumerate(parts):
+            order = rng.generator(config.seed, "device-test", device).permutation(part)
+            count = min(round(share * len(part)), len(part) - 1) if len(part) else 0
+            held.append(np.sort(order[:count]))
+            kept.append(np.sort(order[count:]))
+        return tuple(kept), DeviceTests(examples=tuple(held), held_out=True)
+    if task.groups is None or task.test_groups is None or config.data.partition != "natural":
+        return parts, DeviceTests()
+    owner = {int(user): device for device, part in enumerate(parts) for user in np.unique(task.groups[part])}
+    of = np.array([owner.get(int(user), -1) for user in task.test_groups])
+    return parts, DeviceTests(examples=tuple(np.nonzero(of == device)[0] for device in range(len(parts))))
+
+
+def _check_correction(config: ExperimentConfig, method: Method) -> None:
+    """Refuse control variates where the tensors that they belong to do not stay what they were."""
+    if method.correction == "none":
+        return
+    train, ranks = config.train, config.ranks
+    changes = [
+        step.name for step in method.server if any(step.rebases(number) for number in range(1, train.rounds + 1))
+    ]
+    for wrong, why in (
+        (train.optimizer != "sgd" or train.momentum > 0, "train.optimizer=sgd without momentum"),
+        (method.submodel.separate or method.submodel.rolls, "one model whose tensors stay in place"),
+        (method.freeze != "none", "train.freeze=none"),
+        (method.aggregation.mixes or changes, "factors that keep their basis (no re-ordering of columns)"),
+        (ranks.rule != "uniform" or ranks.shrink_threshold > 0, "ranks that stay (ranks.rule, ranks.shrink-threshold)"),
+    ):
+        if wrong:
+            raise UserError(f"train.correction={method.correction} needs {why}: strategy {method.name!r} differs")
+
+
+def _users(task: Task) -> int:
+    if task.groups is None:
+        raise UserError(
+            f"data.partition = 'natural': dataset {task.name!r} names no users: return groups from its function, or "
+            "use another partition"
+        )
+    return len(np.unique(task.groups))
+
+
+def _of_task(config: ExperimentConfig, method: Method, task: Task) -> Method:
+    """Return the method as it goes with the task: adjusting logits and masking classes is for classification."""
+    if task.labels is not None and task.goal.targets == "classes":
+        return method
+    if config.train.logit_adjustment:
+        raise UserError(
+            f"train.logit-adjustment={config.train.logit_adjustment}: task {task.goal.name!r} has no classes: leave it "
+            "out"
+        )
+    objective = method.objective
+    if objective.masked:
+        if config.train.objective is not None:
+            raise UserError(
+                f"train.objective={objective.name!r} masks classes, and task {task.goal.name!r} has none: use another"
+            )
+        objective = OBJECTIVES["own-prefix"]
+    return replace(
+        method,
+        logit_adjustment=0.0,
+        objective=objective,
+        settings={**method.settings, "train.logit-adjustment": 0.0, "train.objective": objective.name},
     )
+
+
+def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple[Architecture, Task]:
+    """Return the architecture for the task's examples, and the task with the examples as that takes them."""
+    architecture, task = fitted(
+        task,
+        lambda shaped: Architecture(
+            name=config.model.name,
+            input_shape=shaped.input_shape,
+            num_classes=shaped.num_classes,
+            inputs=shaped.inputs,
+            keep_dense=config.model.keep_dense,
+            norm=method.norm,
+        ),
+    )
+    if method.submodel.form == "dense" and not architecture.spec.scales:
+        raise UserError(
+            f"strategy {method.name!r} scales widths, and model {config.model.name!r} has no narrower form: give its "
+            "class a parameter scale and build it with scale(channels) channels, or use a strategy of rank prefixes"
+        )
     # A row's own scaler only where a norm layer follows: evaluation does not scale, and without norms it would see
     # other activations than training did.
     scales = method.scaler and (config.model.scaler == "on" or architecture.has_norms)
-    return replace(architecture, scaler=True) if scales else architecture
+    return replace(architecture, scaler=True) if scales else architecture, task
 
 
 def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
@@ -157,6 +297,7 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
 
 
 @lru_cache(maxsize=2)
-def environment_of(experiment: str) -> Environment:
+def environment_of(experiment: str, code: Code = NO_CODE, data_fingerprint: str = "") -> Environment:
     """Return the environment of a message's experiment (``ExperimentConfig`` as JSON), cached per process."""
-    return open_environment(ExperimentConfig.model_validate_json(experiment))
+    config = ExperimentConfig.model_validate_json(experiment)
+    return open_environment(config, code=code, data_fingerprint=data_fingerprint)

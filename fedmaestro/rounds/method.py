@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from fedmaestro.clients import OBJECTIVES, Objective
-from fedmaestro.config.base import Value, describe
-from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig
+from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, LocalOptimizer, Schedule
+from fedmaestro.config.base import Value
+from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig, decided_by_rows
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.rule import SubmodelRule
+from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
 from fedmaestro.strategies.base import AnyAggregation, factor_layers
 from fedmaestro.strategies.rows import PLAIN, STRATEGIES, SUBMODELS
@@ -30,8 +32,13 @@ class Method:
     objective: Objective
     aggregation: AnyAggregation
     server: tuple[ServerStep, ...]
+    optimizer: LocalOptimizer
+    schedule: Schedule
+    selection: Selection
     freeze: Literal["none", "v", "alternating"]
     logit_adjustment: float
+    proximal: float
+    correction: Literal["none", "scaffold"]
     norm: Norm
     scaler: bool
 
@@ -57,7 +64,7 @@ class Method:
 
 def switches() -> list[str]:
     """Return the settings that each strategy has a value of its own for."""
-    return [setting.key for setting in describe(ExperimentConfig) if setting.default == BY_STRATEGY.word]
+    return list(decided_by_rows())
 
 
 def method_of(config: ExperimentConfig) -> Method:
@@ -83,6 +90,13 @@ def method_of(config: ExperimentConfig) -> Method:
         ("train.aggregation", AGGREGATIONS),
     ):
         check_name(key, str(settings[key]), [*table, BY_STRATEGY.word])
+    train = config.train
+    for key, name, rows in (
+        ("train.optimizer", train.optimizer, OPTIMIZERS),
+        ("train.schedule", train.schedule, SCHEDULES),
+        ("train.selection", train.selection, SELECTIONS),
+    ):
+        check_name(key, name, rows)
     aggregation = AGGREGATIONS[str(settings["train.aggregation"])]
     for key, reason in aggregation.forbids.items():
         if set_to := config.get(key):
@@ -96,8 +110,13 @@ def method_of(config: ExperimentConfig) -> Method:
         objective=OBJECTIVES[str(settings["train.objective"])],
         aggregation=aggregation,
         server=chain_of(value, config.get),
+        optimizer=OPTIMIZERS[train.optimizer],
+        schedule=SCHEDULES[train.schedule],
+        selection=SELECTIONS[train.selection],
         freeze=settings["train.freeze"],  # type: ignore[arg-type]
         logit_adjustment=cast(float, settings["train.logit-adjustment"]),
+        proximal=cast(float, settings["train.proximal"]),
+        correction=settings["train.correction"],  # type: ignore[arg-type]
         norm=settings["model.norm"],  # type: ignore[arg-type]
         scaler=settings["model.scaler"] == "on",
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import RoundRecord, Summary
+from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary
 
 
 class Observer:
@@ -18,6 +18,9 @@ class Observer:
 
     def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
         """``done`` of ``total`` messages of this phase (train, evaluate) are back."""
+
+    def on_devices(self, record: DeviceRecord) -> None:
+        """What single devices reached in a round, just before ``on_round``: training losses, and their own tests."""
 
     def on_round(self, record: RoundRecord) -> None:
         """A round is complete and written; of a resumed run, those before it are told first."""

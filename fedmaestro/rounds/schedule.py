@@ -8,9 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fedmaestro import rng
 from fedmaestro.fleet.clock import close_round, device_timing
 from fedmaestro.fleet.plan import Plan, Submodel, TierPlan
+from fedmaestro.fleet.selection import SELECTIONS, History, Round, Selection, selected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,9 @@ def schedule_round(
     over_commit: float = 1.0,
     deadline_seconds: float | None = None,
     upload_bytes: Callable[[Submodel], int] = lambda submodel: submodel.cost.upload_bytes,
+    more_download_bytes: Callable[[Submodel], int] = lambda submodel: 0,  # noqa: ARG005
+    selection: Selection = SELECTIONS["uniform"],
+    history: History | None = None,
 ) -> Schedule:
     """Sample the devices of a round and group those that finish into cohorts.
 
@@ -71,6 +77,9 @@ def schedule_round(
         over_commit: sample this many times more devices.
         deadline_seconds: virtual limit of the round; None: there is none.
         upload_bytes: of a device that trained this submodel; less than all where it does not train every tensor.
+        more_download_bytes: what a device downloads besides the submodel.
+        selection: who is asked, of those that can be reached and have examples.
+        history: what is known of the devices; None: nothing yet.
 
     Returns:
         The schedule; without cohorts when no device is available.
@@ -80,22 +89,34 @@ def schedule_round(
     candidates = [
         device
         for device, tier in enumerate(tiers)
-        if tier.trains is not None and reachable[device] < tier.tier.availability
+        if tier.trains is not None and reachable[device] < tier.tier.availability and examples[device]
     ]
-    wanted = min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates))
-    drawn = rng.generator(seed, "sample", server_round).choice(len(candidates), wanted, replace=False)
-    sampled = sorted(candidates[i] for i in drawn)
-    trained = [submodel for d in sampled if (submodel := tiers[d].trains) is not None]
-    costs = [replace(submodel.cost, upload_bytes=upload_bytes(submodel)) for submodel in trained]
-    seconds = [
-        device_timing(tiers[d].tier, cost, examples[d] * local_epochs, tiers[d].step_macs).total
-        for d, cost in zip(sampled, costs, strict=True)
-    ]
-    outcome = close_round(seconds, devices_per_round, deadline_seconds)
+    costs = {
+        device: replace(
+            submodel.cost,
+            upload_bytes=upload_bytes(submodel),
+            download_bytes=submodel.cost.download_bytes + more_download_bytes(submodel),
+        )
+        for device in candidates
+        if (submodel := tiers[device].trains) is not None
+    }
+    seconds = np.full(len(tiers), np.nan)
+    for d in candidates:
+        seconds[d] = device_timing(tiers[d].tier, costs[d], examples[d] * local_epochs, tiers[d].step_macs).total
+    this = Round(
+        number=server_round,
+        wanted=min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates)),
+        tiers=np.asarray(tier_of, np.int64),
+        examples=np.asarray(examples, np.int64),
+        seconds=seconds,
+    )
+    known = History.empty(len(tiers)) if history is None else history
+    sampled = selected(selection, this, np.asarray(candidates, np.int64), known, seed)
+    outcome = close_round([float(seconds[d]) for d in sampled], devices_per_round, deadline_seconds)
     return Schedule(
         cohorts=_cohorts(plan, [sampled[i] for i in outcome.finished], tier_of, examples, cohort_size, local_epochs),
         dropped=tuple(sampled[i] for i in outcome.dropped),
-        download_bytes=sum(cost.download_bytes for cost in costs),
+        download_bytes=sum(costs[d].download_bytes for d in sampled),
         virtual_seconds=outcome.seconds,
     )
 

@@ -7,27 +7,34 @@ decoded outside, at the edge to Flower and to the checkpoint.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fedmaestro import rng
+from fedmaestro.config.experiment import FleetConfig, TrainConfig
+from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import BYTES_PER_SCALAR
 from fedmaestro.fleet.holders import expected_holders
 from fedmaestro.fleet.learned import Ranked, count_updates, no_updates, rederive
 from fedmaestro.fleet.plan import Plan, Submodel, encode_ranks
+from fedmaestro.fleet.selection import History
+from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.rounds import spectrum, storage
 from fedmaestro.rounds.device import CohortResult, DeviceReport
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.schedule import Cohort, Schedule, schedule_round
 from fedmaestro.rounds.storage import Models, Owner
 from fedmaestro.runs.checkpoint import Checkpoint, Key, below
-from fedmaestro.strategies.base import WEIGHTED_SUMS, AnyPartial
+from fedmaestro.runs.code import user_code
+from fedmaestro.strategies.base import WEIGHTED_SUMS, AnyPartial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.server_step import ChainMemory, Round, run_chain
-from fedmaestro.submodel import Signature, State, num_elements
-from fedmaestro.tasks.task import Score
+from fedmaestro.submodel import Signature, State, cut, load, num_elements
+from fedmaestro.tasks.task import CALIBRATION, Score, Task
 from fedmaestro.threads import one_thread
 
 
@@ -45,6 +52,12 @@ class ServerState:
     """Device updates that have trained each column, ``(R,)`` int64 by layer; empty where ranks cannot change."""
     plan: Plan
     """Who trains and is served what, at the current ranks."""
+    history: History
+    """What is known of the devices, for their selection."""
+    control: State = field(default_factory=dict)
+    """SCAFFOLD's control variate of the server; a tensor that is not there is zero."""
+    controls: Mapping[int, State] = field(default_factory=dict)
+    """Those of the devices that have trained."""
 
 
 def start(env: Environment) -> ServerState:
@@ -57,7 +70,8 @@ def start(env: Environment) -> ServerState:
             # A model of its own is held by all of its devices.
             models[owner] = link.start(models[owner], holders if owner is None else {})
     updates = no_updates(env.plan) if env.rederivation.active else {}
-    return ServerState(round=-1, models=models, updates=updates, plan=env.plan)
+    history = History.empty(len(env.parts))
+    return ServerState(round=-1, models=models, updates=updates, plan=env.plan, history=history)
 
 
 def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPartial], server_round: int) -> ServerState:
@@ -75,8 +89,12 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
             this = Round(
                 number=server_round, before=before, partial=partials[owner], aggregation=env.method.aggregation
             )
-            aggregated = env.method.aggregation.finish(this.partial, before)
-            state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
+            aggregation = env.method.aggregation
+            with user_code(f"aggregation {aggregation.name!r} in round {server_round}"):
+                aggregated = _same_shapes(aggregation.finish(this.partial, before), before, aggregation.name)
+            with user_code(f"server.steps in round {server_round}"):
+                state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
+            _same_shapes(state, before, "server.steps")
             models[owner] = _contiguous(storage.advanced(server.plan, state))
             memory[owner] = {
                 name: {slot: storage.advanced(server.plan, moments) for slot, moments in slots.items()}
@@ -87,8 +105,21 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
         for shapes, block in partials[None]:
             ranks = {layer: shapes[f"{layer}.v"][0] for layer in updates}
             updates = count_updates(updates, ranks, block.devices)
-    after = ServerState(round=server_round, models=models, memory=memory, updates=updates, plan=server.plan)
+    after = replace(server, round=server_round, models=models, memory=memory, updates=updates)
     return _rederived(env, after) if env.rederivation.due(server_round, env.config.train.rounds) else after
+
+
+def _same_shapes(state: Any, before: State, what: str) -> State:
+    """Return ``state``; UserError unless it has the tensors of the model before, by name and shape."""
+    if not isinstance(state, Mapping) or state.keys() != before.keys():
+        got = sorted(state)[:5] if isinstance(state, Mapping) else type(state).__name__
+        raise UserError(f"{what} must return every tensor of the model by its name, returned {got}")
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != tuple(before[name].shape):
+            raise UserError(
+                f"{what} returned {name!r} of shape {tuple(tensor.shape)}, it was {tuple(before[name].shape)}"
+            )
+    return dict(state)
 
 
 def _rederived(env: Environment, server: ServerState) -> ServerState:
@@ -97,13 +128,7 @@ def _rederived(env: Environment, server: ServerState) -> ServerState:
         plan=server.plan, state=server.models[None], memory=server.memory.get(None, {}), updates=server.updates
     )
     new = rederive(env.plan, now, env.rederivation)
-    return ServerState(
-        round=server.round,
-        models={None: new.state},
-        memory={None: new.memory},
-        updates=new.updates,
-        plan=new.plan,
-    )
+    return replace(server, models={None: new.state}, memory={None: new.memory}, updates=new.updates, plan=new.plan)
 
 
 def _contiguous(state: State) -> State:
@@ -114,6 +139,13 @@ def _contiguous(state: State) -> State:
 def schedule(env: Environment, server: ServerState, server_round: int) -> Schedule:
     """Return who trains in a round, and in which cohorts."""
     train, fleet = env.config.train, env.config.fleet
+    with user_code(f"selection {train.selection!r} in round {server_round}"):
+        return _scheduled(env, server, server_round, train, fleet)
+
+
+def _scheduled(
+    env: Environment, server: ServerState, server_round: int, train: TrainConfig, fleet: FleetConfig
+) -> Schedule:
     return schedule_round(
         plan=server.plan,
         tier_of=env.tier_of,
@@ -126,6 +158,9 @@ def schedule(env: Environment, server: ServerState, server_round: int) -> Schedu
         over_commit=fleet.over_commit,
         deadline_seconds=fleet.deadline_seconds,
         upload_bytes=lambda submodel: upload_bytes(env, submodel, server_round),
+        more_download_bytes=lambda submodel: control_bytes(env, submodel),
+        selection=env.method.selection,
+        history=server.history,
     )
 
 
@@ -138,7 +173,46 @@ def sent_back(env: Environment, submodel: Submodel, server_round: int) -> Signat
 def upload_bytes(env: Environment, submodel: Submodel, server_round: int) -> int:
     """Return the bytes of a device's upload."""
     kept = num_elements(submodel.shapes) - num_elements(dict(sent_back(env, submodel, server_round)))
-    return submodel.cost.upload_bytes - BYTES_PER_SCALAR * kept
+    return submodel.cost.upload_bytes - BYTES_PER_SCALAR * kept + control_bytes(env, submodel)
+
+
+def control_bytes(env: Environment, submodel: Submodel) -> int:
+    """Return the bytes that control variates add to a device's download, and to its upload."""
+    return BYTES_PER_SCALAR * num_elements(submodel.shapes) if env.method.correction == "scaffold" else 0
+
+
+def control_of(server: ServerState, submodel: Submodel) -> State:
+    """Return the server's control variate of a submodel."""
+    shapes = {name: shape for name, shape in submodel.shapes.items() if name in server.control}
+    return cut(server.control, shapes)
+
+
+def with_controls(env: Environment, server: ServerState, new: Mapping[int, State]) -> ServerState:
+    """Return the state after devices have sent their new control variates (``clients.scaffold``)."""
+    whole = server.models[None]
+    holders = {name: torch.zeros_like(whole[name], dtype=torch.float64) for name in whole}
+    for tier in server.plan.tiers:
+        if tier.trains is not None:
+            for name, shape in tier.trains.shapes.items():
+                add_to_leading_block(holders[name], env.tier_of.count(tier.index), shape)
+    change = {name: torch.zeros_like(whole[name], dtype=torch.float64) for name in whole}
+    for device in sorted(new):
+        known = server.controls.get(device, {})
+        for name, tensor in new[device].items():
+            moved = tensor.double() - (known[name].double() if name in known else 0.0)
+            add_to_leading_block(change[name], moved, tuple(tensor.shape))
+    names = {name for state in new.values() for name in state} | {*server.control}
+    control = {
+        name: (
+            (server.control[name].double() if name in server.control else 0.0)
+            + change[name] / holders[name].clamp(min=1)
+        )
+        .to(whole[name].dtype)
+        .contiguous()
+        for name in whole
+        if name in names
+    }
+    return replace(server, control=control, controls={**server.controls, **new})
 
 
 class Gathering:
@@ -148,6 +222,7 @@ class Gathering:
         partials: of the devices of each model.
         reports: of the devices that trained.
         failures: reason by device.
+        controls: new control variates by device.
     """
 
     def __init__(self, env: Environment, server: ServerState, schedule: Schedule, server_round: int) -> None:
@@ -160,6 +235,7 @@ class Gathering:
         self.partials = {owner: aggregation.init(server.models[owner], known) for owner, known in sizes.items()}
         self.reports: list[DeviceReport] = []
         self.failures: dict[int, str] = {}
+        self.controls: dict[int, State] = {}
         self._probes: dict[str, Tensor] = {}
         self._upload_bytes = 0
 
@@ -170,6 +246,7 @@ class Gathering:
         """Add the result of the next cohort."""
         self.failures |= result.failures
         self.reports += result.reports
+        self.controls |= result.controls
         self._upload_bytes += upload_bytes(self._env, cohort.submodel, self._round) * len(result.reports)
         if result.mean:
             owner, size = self._owner(cohort.submodel), sent_back(self._env, cohort.submodel, self._round)
@@ -206,21 +283,65 @@ class Gathering:
             return spectrum.factor_bias(self._probes, partial, means, before, segments)
 
 
-def evaluation_facts(server: ServerState, scores: Mapping[Submodel, Score]) -> dict[str, Any]:
+def evaluation_facts(task: Task, server: ServerState, scores: Mapping[Submodel, Score]) -> dict[str, Any]:
     """Return what ``RoundRecord`` says of an evaluation.
 
     Args:
+        task: what it was scored by.
         server: what was evaluated.
         scores: of the serving submodels whose evaluation succeeded.
     """
     tiers: dict[str, dict[str, float | None]] = {}
     for tier in server.plan.tiers:
         if (score := scores.get(tier.serves)) is not None:
-            tiers[tier.tier.name] = {"accuracy": score.accuracy, "loss": finite(score.loss)}
+            values = {name: finite(value) for name, value in task.values(score).items()}
+            tiers[tier.tier.name] = {**values, "loss": finite(score.loss)}
     smallest = server.plan.tiers[-1].serves.size.ranks
     if not tiers or not smallest or None not in server.models:
         return {"tiers": tiers}
     return {"tiers": tiers, "tail_energy": spectrum.tail_energy(server.models[None], smallest)}
+
+
+def device_facts(env: Environment, values: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Return what ``RoundRecord`` says of the devices' own tests: mean and spread of the main metric in each tier.
+
+    Args:
+        env: the experiment.
+        values: every metric of the devices that were tested.
+    """
+    main = env.task.main
+    facts: dict[str, dict[str, float | None]] = {}
+    for tier in env.plan.tiers:
+        own = [values[d][main.name] for d, index in enumerate(env.tier_of) if index == tier.index and d in values]
+        known = np.sort([x for x in own if math.isfinite(x)])
+        if len(known):
+            worst = known if main.higher_is_better else known[::-1]
+            facts[tier.tier.name] = {
+                "devices": len(known),
+                "mean": float(known.mean()),
+                "std": float(known.std(ddof=1)) if len(known) > 1 else None,
+                "worst_decile": float(worst[: math.ceil(len(known) / 10)].mean()),
+            }
+    return facts
+
+
+def norm_statistics(env: Environment, server: ServerState) -> dict[str | None, State]:
+    """Return what static norms evaluate by in each tier's model and, under None, in the whole one; often nothing."""
+    architecture, plan = server.plan.architecture, server.plan
+    if not architecture.needs_calibration:
+        return {}
+    sizes: dict[str | None, Submodel] = {tier.tier.name: tier.serves for tier in plan.tiers}
+    if None in server.models:
+        sizes[None] = plan.full
+    examples = env.task.calibration(env.config.seed, CALIBRATION)[0]
+    found: dict[str | None, State] = {}
+    with one_thread():
+        for name, submodel in sizes.items():
+            model = architecture.materialize(submodel.size)
+            load(model, storage.download(plan, server.models, submodel))
+            calibrate(model, *examples.inputs)
+            found[name] = statistics(model)
+    return found
 
 
 def finite(value: float) -> float | None:
@@ -252,6 +373,9 @@ def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
         for name, tensor in state.items()
     }
     tensors |= {("updates", layer): counts for layer, counts in server.updates.items()}
+    tensors |= {("control", name): tensor for name, tensor in server.control.items()}
+    tensors |= {("controls", str(d), name): x for d, state in server.controls.items() for name, x in state.items()}
+    tensors |= {("history", name): tensor for name, tensor in server.history.tensors().items()}
     ranks = "" if server.plan is env.plan else encode_ranks(server.plan)
     return Checkpoint(number=server.round, tensors=tensors, facts={"ranks": ranks}, fingerprint=env.fingerprint)
 
@@ -269,4 +393,17 @@ def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
         memory.setdefault(owner or None, {}).setdefault(step_name, {}).setdefault(slot, {})[name] = tensor
     counts = below(checkpoint.tensors, "updates")
     updates = {layer: counts[layer,] for layer in plan.full.size.ranks or {} if counts}
-    return ServerState(round=checkpoint.number, models=models, memory=memory, updates=updates, plan=plan)
+    history = History.of_tensors({name: tensor for (name,), tensor in below(checkpoint.tensors, "history").items()})
+    controls: dict[int, State] = {}
+    for (device, name), tensor in below(checkpoint.tensors, "controls").items():
+        controls.setdefault(int(device), {})[name] = tensor
+    return ServerState(
+        round=checkpoint.number,
+        models=models,
+        memory=memory,
+        updates=updates,
+        plan=plan,
+        history=history,
+        control={name: tensor for (name,), tensor in below(checkpoint.tensors, "control").items()},
+        controls=controls,
+    )

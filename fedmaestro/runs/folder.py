@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from fedmaestro.errors import UserError
 from fedmaestro.runs.reader import read_lines
-from fedmaestro.runs.records import Record, RoundRecord
+from fedmaestro.runs.records import DeviceRecord, Record, RoundRecord
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,14 @@ class RunFolder:
         finally:
             lock.release()
 
+    @property
+    def devices(self) -> Path:
+        return self.path / "devices.jsonl"
+
+    def append_devices(self, record: DeviceRecord) -> None:
+        """Append what single devices reached in a round."""
+        append_record(self.devices, record)
+
     def append(self, record: RoundRecord) -> None:
         """Append one round."""
         append_record(self.rounds, record)
@@ -90,7 +98,13 @@ class RunFolder:
         """Drop every line after round ``last`` (or cut short by a crash) and return the rest."""
         kept = [record for record in self.read_rounds() if record.round <= last]
         write_records(self.rounds, kept)
+        if self.devices.exists():
+            write_records(self.devices, [record for record in self.read_devices() if record.round <= last])
         return kept
+
+    def read_devices(self) -> list[DeviceRecord]:
+        """Return what single devices reached so far; a last line that a crash cut short is ignored."""
+        return read_lines(self.devices, DeviceRecord)
 
     def read_rounds(self) -> list[RoundRecord]:
         """Return the rounds so far; a last line that a crash cut short is ignored."""

@@ -17,11 +17,14 @@ from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.models.shape import Input, Inputs
+from fedmaestro.models.static_norm import set_statistics
 from fedmaestro.runs.checkpoint import file_key
+from fedmaestro.runs.code import activate, read_code
 from fedmaestro.runs.folder import write_atomically, write_record
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import Record
-from fedmaestro.submodel import State, cut, load
+from fedmaestro.submodel import State, cut, load, shapes_of
 
 
 def _size(form: Any) -> Size:
@@ -43,6 +46,21 @@ CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
 """In JSON exactly ``{"ranks": {layer: rank}}`` or ``{"width": "1/4"}``."""
 
 
+def _inputs(form: Any) -> Inputs:
+    try:
+        return tuple(x if isinstance(x, Input) else Input(tuple(map(int, x["shape"])), x["dtype"]) for x in form)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PydanticCustomError("inputs", f"no usable inputs: {type(error).__name__} {error}") from None
+
+
+def _inputs_form(inputs: Inputs) -> list[dict[str, Any]]:
+    return [{"shape": list(x.shape), "dtype": x.dtype} for x in inputs]
+
+
+CardInputs = Annotated[Inputs, PlainValidator(_inputs), PlainSerializer(_inputs_form)]
+"""In JSON ``[{"shape": [1, 28, 28], "dtype": "float32"}, …]``."""
+
+
 class ModelCard(Record):
     """``model.json``. Further keys are facts about the data and, of an extracted model, what it costs."""
 
@@ -53,6 +71,8 @@ class ModelCard(Record):
     norm: Literal["group", "static"] = "group"
     input_shape: list[int]
     num_classes: int
+    inputs: CardInputs = ()
+    """Empty: what ``inputs_of`` makes of ``input_shape``."""
     size: CardSize
     """Of the whole model."""
     tiers: dict[str, CardSize] = Field(default_factory=dict)
@@ -64,12 +84,15 @@ class ModelCard(Record):
     sha256: str | None = None
 
     def architecture(self, folder: Path) -> Architecture:
-        """Return the architecture; UserError if this version does not know the model."""
+        """Return the architecture; UserError if neither this version nor the folder's own code knows the model."""
+        if code := read_code(folder):
+            activate(code)
         check_name("model", self.model, MODELS, f" in {folder}/model.json")
         return Architecture(
             name=self.model,
             input_shape=tuple(self.input_shape),
             num_classes=self.num_classes,
+            inputs=self.inputs,
             form=self.form,
             keep_dense=self.keep_dense,
             norm=self.norm,
@@ -84,15 +107,28 @@ class ModelCard(Record):
         check_name("tier", tier, self.tiers, f" in {folder}")
 
 
-def write_model(folder: Path, models: Mapping[str | None, State], card: ModelCard) -> str:
+_STATISTICS = "@statistics"
+"""First part of the names of what static norms evaluate by; no tier's quoted name has such a sign."""
+
+
+def write_model(
+    folder: Path,
+    models: Mapping[str | None, State],
+    card: ModelCard,
+    statistics: Mapping[str | None, State] | None = None,
+) -> str:
     """Write the tensors and the card; return the SHA-256 of the tensors' file.
 
     Args:
         folder: of the run.
         models: the one model under None, or those of ``card.separate`` under their names.
         card: what makes modules of them.
+        statistics: of the norms of a tier's model, or under None of the whole one's (``static_norm.statistics``).
     """
     tensors: dict[str, Tensor] = {}
+    for tier, fixed in (statistics or {}).items():
+        prefix = _statistics_of(tier)
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in fixed.items()}
     for owner, state in models.items():
         prefix = "" if owner is None else f"{file_key(owner)}/"
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in state.items()}
@@ -103,17 +139,26 @@ def write_model(folder: Path, models: Mapping[str | None, State], card: ModelCar
     return sha256
 
 
+def _statistics_of(tier: str | None) -> str:
+    return f"{_STATISTICS}/{file_key(tier or '')}/"
+
+
 def read_card(folder: Path) -> ModelCard:
     """Read ``model.json``; UserError if it is missing or no card."""
     return read_json(folder / "model.json", ModelCard)
 
 
 def read_model(folder: Path) -> tuple[State, ModelCard]:
-    """Read what ``write_model`` wrote, all tensors in one state.
+    """Read what ``write_model`` wrote, all tensors in one state, without statistics.
 
     Raises:
         UserError: a missing or corrupt artefact.
     """
+    state, card = _read_tensors(folder)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{_STATISTICS}/")}, card
+
+
+def _read_tensors(folder: Path) -> tuple[State, ModelCard]:
     card = read_card(folder)
     try:
         content = (folder / "model.safetensors").read_bytes()
@@ -136,7 +181,10 @@ def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
         UserError: no readable model, an unknown tier, or tensors that do not belong to the card.
     """
     folder = Path(folder)
-    state, card = read_model(folder)
+    state, card = _read_tensors(folder)
+    prefix = _statistics_of(tier)
+    fixed = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{_STATISTICS}/")}
     architecture = card.architecture(folder)
     card.check_tier(tier, folder)
     if card.separate:
@@ -153,13 +201,15 @@ def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
     if card.recomposed:
         model = lod.recompose(model)
-    return filled(architecture.on_cpu(model), state, folder, cut_to_size=tier is not None)
+    model = filled(architecture.on_cpu(model), state, folder, cut_to_size=tier is not None)
+    set_statistics(model, fixed)
+    return model
 
 
 def filled(model: nn.Module, state: State, folder: Path, *, cut_to_size: bool = False) -> nn.Module:
     """Return a model with the tensors of ``state``, in evaluation mode."""
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = shapes_of(model)
         load(model, cut(state, shapes) if cut_to_size else state)
     except (ValueError, KeyError) as error:
         raise UserError(f"model.safetensors in {folder} does not belong to its model.json: {error}") from None

@@ -4,11 +4,16 @@ Every file says the number of its format. Keys that a record does not know are k
 rewritten loses nothing.
 """
 
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from fedmaestro.config.base import Value
+
+if TYPE_CHECKING:
+    from fedmaestro.fleet.selection import History
 
 
 class Record(BaseModel):
@@ -21,15 +26,41 @@ class Record(BaseModel):
         return self.model_dump(mode="json")
 
 
+class MetricFacts(Record):
+    """The metric that tables and plots are about."""
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    percent: bool = True
+    """Whether values are shares, which people read in percent."""
+
+    def better(self, left: float, right: float) -> bool:
+        """Return whether ``left`` is better than ``right``."""
+        return left > right if self.higher_is_better else left < right
+
+    def best(self, values: Iterable[float]) -> float | None:
+        """Return the best of ``values``; None of none."""
+        return (max if self.higher_is_better else min)(values, default=None)
+
+    def worst(self, values: Iterable[float]) -> float | None:
+        """Return the worst of ``values``; None of none."""
+        return (min if self.higher_is_better else max)(values, default=None)
+
+
+ACCURACY = MetricFacts()
+
+
 class RoundRecord(Record):
     """One line of ``rounds.jsonl``; round 0 is the initial model."""
 
     round: int
     tiers: dict[str, dict[str, float | None]] = Field(default_factory=dict)
-    """``{tier: {"accuracy", "loss"}}``, largest tier first; empty in rounds without evaluation.
+    """``{tier: {metric: value, …, "loss": value}}``, largest tier first, the main metric first.
 
-    A loss that is not finite is None.
+    Empty in rounds without evaluation. A value that is not finite is None.
     """
+    metric: MetricFacts | None = None
+    """The main metric; in round 0."""
     train_loss: float | None = None
     """Mean over the examples of all devices; None when none trained."""
     devices: int = 0
@@ -39,6 +70,9 @@ class RoundRecord(Record):
     upload_bytes: int = 0
     virtual_seconds: float = 0.0
     wall_seconds: float = 0.0
+    device_test: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    """``{tier: {"devices", "mean", "std", "worst_decile"}}``: the main metric of the model that serves each tier, on
+    the own test examples of the tier's devices; the worst decile is the mean of the worst tenth, rounded up."""
     ranks: dict[str, dict[str, int]] = Field(default_factory=dict)
     """``{tier: {layer: rank}}`` of what serves each tier from this round's evaluation on.
 
@@ -53,6 +87,26 @@ class RoundRecord(Record):
     """
     factor_bias: float | None = None
     """``rounds.spectrum.factor_bias``, with ``train.record-bias``, for rules that average factors."""
+
+
+class DeviceRecord(Record):
+    """One line of ``devices.jsonl``: what single devices reached in a round."""
+
+    round: int
+    loss: dict[str, float] = Field(default_factory=dict)
+    """Mean training loss of every device that took part, by its number."""
+    test: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Every metric, and the loss, of the model that serves its tier on each device's own test examples."""
+
+    @staticmethod
+    def of(server_round: int, history: "History", test: Mapping[int, Mapping[str, float]]) -> "DeviceRecord":
+        """Return the record of a round; what is not finite is left out."""
+        took_part = (history.last_round == server_round).nonzero()[0] if server_round else []
+        return DeviceRecord(
+            round=server_round,
+            loss={str(d): float(history.loss[d]) for d in took_part},
+            test={str(d): {k: x for k, x in values.items() if math.isfinite(x)} for d, values in test.items()},
+        )
 
 
 class TierFigures(Record):
@@ -73,10 +127,11 @@ class TierFigures(Record):
 class TierSummary(TierFigures):
     """A tier in ``summary.json``."""
 
-    final_accuracy: float | None = None
+    final: float | None = None
+    """``final_METRIC`` in the file, as ``best`` is ``best_METRIC``."""
     final_round: int | None = None
-    """The round that the final accuracy is of: the last one whose evaluation succeeded."""
-    best_accuracy: float | None = None
+    """The round that the final value is of: the last one whose evaluation succeeded."""
+    best: float | None = None
 
 
 class Summary(Record):
@@ -94,8 +149,11 @@ class Summary(Record):
     """Whether the run can go on: the last round was not reached."""
     tiers: dict[str, TierSummary]
     """Largest first."""
-    mean_tier_accuracy: float | None = None
-    worst_tier_accuracy: float | None = None
+    metric: MetricFacts = ACCURACY
+    mean_tier: float | None = None
+    """``mean_tier_METRIC`` in the file: mean over tiers of the final values."""
+    worst_tier: float | None = None
+    """``worst_tier_METRIC`` in the file."""
     rounds: int
     download_bytes: int
     upload_bytes: int
@@ -103,6 +161,46 @@ class Summary(Record):
     wall_seconds: float
     virtual_seconds: float
     model_sha256: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_metric(cls, content: Any) -> Any:
+        return _renamed(content, _SUMMARY_KEYS, "tiers", _TIER_KEYS, written=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        written: dict[str, Any] = _renamed(super().to_dict(), _SUMMARY_KEYS, "tiers", _TIER_KEYS, written=True)
+        return written
+
+
+_SUMMARY_KEYS, _TIER_KEYS = ("mean_tier", "worst_tier"), ("final", "best")
+
+
+def _renamed(content: Any, own: Sequence[str], below: str, keys: Sequence[str], *, written: bool) -> Any:
+    """Return a record's content with the metric's name behind some keys, as files have it, or without.
+
+    Args:
+        content: of the record; what is none stays as it is.
+        own: keys of the record itself.
+        below: key of the records by name in it.
+        keys: of those.
+        written: whether the names are put there, or taken away.
+    """
+    if not isinstance(content, Mapping):
+        return content
+    metric = content.get("metric")
+    name = metric.get("name", "accuracy") if isinstance(metric, Mapping) else getattr(metric, "name", "accuracy")
+
+    def rename(mapping: Any, names: Sequence[str]) -> Any:
+        if not isinstance(mapping, Mapping):
+            return mapping
+        pairs = {key: f"{key}_{name}" for key in names}
+        pairs = pairs if written else {long: short for short, long in pairs.items()}
+        return {pairs.get(key, key): value for key, value in mapping.items()}
+
+    renamed = rename(content, own)
+    if isinstance(inner := renamed.get(below), Mapping):
+        renamed[below] = {key: rename(value, keys) for key, value in inner.items()}
+    return renamed
 
 
 class EpochRecord(Record):
@@ -169,6 +267,8 @@ class CostCurve(Record):
 
     format: int = 1
     metric: str
+    facts: MetricFacts | None = None
+    """What the metric is; None: accuracy or perplexity."""
     device: str
     seed: int
     dense_params: int
@@ -190,7 +290,7 @@ class Stat(Record):
 
 
 class Scores(Record):
-    """Accuracy over seeds, in the last round and in the best one."""
+    """The main metric over seeds, in the last round and in the best one."""
 
     final: Stat = Stat()
     best: Stat = Stat()
@@ -201,8 +301,8 @@ class Series(Record):
 
     seed: int
     round: list[int]
-    accuracy: dict[str, list[float | None]]
-    """By tier, one for each round."""
+    values: dict[str, list[float | None]] = Field(validation_alias=AliasChoices("values", "accuracy"))
+    """Of the main metric by tier, one for each round."""
     bytes: list[int]
     """Received and sent by all devices until then."""
     virtual_seconds: list[float]
@@ -247,6 +347,7 @@ class Results(Record):
     seeds: list[int]
     tiers: list[str]
     """Largest first."""
+    metric: MetricFacts = ACCURACY
     matched_macs: bool
     protocol: dict[str, Value]
     """Settings that all cells share."""

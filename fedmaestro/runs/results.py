@@ -8,10 +8,21 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmaestro.runs.records import RoundRecord, Scores, Series, Stat, StrategyResults, Summary, TierFigures
+from fedmaestro.runs.records import (
+    ACCURACY,
+    MetricFacts,
+    RoundRecord,
+    Scores,
+    Series,
+    Stat,
+    StrategyResults,
+    Summary,
+    TierFigures,
+)
 
 MONOTONE_SLACK = 0.005
-"""A tier may be this much below a smaller one before its seed no longer counts as monotone."""
+"""A tier may be this much worse than a smaller one before its seed no longer counts as monotone: of shares, this much
+itself, of other metrics, this part of the smaller tier's value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +42,10 @@ def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyRes
         facts: name, summary, source and switches of the row.
     """
     first = cells[0].summary.tiers if cells else {}
+    metric = cells[0].summary.metric if cells else ACCURACY
     of_tier = {name: [cell.summary.tiers[name] for cell in cells] for name in first}
-    finals = [[tier.final_accuracy for tier in cell.summary.tiers.values()] for cell in cells]
-    bests = [[tier.best_accuracy for tier in cell.summary.tiers.values()] for cell in cells]
+    finals = [[tier.final for tier in cell.summary.tiers.values()] for cell in cells]
+    bests = [[tier.best for tier in cell.summary.tiers.values()] for cell in cells]
 
     def mean_of(key: str) -> float | None:
         return statistics.fmean(getattr(cell.summary, key) for cell in cells) if cells else None
@@ -46,12 +58,12 @@ def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyRes
             for name, tier in first.items()
         },
         tiers={
-            name: Scores(final=stat([x.final_accuracy for x in tiers]), best=stat([x.best_accuracy for x in tiers]))
+            name: Scores(final=stat([x.final for x in tiers]), best=stat([x.best for x in tiers]))
             for name, tiers in of_tier.items()
         },
         mean=Scores(final=stat([_mean(x) for x in finals]), best=stat([_mean(x) for x in bests])),
-        worst=Scores(final=stat([_worst(x) for x in finals]), best=stat([_worst(x) for x in bests])),
-        monotone_seeds=sum(is_monotone(x) for x in finals),
+        worst=Scores(final=stat([_worst(x, metric) for x in finals]), best=stat([_worst(x, metric) for x in bests])),
+        monotone_seeds=sum(is_monotone(x, metric) for x in finals),
         download_bytes=mean_of("download_bytes"),
         upload_bytes=mean_of("upload_bytes"),
         virtual_seconds=mean_of("virtual_seconds"),
@@ -71,12 +83,17 @@ def stat(values: Sequence[float | None]) -> Stat:
     )
 
 
-def is_monotone(accuracies: Sequence[float | None]) -> bool:
-    """Return whether no tier (largest first) is more than half a point below a smaller one."""
-    known = [value for value in accuracies if value is not None]
-    return all(
-        larger >= smaller - MONOTONE_SLACK for i, larger in enumerate(known) for smaller in known[i + 1 :]
-    ) and len(known) == len(accuracies)
+def is_monotone(values: Sequence[float | None], metric: MetricFacts = ACCURACY) -> bool:
+    """Return whether no tier (largest first) is worse than a smaller one by more than ``MONOTONE_SLACK``."""
+    known = [value for value in values if value is not None]
+    sign = 1 if metric.higher_is_better else -1
+
+    def as_good(larger: float, smaller: float) -> bool:
+        slack = MONOTONE_SLACK if metric.percent else MONOTONE_SLACK * abs(smaller)
+        return sign * larger >= sign * smaller - slack
+
+    pairs = ((larger, smaller) for i, larger in enumerate(known) for smaller in known[i + 1 :])
+    return len(known) == len(values) and all(as_good(*pair) for pair in pairs)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -84,9 +101,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _worst(values: Sequence[float | None]) -> float | None:
+def _worst(values: Sequence[float | None], metric: MetricFacts) -> float | None:
     known = [value for value in values if value is not None]
-    return min(known) if known and len(known) == len(values) else None
+    return metric.worst(known) if len(known) == len(values) else None
 
 
 def _series(cell: FinishedCell) -> Series:
@@ -100,8 +117,9 @@ def _series(cell: FinishedCell) -> Series:
     return Series(
         seed=cell.seed,
         round=[record.round for record, _, _ in rows],
-        accuracy={
-            name: [record.tiers.get(name, {}).get("accuracy") for record, _, _ in rows] for name in cell.summary.tiers
+        values={
+            name: [record.tiers.get(name, {}).get(cell.summary.metric.name) for record, _, _ in rows]
+            for name in cell.summary.tiers
         },
         bytes=[total for _, total, _ in rows],
         virtual_seconds=[seconds for _, _, seconds in rows],

@@ -1,13 +1,16 @@
 """From what the user gave (a file, overrides, a folder to go on in) to one validated configuration and its folder."""
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedmaestro.config.base import Schema, Settings, read
+from fedmaestro.config.base import Schema, Settings, is_file_name, read
 from fedmaestro.errors import UserError
+from fedmaestro.extend import session_rows
+from fedmaestro.runs.code import Code, gather, read_code
 from fedmaestro.runs.folder import RunFolder, holds_a_run
 
 
@@ -43,6 +46,37 @@ def resolve(
     if resume and config.get("out") is None:
         raise UserError("--resume needs the folder of the run: add --out DIR")
     return config
+
+
+def code_of(config: Settings, folder: Path | None = None, *, more: str = "") -> Code:
+    """Return the user's code of a run.
+
+    Args:
+        config: names files and modules (``use``), and rows that may be of a script or a notebook.
+        folder: of the run to go on with; None: a new one. Where its files are gone or nothing of the script is there
+            any more, the folder's own copy is taken.
+        more: other words that may name rows.
+
+    Raises:
+        UserError: it cannot be read, or is not what the run in ``folder`` was started with.
+    """
+    values = [more, *(value for value in config.flat().values() if isinstance(value, str))]
+    rows = session_rows({word for value in values for word in value.split()})
+    if folder is None:
+        return gather(str(config.get("use")), rows)
+    before = read_code(folder)
+    files = [word for word in shlex.split(str(config.get("use"))) if is_file_name(word)]
+    if not rows and not all(Path(word).is_file() for word in files):
+        return before
+    if not rows and before.object_digests and not files:
+        return before
+    now = gather(str(config.get("use")), rows)
+    if changed := before.difference(now):
+        raise UserError(
+            f"{folder} was run with other code: {changed} ({folder / 'code'} has what was run): resume with the same "
+            "code, or start a new run"
+        )
+    return before
 
 
 def name_of(source: object, config: Settings) -> str:

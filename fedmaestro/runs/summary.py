@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmaestro.runs.records import RoundRecord, Summary, TierFigures, TierSummary
+from fedmaestro.runs.records import ACCURACY, MetricFacts, RoundRecord, Summary, TierFigures, TierSummary
 
 
-def tier_accuracies(records: Sequence[RoundRecord], tier: str) -> dict[int, float]:
-    """Return a tier's accuracy by round, for the rounds that were evaluated."""
-    scores = {record.round: record.tiers[tier]["accuracy"] for record in records if tier in record.tiers}
+def tier_values(records: Sequence[RoundRecord], tier: str, metric: str) -> dict[int, float]:
+    """Return a tier's values of a metric by round, for the rounds that were evaluated."""
+    scores = {record.round: record.tiers[tier].get(metric) for record in records if tier in record.tiers}
     return {server_round: score for server_round, score in scores.items() if score is not None}
 
 
 def summarize(
-    records: Sequence[RoundRecord], tiers: Mapping[str, TierFigures], model_sha256: str, **facts: Any
+    records: Sequence[RoundRecord],
+    tiers: Mapping[str, TierFigures],
+    model_sha256: str,
+    metric: MetricFacts = ACCURACY,
+    **facts: Any,
 ) -> Summary:
     """Return the summary of a run.
 
@@ -21,15 +25,19 @@ def summarize(
         records: the rounds.
         tiers: what each tier's submodel costs, largest first.
         model_sha256: hash of ``model.safetensors``.
+        metric: the main one.
         facts: strategy, seed and whatever else of ``Summary`` does not follow from the rounds.
     """
-    scored = {name: _scored(figures, tier_accuracies(records, name)) for name, figures in tiers.items()}
-    finals = [tier.final_accuracy for tier in scored.values() if tier.final_accuracy is not None]
+    scored = {
+        name: _scored(figures, tier_values(records, name, metric.name), metric) for name, figures in tiers.items()
+    }
+    finals = [tier.final for tier in scored.values() if tier.final is not None]
     return Summary(
         **facts,
         tiers=scored,
-        mean_tier_accuracy=sum(finals) / len(finals) if finals else None,
-        worst_tier_accuracy=min(finals, default=None),
+        metric=metric,
+        mean_tier=sum(finals) / len(finals) if finals else None,
+        worst_tier=metric.worst(finals),
         rounds=records[-1].round if records else 0,
         download_bytes=sum(record.download_bytes for record in records),
         upload_bytes=sum(record.upload_bytes for record in records),
@@ -40,11 +48,11 @@ def summarize(
     )
 
 
-def _scored(figures: TierFigures, accuracies: Mapping[int, float]) -> TierSummary:
-    final_round = max(accuracies, default=None)
+def _scored(figures: TierFigures, values: Mapping[int, float], metric: MetricFacts) -> TierSummary:
+    final_round = max(values, default=None)
     return TierSummary(
         **figures.to_dict(),
-        final_accuracy=None if final_round is None else accuracies[final_round],
+        final=None if final_round is None else values[final_round],
         final_round=final_round,
-        best_accuracy=max(accuracies.values(), default=None),
+        best=metric.best(values.values()),
     )

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from fedmaestro.data import ImageDataset, normalize
+from fedmaestro.models.shape import inputs_of
+from fedmaestro.tasks.goal import CLASSIFICATION
+from fedmaestro.tasks.metrics import metrics_of
 from fedmaestro.tasks.task import Batch, Split, Task
 
 SCORED_BATCH = 500
@@ -44,7 +47,7 @@ def image_task(
 
     def augmented(indices: np.ndarray, generator: np.random.Generator) -> Batch:
         batch = plain(indices)
-        return Batch((_crop_flip(batch.inputs[0], generator),), batch.targets) if crop_flip else batch
+        return Batch((crop_flipped(batch.inputs[0], generator),), batch.targets) if crop_flip else batch
 
     def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
         if split == "validation" and held_out is not None:
@@ -59,14 +62,16 @@ def image_task(
 
     return Task(
         name=dataset.name,
-        input_shape=dataset.image_shape,
+        inputs=inputs_of(dataset.image_shape),
         num_classes=dataset.num_classes,
-        metric="accuracy",
+        goal=CLASSIFICATION,
+        metrics=metrics_of(CLASSIFICATION),
         examples=len(chosen_labels),
         batch=augmented,
         plain=plain,
         scored=scored,
         test_examples=test_examples,
+        tested=lambda indices: make(dataset.test_images[indices], dataset.test_labels[indices]),
         labels=chosen_labels,
         has_validation=held_out is not None,
         fingerprint=dataset.fingerprint,
@@ -74,7 +79,7 @@ def image_task(
     )
 
 
-def _crop_flip(images: Tensor, generator: np.random.Generator) -> Tensor:
+def crop_flipped(images: Tensor, generator: np.random.Generator) -> Tensor:
     """Return random crops of the zero-padded ``images (B, C, H, W)``, half of them mirrored (He et al. 2016)."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (_PADDING,) * 4)

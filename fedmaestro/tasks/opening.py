@@ -1,47 +1,133 @@
-"""The tasks that ``fedmaestro train`` knows: classification of every image dataset, and translation of Multi30k."""
+"""From the name of a dataset to its task."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from fedmaestro import rng
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.data import DATASETS, data_folder, load_dataset
+from fedmaestro.data import DATASETS, TRANSLATION, data_folder, load_dataset
+from fedmaestro.data.files import KINDS as FILE_KINDS
+from fedmaestro.data.files import file_row
+from fedmaestro.data.own import OwnRow, own_dataset
 from fedmaestro.data.translation import load_translation
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.runs.code import user_code
+from fedmaestro.tasks.goal import TASKS
 from fedmaestro.tasks.images import image_task
+from fedmaestro.tasks.metrics import metrics_of
+from fedmaestro.tasks.own import own_task
 from fedmaestro.tasks.task import Task
 from fedmaestro.tasks.translation import translation_task
 
-TRANSLATION = "multi30k"
-
 Progress = Callable[[int, int], None]
+
+_KINDS = ", ".join(FILE_KINDS)
+
+Choice = Callable[[int], tuple[np.ndarray | None, np.ndarray | None]]
+"""``number of training examples -> (indices to train on, indices held out)``; None: all, or none."""
+
+
+def _all(count: int) -> tuple[None, None]:  # noqa: ARG001
+    return None, None
+
+
+def open_data(
+    name: str,
+    folder: str,
+    *,
+    progress: Progress | None = None,
+    data_fingerprint: str = "",
+    crop_flip: bool = False,
+    min_count: int = 3,
+    test_limit: int | None = None,
+    choose: Choice = _all,
+    file: str = "",
+    columns: str = "",
+) -> Task:
+    """Load a dataset and return its task.
+
+    Args:
+        name: a key of ``DATASETS``.
+        folder: of local files; empty: the hub.
+        progress: is told (done, total) while images are decoded for the first time.
+        data_fingerprint: of what another process has made of a dataset of the user's.
+        crop_flip: train on random crops and mirror images.
+        min_count: tokens of a translation that are rarer in the training sentences become unknown.
+        test_limit: score only this many test examples, the first.
+        choose: which training examples to use.
+        file: ``data.file``.
+        columns: ``data.columns``.
+
+    Raises:
+        UserError: an unknown dataset, missing files, settings that the data do not allow.
+    """
+    check_name("data.name", name, DATASETS)
+    row = DATASETS[name]
+    picked: dict[str, Any] = {"test_limit": test_limit}
+    if name in FILE_KINDS:
+        row = file_row(name, file, columns)
+    elif file or columns:
+        raise UserError(f"data.{'file' if file else 'columns'}: dataset {name!r} reads no files: it is for {_KINDS}")
+    if isinstance(row, OwnRow):
+        with user_code(f"dataset {name!r}"):
+            own = own_dataset(row, data_fingerprint)
+        train, held_out = choose(len(own.train.targets))
+        if crop_flip and own.train.inputs[0].ndim != 4:
+            raise UserError(f"data.augment='crop-flip': the examples of {name!r} are no images (C, H, W)")
+        return own_task(own, train=train, held_out=held_out, crop_flip=crop_flip, **picked)
+    if name == TRANSLATION:
+        if crop_flip:
+            raise UserError(f"data.augment='crop-flip': {TRANSLATION} holds no images")
+        pairs = load_translation(folder, min_count=min_count)
+        return translation_task(pairs, train=choose(len(pairs.train))[0], **picked)
+    images = load_dataset(name, folder, progress=progress)
+    train, held_out = choose(len(images.train_labels))
+    return image_task(images, train=train, held_out=held_out, crop_flip=crop_flip, **picked)
+
+
+def as_asked(task: Task, goal: str | None, metrics: str | None) -> Task:
+    """Return the task with the goal and the metrics that an experiment names (None: the data's own).
+
+    Raises:
+        UserError: an unknown name, or a goal for other targets.
+    """
+    if goal is not None:
+        check_name("data.task", goal, TASKS)
+        row = TASKS[goal]
+        if row.targets != task.goal.targets:
+            raise UserError(
+                f"data.task={goal!r} learns {row.targets}, and the targets of dataset {task.name!r} are "
+                f"{task.goal.targets}"
+            )
+        task = replace(task, goal=row, metrics=metrics_of(row))
+    return task if metrics is None else replace(task, metrics=metrics_of(task.goal, metrics))
 
 
 def open_task(config: TrainingConfig, progress: Progress | None = None) -> Task:
-    """Load the data of ``config`` and return its task.
-
-    Raises:
-        UserError: an unknown dataset, missing files, settings that the data does not allow.
-    """
+    """Load the data of ``config`` and return its task; ``open_data`` says the errors."""
     data = config.data
-    check_name("data.name", data.name, [*DATASETS, TRANSLATION])
-    folder = data_folder(data.dir)
-    if data.name == TRANSLATION:
-        for key, value in (("data.validation", data.validation), ("data.augment", data.augment)):
-            if value not in (0, "none"):
-                raise UserError(f"{key}={value!r}: {TRANSLATION} has a validation split of its own and no augmentation")
-        pairs = load_translation(folder, min_count=data.min_count)
-        return translation_task(pairs, train=_split(config, len(pairs.train))[0], test_limit=data.test_limit)
-    images = load_dataset(data.name, folder, progress=progress)
-    train, held_out = _split(config, len(images.train_labels))
-    return image_task(
-        images,
-        train=train,
-        held_out=held_out if len(held_out) else None,
-        test_limit=data.test_limit,
+    if data.name == TRANSLATION and data.validation:
+        raise UserError(f"data.validation={data.validation}: {TRANSLATION} has a validation split of its own")
+
+    def choose(count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        train, held_out = _split(config, count)
+        return train, held_out if len(held_out) else None
+
+    task = open_data(
+        data.name,
+        data_folder(data.dir),
+        progress=progress,
         crop_flip=data.augment == "crop-flip",
+        min_count=data.min_count,
+        test_limit=data.test_limit,
+        choose=choose,
+        file=data.file,
+        columns=data.columns,
     )
+    return as_asked(task, data.task, data.metrics)
 
 
 def _split(config: TrainingConfig, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,19 +6,25 @@ import numpy as np
 import torch
 
 from fedmaestro.data.translation import PAD, TranslationDataset, TranslationSplit
+from fedmaestro.models.shape import inputs_of
+from fedmaestro.tasks.goal import SEQUENCE_TO_SEQUENCE, cross_entropy
+from fedmaestro.tasks.metrics import metrics_of
 from fedmaestro.tasks.task import Batch, Split, Task
 
 _SCORED_PAIRS = 100
 
 
-def translation_task(dataset: TranslationDataset, *, train: np.ndarray, test_limit: int | None = None) -> Task:
+def translation_task(
+    dataset: TranslationDataset, *, train: np.ndarray | None = None, test_limit: int | None = None
+) -> Task:
     """Return the task of predicting each next English token from the German sentence and the tokens before it.
 
     Args:
         dataset: the sentences.
-        train: indices of the training pairs to learn from.
+        train: indices of the training pairs to learn from; None: all.
         test_limit: score only this many pairs of a split, the first.
     """
+    chosen = np.arange(len(dataset.train)) if train is None else train
 
     def pairs(split: TranslationSplit, indices: np.ndarray) -> Batch:
         """Cut the padding that no pair of the batch needs; PAD is the target that does not count."""
@@ -32,19 +38,24 @@ def translation_task(dataset: TranslationDataset, *, train: np.ndarray, test_lim
         for start in range(0, len(by_length), _SCORED_PAIRS):
             yield pairs(split, by_length[start : start + _SCORED_PAIRS])
 
+    goal = cross_entropy(
+        SEQUENCE_TO_SEQUENCE.name, "tokens", SEQUENCE_TO_SEQUENCE.metrics, SEQUENCE_TO_SEQUENCE.summary, PAD
+    )
     return Task(
         name=dataset.name,
-        input_shape=dataset.input_shape,
+        inputs=inputs_of(dataset.input_shape),
         num_classes=len(dataset.vocabulary),
-        metric="perplexity",
-        examples=len(train),
-        batch=lambda indices, _generator: pairs(dataset.train, train[indices]),
-        plain=lambda indices: pairs(dataset.train, train[indices]),
+        goal=goal,
+        metrics=metrics_of(goal),
+        examples=len(chosen),
+        batch=lambda indices, _generator: pairs(dataset.train, chosen[indices]),
+        plain=lambda indices: pairs(dataset.train, chosen[indices]),
         scored=scored,
         test_examples=len(dataset.test.source_lengths[:test_limit]),
+        tested=lambda indices: pairs(dataset.test, indices),
         has_validation=True,
         fingerprint=dataset.fingerprint,
-        lengths=np.asarray(dataset.train.source_lengths[train]),
-        ignore_index=PAD,
+        lengths=np.asarray(dataset.train.source_lengths[chosen]),
+        padding=PAD,
         facts={"vocabulary": list(dataset.vocabulary)},
     )

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fedmaestro.report import format_bytes, format_count, format_seconds
+from fedmaestro.report.curves import metric_of
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import RoundRecord
+from fedmaestro.runs.records import MetricFacts, RoundRecord
 
 
 class LiveDisplay(ComparisonObserver):
@@ -65,9 +66,12 @@ class LiveDisplay(ComparisonObserver):
         self._names = [tier.tier.name for tier in env.plan.tiers]
         self._bars.update(self._bar, description="round", completed=max(0, first_round - 1), total=config.train.rounds)
         self.console.print(
-            f"{env.task.name}, {config.data.devices} devices, {config.train.devices_per_round} a round · "
+            f"{env.task.name}, {len(env.parts)} devices, {config.train.devices_per_round} a round · "
             f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}"
         )
+        if dense := env.plan.architecture.kept_dense if env.plan.architecture.own else {}:
+            said = ", ".join(f"{layer} ({why})" for layer, why in dense.items())
+            self.console.print(f"layers that stay dense: {said}", soft_wrap=True)
         self.console.print(f"results go to {folder.path}", soft_wrap=True)
 
     def on_progress(self, server_round: int, phase: str, done: int, total: int) -> None:
@@ -79,20 +83,29 @@ class LiveDisplay(ComparisonObserver):
         self._rounds.append(record)
         self._bars.update(self._bar, completed=record.round)
         if record.tiers and not self.console.is_terminal:
-            scores = "  ".join(f"{name} {_percent(t['accuracy'], 1)}" for name, t in record.tiers.items())
-            self.console.print(f"round {record.round:4d}  accuracy %  {scores}  {self._totals()}", soft_wrap=True)
+            line = f"round {record.round:4d}  {self._shown.heading}  {self._scores(record)}  {self._totals()}"
+            self.console.print(line, soft_wrap=True)
+
+    @property
+    def _shown(self) -> Shown:
+        return Shown(metric_of(self._rounds))
+
+    def _scores(self, record: RoundRecord) -> str:
+        show = self._shown
+        return "  ".join(f"{name} {show.number(tier.get(show.name), 1)}" for name, tier in record.tiers.items())
 
     def _render(self) -> Group:
         latest = next((record for record in reversed(self._rounds) if record.tiers), None)
         parts: list[Any] = [self._bars]
         if latest is not None:
             table = Table(box=None, padding=(0, 2))
-            table.add_column(f"accuracy %, round {latest.round}")
+            show = self._shown
+            table.add_column(f"{show.heading}, round {latest.round}")
             row = ["now"]
             for name in self._names:
                 table.add_column(name, justify="right")
                 score = latest.tiers.get(name)
-                row.append(_percent(score["accuracy"] if score else None, 1))
+                row.append(show.number(score.get(show.name) if score else None, 1))
             table.add_row(*row)
             parts.append(table)
         parts.append(Text(f"{self._totals()}   {self._phase}", style="dim"))
@@ -138,37 +151,44 @@ class ComparisonDisplay(LiveDisplay):
         self._rounds.append(record)
         self._bars.update(self._bar, completed=record.round)
         if record.round == self._bars.tasks[self._bar].total and not self.console.is_terminal:
-            scores = "  ".join(f"{name} {_percent(t['accuracy'], 1)}" for name, t in record.tiers.items())
-            self.console.print(f"{self._label}: accuracy %  {scores}  {self._totals()}", soft_wrap=True)
+            line = f"{self._label}: {self._shown.heading}  {self._scores(record)}  {self._totals()}"
+            self.console.print(line, soft_wrap=True)
 
 
 def comparison_table(results: dict[str, Any]) -> Table:
-    """Return the closing table of a comparison: final accuracy, mean ± standard deviation over seeds, in %."""
-    seeds = ", ".join(map(str, results["seeds"]))
-    title = f"{results['experiment']} · final accuracy % · seeds {seeds}"
+    """Return the closing table of a comparison: final value of the metric, mean ± standard deviation over seeds."""
+    seeds, show = ", ".join(map(str, results["seeds"])), _shown_of(results)
+    title = f"{results['experiment']} · final {show.heading} · seeds {seeds}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", no_wrap=True)
     for heading in (*results["tiers"], "mean", "worst"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results["strategies"]:
         stats = [*(row["tiers"].get(name, {}).get("final") for name in results["tiers"])]
-        table.add_row(row["name"], *(_stat(x) for x in (*stats, row["mean"]["final"], row["worst"]["final"])))
+        table.add_row(row["name"], *(_stat(show, x) for x in (*stats, row["mean"]["final"], row["worst"]["final"])))
     return table
 
 
-def _stat(stat: dict[str, Any] | None) -> str:
+def _shown_of(content: dict[str, Any]) -> Shown:
+    """Return how the metric of a summary or of results is shown."""
+    return Shown(MetricFacts(**content.get("metric", {})))
+
+
+def _stat(show: Shown, stat: dict[str, Any] | None) -> str:
     if not stat or stat["mean"] is None:
-        return "–"
+        return MISSING
     # Below the mean, so that five tiers fit into eighty columns.
-    return _percent(stat["mean"]) + ("" if stat["std"] is None else f"\n±{_percent(stat['std'])}")
+    return show.number(stat["mean"]) + ("" if stat["std"] is None else f"\n±{show.number(stat['std'])}")
 
 
 def tier_table(summary: dict[str, Any]) -> Table:
     """Return the closing table, largest tier first: MACs per example (forward), download per device and round."""
-    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}"
+    show = _shown_of(summary)
+    main = "" if show.name == "accuracy" else f" · {show.name}"
+    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("tier", no_wrap=True)
-    for heading in ("devices", "ranks", "params", "MACs", "download", "final %", "best %"):
+    for heading in ("devices", "ranks", "params", "MACs", "download", f"final{show.unit}", f"best{show.unit}"):
         table.add_column(heading, justify="right", no_wrap=heading != "ranks")
     for name, tier in summary["tiers"].items():
         table.add_row(
@@ -178,8 +198,8 @@ def tier_table(summary: dict[str, Any]) -> Table:
             format_count(tier["params"]),
             format_count(tier["macs_per_example"]),
             format_bytes(tier["download_bytes"]),
-            _percent(tier["final_accuracy"]),
-            _percent(tier["best_accuracy"]),
+            show.number(tier[f"final_{show.name}"]),
+            show.number(tier[f"best_{show.name}"]),
         )
     return table
 
@@ -189,10 +209,6 @@ def _ranks(ranks: dict[str, float]) -> str:
         return f"width {ranks['width']}"
     values = list(ranks.values())
     return "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
-
-
-def _percent(fraction: float | None, digits: int = 2) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.report import format_count
-from fedmaestro.runs.records import EpochRecord
-from fedmaestro.tasks.task import Task
+from fedmaestro.report.format import Shown, format_count
+from fedmaestro.runs.records import EpochRecord, MetricFacts
+from fedmaestro.tasks.task import Task, metric_facts
 from fedmaestro.training.run import TrainingObserver
 
 
@@ -20,7 +20,7 @@ class TrainingDisplay(TrainingObserver):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
-        self._metric = "accuracy"
+        self._shown = Shown()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,7 +41,7 @@ class TrainingDisplay(TrainingObserver):
 
     def on_start(self, config: TrainingConfig, task: Task, folder: Path, steps: int) -> None:
         """Show what is trained and where its results go."""
-        self._metric = task.metric
+        self._shown = Shown(metric_facts(task))
         train = config.train
         how = f"{train.sampling} sampling, lasso {train.group_lasso:g}" if config.model.form == "lod" else "dense"
         self.console.print(
@@ -63,7 +63,7 @@ class TrainingDisplay(TrainingObserver):
         train_loss = "" if record.train_loss is None else f"train loss {record.train_loss:.4f}  "
         ranks = f"  ranks {_span(record.ranks)}" if record.ranks else ""
         self.console.print(
-            f"epoch {record.epoch:3d}  {train_loss}{self._metric} {show(self._metric, record.value)}  "
+            f"epoch {record.epoch:3d}  {train_loss}{self._shown.name} {self._shown.number(record.value)}  "
             f"{format_count(record.params)} parameters  {format_count(record.macs_per_example)} MACs{ranks}",
             soft_wrap=True,
         )
@@ -78,6 +78,8 @@ class TrainingDisplay(TrainingObserver):
 def curve_table(curve: dict[str, Any]) -> Table:
     """Return the models per budget: cost as a part of the dense model's, latency, metric on the test set."""
     metric = curve["metric"]
+    percent = metric == "accuracy"
+    shown = Shown(MetricFacts(**(curve.get("facts") or {"name": metric, "percent": percent})))
     who = " and ".join(sorted({name.partition(",")[0] for name in curve["series"]}))
     table = Table(title=f"{who}: models by budget (test set)", box=box.SIMPLE, pad_edge=False)
     table.add_column("ranks", no_wrap=True)
@@ -88,7 +90,7 @@ def curve_table(curve: dict[str, Any]) -> Table:
         "params",
         "% dense",
         "ms",
-        "acc. %" if metric == "accuracy" else metric,
+        "acc. %" if metric == "accuracy" else shown.heading,
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     dense = [("dense", {**curve["dense"], "budget": 1.0})] if curve["dense"] else []
@@ -102,14 +104,9 @@ def curve_table(curve: dict[str, Any]) -> Table:
             format_count(point["params"]),
             f"{100 * point['params'] / curve['dense_params']:.1f}",
             "–" if point["latency_ms"] is None else f"{point['latency_ms']:.3g}",
-            show(metric, point["value"]),
+            shown.number(point["value"]),
         )
     return table
-
-
-def show(metric: str, value: float) -> str:
-    """Return an accuracy in percent, a perplexity as it is."""
-    return f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.3f}"
 
 
 def _span(ranks: dict[str, int]) -> str:

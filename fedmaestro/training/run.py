@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,28 @@ import torch
 from torch import nn
 
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.deploy.curve import accuracy_cost_curve, budget_fractions, factors_of
+from fedmaestro.deploy.curve import accuracy_cost_curve, budget_fractions
 from fedmaestro.deploy.rank_search import deployed_cost
 from fedmaestro.errors import DivergedError, UserError, check_name
-from fedmaestro.fleet.cost import Trace, trace
+from fedmaestro.extend import given
+from fedmaestro.fleet.cost import Trace
+from fedmaestro.fleet.plan import trace_of
 from fedmaestro.interrupt import interrupt_sets
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.report import plot_accuracy_cost, plot_ranks
 from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmaestro.runs.code import Code, activate, write_code
 from fedmaestro.runs.folder import RunFolder, append_record, write_atomically, write_record, write_records
 from fedmaestro.runs.model import ModelCard, load_model, write_model
 from fedmaestro.runs.reader import read_json, read_lines
 from fedmaestro.runs.records import CostCurve, EpochRecord, TrainingSummary
-from fedmaestro.runs.start import check_folder, folder_of, name_of, resolve
+from fedmaestro.runs.start import check_folder, code_of, folder_of, name_of, resolve
+from fedmaestro.submodel import State
+from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import open_task
-from fedmaestro.tasks.task import Split, Task, evaluate
+from fedmaestro.tasks.task import CALIBRATION, Split, Task, evaluate
 from fedmaestro.training.trainer import ADVICE, Trainer
 
 CHECKPOINT_SECONDS = 300.0
@@ -84,6 +90,10 @@ class TrainingRun:
 def train(
     config: str | Path | TrainingConfig | None = None,
     *,
+    model: Any = None,
+    data: Any = None,
+    task: Any = None,
+    use: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
@@ -95,6 +105,10 @@ def train(
 
     Args:
         config: TOML file or configuration; None: the defaults (embedded digits).
+        model: what ``extend.model`` takes, or the name of a row.
+        data: what ``extend.dataset`` takes.
+        task: what ``extend.task`` takes.
+        use: files or modules of user code (``use``).
         overrides: dotted settings, for example ``{"train.epochs": 5}``.
         data_dir: folder of local data (``data.dir``).
         out: run folder; a new one under ``runs/`` by default.
@@ -106,12 +120,14 @@ def train(
         UserError: anything wrong with the input; nothing was written then.
         DivergedError: the loss is not finite; the last checkpoint stays.
     """
-    resolved = resolve(TrainingConfig, config, overrides, data_dir, out, resume)
+    objects = {"model": model, "dataset": data, "task": task}
+    resolved = resolve(TrainingConfig, config, given(objects, use, overrides), data_dir, out, resume)
     folder = folder_of(resolved, name_of(config, resolved), f"{resolved.model.form}-seed{resolved.seed}")
+    code = code_of(resolved, folder.path if resume else None)
+    activate(code)
     _check(resolved, folder, resume)
     other = None if compare is None else _read_curve(Path(compare))
-    task = open_task(resolved, _decoding(observers))
-    session = _Session(resolved, task, folder, observers)
+    session = _Session(resolved, open_task(resolved, _decoding(observers)), folder, observers, code)
     stop = threading.Event()
     # Dropout needs PyTorch's global generator seeded; the caller's stays as it was.
     with folder.claim(resume), torch.random.fork_rng():
@@ -139,18 +155,22 @@ class _Session:
     """One process's part of a training."""
 
     def __init__(
-        self, config: TrainingConfig, task: Task, folder: RunFolder, observers: Sequence[TrainingObserver]
+        self, config: TrainingConfig, task: Task, folder: RunFolder, observers: Sequence[TrainingObserver], code: Code
     ) -> None:
-        self.config, self.task, self.folder, self.observers = config, task, folder, observers
-        self.architecture = Architecture(
-            name=config.model.name,
-            input_shape=task.input_shape,
-            num_classes=task.num_classes,
-            form=config.model.form,
-            keep_dense=config.model.keep_dense,
+        self.config, self.folder, self.observers, self.code = config, folder, observers, code
+        self.architecture, self.task = fitted(
+            task,
+            lambda shaped: Architecture(
+                name=config.model.name,
+                input_shape=shaped.input_shape,
+                num_classes=shaped.num_classes,
+                inputs=shaped.inputs,
+                form=config.model.form,
+                keep_dense=config.model.keep_dense,
+            ),
         )
-        self.traced: Trace = trace(factors_of(self.architecture), task.input_shape)
-        self.trainer = Trainer(config, task, self.architecture)
+        self.traced: Trace = trace_of(replace(self.architecture, form="lod"))
+        self.trainer = Trainer(config, self.task, self.architecture)
         self.records: list[EpochRecord] = []
 
     def run(self, stop: threading.Event) -> bool:
@@ -183,6 +203,7 @@ class _Session:
         checkpoint = load_checkpoint(self.folder.checkpoint)
         if checkpoint is not None:
             self._resume(checkpoint)
+        write_code(self.folder.path, self.code)
         write_atomically(self.folder.config, self.config.to_toml())
         for observer in self.observers:
             observer.on_start(self.config, self.task, self.folder.path, self.trainer.steps_per_epoch)
@@ -235,10 +256,11 @@ class _Session:
     def _fingerprint(self) -> str:
         data, model = self.config.data, self.config.model
         facts = [self.task.fingerprint, self.config.seed, data.limit, data.validation, model.model_dump()]
+        facts += [self.code.fingerprint] if self.code else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _summarize(self, *, interrupted: bool = False) -> None:
-        best = max if self.task.metric == "accuracy" else min
+        best = max if self.task.main.higher_is_better else min
         values = [record.value for record in self.records]
         state = self.trainer.model_state()
         card = ModelCard(
@@ -247,12 +269,13 @@ class _Session:
             keep_dense=self.architecture.keep_dense,
             input_shape=list(self.task.input_shape),
             num_classes=self.task.num_classes,
+            inputs=self.task.inputs,
             size=self.architecture.size_of(state),
             task=self.task.name,
             epoch=self.trainer.epoch,
             **self.task.facts,
         )
-        sha256 = write_model(self.folder.path, {None: state}, card)
+        sha256 = write_model(self.folder.path, {None: state}, card, {None: self._statistics(state)})
         last = self.records[-1]
         summary = TrainingSummary(
             task=self.task.name,
@@ -283,6 +306,14 @@ class _Session:
                 x_label="Epoch",
                 title=self._title(),
             )
+
+    def _statistics(self, state: State) -> State:
+        """Return what static norms evaluate by, so that the model that is loaded needs no data; often nothing."""
+        if not self.architecture.needs_calibration:
+            return {}
+        model = self.architecture.with_state(state)
+        calibrate(model, *self.task.calibration(self.config.seed, CALIBRATION)[0].inputs)
+        return statistics(model)
 
     def finish(self, other: tuple[str, dict[str, Any]] | None) -> None:
         """Write ``curve.json`` and the plot of the accuracy–cost curve."""

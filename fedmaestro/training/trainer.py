@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fedmaestro import lod, rng
 from fedmaestro.config.training import Optimisation, TrainingConfig
-from fedmaestro.errors import DivergedError
+from fedmaestro.errors import DivergedError, UserError
 from fedmaestro.lod import sampling
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.runs.checkpoint import Key, below
-from fedmaestro.submodel import State
+from fedmaestro.submodel import State, state_of
 from fedmaestro.tasks.task import Batch, Task
 
 ADVICE = "lower train.lr, or set train.clip-norm or train.warmup-epochs"
@@ -84,14 +84,22 @@ class Trainer:
     def _task_loss(self, batch: Batch) -> Tensor:
         bfloat16 = self.settings.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            teacher = self.model(*batch.inputs).float() if self.settings.full_pass and self.ranks else None
+            outputs = self.task.goal.outputs
+            teacher = outputs(self.model(*batch.inputs)).float() if self.settings.full_pass and self.ranks else None
             lod.set_ranks(self.model, self._sample(self.step - self._since))
-            sampled = self.model(*batch.inputs).float()
+            sampled = outputs(self.model(*batch.inputs)).float()
         lod.set_ranks(self.model, self.ranks)
         if teacher is None:
-            return self.task.loss(sampled, batch.targets, self.settings.label_smoothing)
-        full = self.task.loss(teacher, batch.targets, self.settings.label_smoothing)
-        return full + self.task.distillation(sampled, teacher, batch.targets)
+            return self._loss(sampled, batch.targets)
+        return self._loss(teacher, batch.targets) + self.task.goal.distillation(sampled, teacher, batch.targets)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        smoothing, goal = self.settings.label_smoothing, self.task.goal
+        if not smoothing:
+            return goal.loss(outputs, targets)
+        if goal.smoothed is None:
+            raise UserError(f"train.label-smoothing={smoothing}: task {goal.name!r} has no classes: set it to 0")
+        return goal.smoothed(outputs, targets, smoothing)
 
     def end_epoch(self) -> float:
         """Shrink the model and return the epoch's mean loss."""
@@ -112,7 +120,7 @@ class Trainer:
     def _place(self, model: nn.Module) -> None:
         """Take ``model`` to the device and give it a fresh optimiser."""
         self.model = model.to(self.device).train()
-        if self.task.metric == "accuracy":
+        if len(self.task.input_shape) == 3:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.settings, self.model)
 
@@ -135,7 +143,7 @@ class Trainer:
 
     def model_state(self) -> State:
         """Return the model's tensors on the CPU."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in state_of(self.model).items()}
 
     def restore(self, tensors: Mapping[Key, Tensor]) -> None:
         """Take up what ``state`` returned."""

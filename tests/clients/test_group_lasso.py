@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batches import batch
 from torch import nn
 
 from fedmaestro import lod
@@ -31,8 +32,7 @@ def trained(model: nn.Module, settings: LocalTraining) -> tuple[float, State]:
         Prefixes(model=model, num_classes=2),
         start,
         OBJECTIVES["own-prefix"],
-        IMAGES,
-        LABELS,
+        batch(IMAGES, LABELS),
         settings,
         np.random.default_rng(0),
     )

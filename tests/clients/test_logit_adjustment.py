@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch
 from torch import Tensor, nn
 
 from fedmaestro import lod
@@ -79,7 +80,7 @@ def test_every_objective_takes_each_devices_own_frequencies(prefixes: Prefixes, 
     for counts in (COUNTS, torch.tensor([0, 0, 5, 4])):
         for strength in (0.0, 1.0):
             settings = replace(SETTINGS, logit_adjustment=strength)
-            loss = train_device(prefixes, start, spied, *batch_of(counts), settings, np.random.default_rng(0))
+            loss = train_device(prefixes, start, spied, batch(*batch_of(counts)), settings, np.random.default_rng(0))
             losses[tuple(counts.tolist()), strength] = loss
     plain, first, plain_again, second = spy.seen
     assert plain is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch
 from torch import Tensor, nn
 
 from fedmaestro import lod
@@ -53,7 +54,7 @@ def trained(
     model = copy.deepcopy(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = np.random.default_rng(0)
-    loss = train_device(prefixes_of(model), start, objective, *data(classes), settings, generator)
+    loss = train_device(prefixes_of(model), start, objective, batch(*data(classes)), settings, generator)
     return loss, model.state_dict()
 
 
@@ -105,7 +106,7 @@ def test_every_device_brings_its_own_classes(model: nn.Module) -> None:
     for objective in (MASKED, OWN):
         for classes in ([5], PRESENT):
             spied = replace(objective, loss=spy)
-            train_device(prefixes, start, spied, *data(classes), settings, np.random.default_rng(0))
+            train_device(prefixes, start, spied, batch(*data(classes)), settings, np.random.default_rng(0))
     first, second, *unasked = spy.seen
     assert first is not None
     assert second is not None
@@ -143,5 +144,5 @@ def test_nothing_runs_only_to_count_the_classes(model: nn.Module) -> None:
     model.register_forward_hook(lambda *_: runs.append(1))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = replace(SETTINGS, epochs=1, batch_size=100, logit_adjustment=1.0)
-    train_device(prefixes_of(model), start, MASKED, *data(PRESENT), settings, np.random.default_rng(0))
+    train_device(prefixes_of(model), start, MASKED, batch(*data(PRESENT)), settings, np.random.default_rng(0))
     assert len(runs) == 1, "one step"

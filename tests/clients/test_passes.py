@@ -31,7 +31,7 @@ def test_step_macs_are_the_mean_over_all_draws(objective: str, strategy: str) ->
     images, labels = torch.zeros(3, *env.task.input_shape), torch.zeros(3, dtype=torch.long)
     for tier in env.plan.tiers:
         assert tier.trains is not None
-        prefixes = resident_prefixes(env.plan, tier.trains)
+        prefixes = resident_prefixes(env, env.plan, tier.trains)
         flops, draw, choices = [], 0, 1
         while draw < choices:
             draws = Draws(draw)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batches import batch
 from torch import Tensor, nn
 
 from fedmaestro import lod
@@ -48,7 +49,7 @@ def trained(
     objective: Objective = OWN,
     settings: LocalTraining = SETTINGS,
 ) -> tuple[float, State]:
-    loss = train_device(prefixes, start, objective, *separable(data), settings, np.random.default_rng(seed))
+    loss = train_device(prefixes, start, objective, batch(*separable(data)), settings, np.random.default_rng(seed))
     return loss, {name: tensor.clone() for name, tensor in prefixes.model.state_dict().items()}
 
 

@@ -79,7 +79,7 @@ def test_every_cell_is_that_run(
         alone, _, _ = federate(settings)
         assert json.loads((cell / "summary.json").read_text())["model_sha256"] == alone["model_sha256"]
     nested, wide = results["strategies"]
-    assert nested["series"][0]["accuracy"] != nested["series"][1]["accuracy"]
+    assert nested["series"][0]["values"] != nested["series"][1]["values"]
     assert results["matched_macs"], "ranks and widths were compared"
     for tier in results["tiers"]:
         of_ranks, of_widths = (row["budgets"][tier]["macs_per_example"] for row in (nested, wide))
@@ -114,10 +114,10 @@ def test_strategies_can_be_added_and_share_start_partition_and_sampling_but_sett
     assert old == finished[0].results["strategies"]
     nested = old[0]
     for seed in (0, 1):
-        first = [row["series"][seed]["accuracy"] for row in (nested, adam)]
+        first = [row["series"][seed]["values"] for row in (nested, adam)]
         assert {tier: values[0] for tier, values in first[0].items()} == {t: v[0] for t, v in first[1].items()}
         assert nested["series"][seed]["bytes"] == adam["series"][seed]["bytes"], "the same devices were sampled"
-        assert nested["series"][seed]["accuracy"] != adam["series"][seed]["accuracy"]
+        assert nested["series"][seed]["values"] != adam["series"][seed]["values"]
     before = (out / "results.json").read_text()
     with pytest.raises(UserError, match=r"train\.rounds=3, not 2"):
         compare(None, STRATEGIES, 2, overrides=SMALL | {"train.rounds": 2}, out=out, resume=True)

@@ -1,4 +1,4 @@
-"""The same job through Flower's own command: `flwr run` gives the model that `fedmaestro run` gives."""
+"""The same job, of own code, through Flower's own command: `flwr run` gives the model that `fedmaestro run` gives."""
 
 import json
 import os
@@ -13,21 +13,28 @@ from typing import Any
 import pytest
 
 from fedmaestro.config.experiment import load_config
+from fedmaestro.runs.starter import write_starter
 
 ROOT = Path(__file__).parents[2]
 
 EXPERIMENT = """
 seed = 3
 out = "{out}"
+use = "{code}"
 
 [data]
-devices = 10
-partition = "iid"
+name = "waves"
+partition = "natural"
+metrics = "worst-class accuracy"
+
+[model]
+name = "gru"
 
 [fleet]
 preset = "phones"
 
 [train]
+strategy = "mine"
 rounds = 2
 devices-per-round = 6
 cohort-size = 2
@@ -52,7 +59,8 @@ def flower_home(tmp_path: Path) -> Iterator[Path]:
 def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path, federate: Callable[..., Any]) -> None:
     out = tmp_path / "through-flower"
     experiment = tmp_path / "experiment.toml"
-    experiment.write_text(EXPERIMENT.format(out=out))
+    write_starter(tmp_path / "my_paper.py")  # with a dataset, a model, an objective, an aggregation and a metric
+    experiment.write_text(EXPERIMENT.format(out=out, code=tmp_path / "my_paper.py"))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -72,9 +80,10 @@ def test_flwr_run_gives_the_same_model(tmp_path: Path, flower_home: Path, federa
     assert done.returncode == 0, log.read_text()
     assert (out / "summary.json").exists(), log.read_text()
     through_flower = json.loads((out / "summary.json").read_text())
+    assert through_flower["failed"] == 0
     here, _, _ = federate({key: x for key, x in load_config(experiment).flat().items() if key != "out"})
     assert through_flower["model_sha256"] == here["model_sha256"]
-    assert {n: t["final_accuracy"] for n, t in through_flower["tiers"].items()} == {
-        n: t["final_accuracy"] for n, t in here["tiers"].items()
+    assert {n: t["final_worst-class"] for n, t in through_flower["tiers"].items()} == {
+        n: t["final_worst-class"] for n, t in here["tiers"].items()
     }
     assert re.search(r"round 2: flagship \d", log.read_text())

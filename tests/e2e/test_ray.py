@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 import fedmaestro
 from fedmaestro.errors import UserError
@@ -50,6 +51,19 @@ CHANGING = {
 """Ranks change after every round, and every actor must follow."""
 
 
+class Own(nn.Module):
+    """A model that only this module has: it is shipped to the actors."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.body, self.more = nn.Linear(64, 128), nn.Linear(128, 128)
+        self.norm, self.head = nn.BatchNorm1d(128), nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.more(self.body(x.flatten(1)).relu())).relu())
+        return out
+
+
 def test_two_actors_one_of_which_is_killed_give_the_model_of_this_process(
     federate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,9 +72,10 @@ def test_two_actors_one_of_which_is_killed_give_the_model_of_this_process(
     import killer  # type: ignore[import-not-found]
 
     marker = tmp_path / "killed"
-    run = fedmaestro.run(overrides=CHANGING, out=tmp_path / "run", actors=2, client_app=killer.Killer(str(marker)))
+    killing = killer.Killer(str(marker))
+    run = fedmaestro.run(model=Own, overrides=CHANGING, out=tmp_path / "run", actors=2, client_app=killing)
     assert marker.exists(), "no actor was killed: the test shows nothing"
-    summary, folder, _ = federate(CHANGING)
+    summary, folder, _ = federate({**CHANGING, "model.name": "Own"})
     assert run.summary["model_sha256"] == summary["model_sha256"]
     assert run.summary["tiers"] == summary["tiers"]
     assert [record.failed for record in run.rounds] == [0] * 5

@@ -49,10 +49,10 @@ def traced(name: str, form: Form, width: Fraction = FULL) -> Trace:
     return trace(arch.build(arch.size_at(width)), arch.input_shape)
 
 
-def closed_form(arch: Architecture, fraction: Fraction, *, batch_size: int = 1, momentum: bool = False) -> Cost:
+def closed_form(arch: Architecture, fraction: Fraction, *, batch_size: int = 1, slots: bool = False) -> Cost:
     width = fraction if arch.form == "dense" else FULL
     ranks = arch.size_at(fraction).ranks or {}
-    return cost(traced(arch.name, arch.form, width), ranks, batch_size=batch_size, momentum=momentum)
+    return cost(traced(arch.name, arch.form, width), ranks, batch_size=batch_size, slots=slots)
 
 
 def counted_macs(model: nn.Module, *inputs: Tensor, backward: bool) -> int:
@@ -130,7 +130,7 @@ def test_parameters_traffic_and_memory_are_those_of_the_real_model(name: str, fo
 
 def test_momentum_adds_one_copy_of_the_parameters() -> None:
     arch = architecture("cnn", "lod")
-    without, with_momentum = (closed_form(arch, Fraction(1, 3), momentum=m) for m in (False, True))
+    without, with_momentum = (closed_form(arch, Fraction(1, 3), slots=m) for m in (False, True))
     assert with_momentum.train_memory_bytes - without.train_memory_bytes == without.download_bytes
     assert with_momentum.train_macs_per_example == without.train_macs_per_example
 
@@ -168,7 +168,7 @@ RANKS = st.fixed_dictionaries({name: st.integers(1, R) for name, R in MAX_RANKS.
 @given(ranks=RANKS)
 def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
     model = lod.truncate(net(), ranks)
-    expected = cost(net_trace(), ranks, batch_size=4, momentum=True)
+    expected = cost(net_trace(), ranks, batch_size=4, slots=True)
     images = torch.zeros(2, *NET_SHAPE)
     assert counted_macs(model, images, backward=False) == expected.macs_per_example
     assert counted_macs(model, images, backward=True) == expected.train_macs_per_example
@@ -178,10 +178,10 @@ def test_costs_at_any_ranks_are_measured_costs(ranks: dict[str, int]) -> None:
 
 
 @settings(max_examples=50)
-@given(ranks=RANKS, name=st.sampled_from(sorted(MAX_RANKS)), momentum=st.booleans())
-def test_every_figure_grows_with_every_rank(ranks: dict[str, int], name: str, momentum: bool) -> None:
+@given(ranks=RANKS, name=st.sampled_from(sorted(MAX_RANKS)), slots=st.booleans())
+def test_every_figure_grows_with_every_rank(ranks: dict[str, int], name: str, slots: bool) -> None:
     smaller = {**ranks, name: ranks[name] - 1}
-    low, high = (cost(net_trace(), r, batch_size=3, momentum=momentum) for r in (smaller, ranks))
+    low, high = (cost(net_trace(), r, batch_size=3, slots=slots) for r in (smaller, ranks))
     for figure in vars(low):
         assert getattr(low, figure) < getattr(high, figure)
 

@@ -33,7 +33,7 @@ def architecture(model: str) -> Architecture:
 @cache
 def planned(model: str, rule: SubmodelRule = SubmodelRule()) -> Plan:  # noqa: B008
     """The tiers of all presets in one plan: the parts are independent, and tracing the models takes the time."""
-    return make_plan(architecture(model), ALL_TIERS, rule, batch_size=32, momentum=True)
+    return make_plan(architecture(model), ALL_TIERS, rule, batch_size=32, slots=True)
 
 
 def within(small: Submodel, large: Submodel) -> bool:
@@ -124,13 +124,13 @@ def test_plan_keeps_every_budget(tiers: tuple[Tier, ...]) -> None:
 
 
 def test_memory_budget_counts_batch_and_momentum() -> None:
-    def ranks(batch_size: int, momentum: bool) -> int:
+    def ranks(batch_size: int, slots: bool) -> int:
         tier = Tier(name="a", share=1, memory_bytes=600_000)
-        plan = make_plan(architecture("lenet"), (tier,), SubmodelRule(), batch_size=batch_size, momentum=momentum)
+        plan = make_plan(architecture("lenet"), (tier,), SubmodelRule(), batch_size=batch_size, slots=slots)
         return sum(plan.tiers[0].serves.size.ranks.values())
 
-    assert ranks(8, momentum=False) > ranks(8, momentum=True)
-    assert ranks(8, momentum=False) > ranks(12, momentum=False)
+    assert ranks(8, slots=False) > ranks(8, slots=True)
+    assert ranks(8, slots=False) > ranks(12, slots=False)
 
 
 # Rules

@@ -88,6 +88,12 @@ def test_file_error_names_the_place(fleet_file: Callable[[str], str], text: str,
         assert part in message
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_bytes(b"\xef\xbb\xbf[tiers.all]\nshare = 1.0\n")
+    assert [tier.name for tier in load_tiers("", str(file))] == ["all"]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fleet\.file.*nowhere\.toml"):
         load_tiers("five-tiers", str(tmp_path / "nowhere.toml"))

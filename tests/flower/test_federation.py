@@ -183,10 +183,10 @@ def test_devices_that_raise_are_left_out_and_named(
     original = host.train_device
     calls = iter(range(10_000))
 
-    def every_third_raises(*args: Any) -> float:
+    def every_third_raises(*args: Any, **more: Any) -> float:
         if next(calls) % 3 == 0:
             raise MemoryError("out of memory on the device")
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(host, "train_device", every_third_raises)
     with caplog.at_level(logging.WARNING, "fedmaestro"):

@@ -110,7 +110,6 @@ def test_skipped_layers_stay_dense() -> None:
     ("options", "shown"),
     [
         ({"groups": 2}, "groups=2"),
-        ({"padding": "same"}, "padding='same'"),
         ({"padding": 1, "padding_mode": "reflect"}, "padding_mode='reflect'"),
     ],
 )

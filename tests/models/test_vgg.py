@@ -41,5 +41,8 @@ def test_smaller_images_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "lenet", "cnn", "resnet18", "vgg19"])
 def test_token_sequences_are_refused_by_every_image_model(name: str) -> None:
+    if name == "mlp":
+        MODELS[name].build((32,), 10, Scale())  # numbers of any shape
+        return
     with pytest.raises(UserError, match=rf"model.name='{name}' needs images \(C, H, W\), got the input shape \(32,\)"):
         MODELS[name].build((32,), 10, Scale())

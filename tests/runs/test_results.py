@@ -42,11 +42,11 @@ def test_summary_figures() -> None:
     assert list(summary.tiers) == ["big", "small"]
     for name, final, best in (("big", 0.8, 0.9), ("small", 0.4, 0.5)):
         tier = summary.tiers[name]
-        assert (tier.final_accuracy, tier.final_round, tier.best_accuracy) == (final, 3, best)
+        assert (tier.final, tier.final_round, tier.best) == (final, 3, best)
         assert FIGURES.to_dict().items() <= tier.to_dict().items()
     assert summary.to_dict() | FACTS == summary.to_dict()
-    assert summary.mean_tier_accuracy == pytest.approx(0.6)
-    assert (summary.worst_tier_accuracy, summary.rounds, summary.model_sha256) == (0.4, 3, "abc")
+    assert summary.mean_tier == pytest.approx(0.6)
+    assert (summary.worst_tier, summary.rounds, summary.model_sha256) == (0.4, 3, "abc")
     assert (summary.download_bytes, summary.upload_bytes, summary.failed) == (30, 7, 3)
     assert (summary.wall_seconds, summary.virtual_seconds) == (6.5, 9.75)
 
@@ -54,10 +54,10 @@ def test_summary_figures() -> None:
 def test_a_tier_that_was_not_evaluated_has_no_accuracy_and_does_not_flatter_the_others() -> None:
     summary = summary_of([scored(0, 0.3, None), scored(1, 0.5, None)])
     tier = summary.tiers["small"]
-    assert (tier.final_accuracy, tier.final_round, tier.best_accuracy) == (None, None, None)
-    assert summary.mean_tier_accuracy == summary.worst_tier_accuracy == 0.5
+    assert (tier.final, tier.final_round, tier.best) == (None, None, None)
+    assert summary.mean_tier == summary.worst_tier == 0.5
     nothing = summary_of([])
-    assert (nothing.rounds, nothing.mean_tier_accuracy, nothing.worst_tier_accuracy) == (0, None, None)
+    assert (nothing.rounds, nothing.mean_tier, nothing.worst_tier) == (0, None, None)
 
 
 # Comparisons
@@ -95,7 +95,7 @@ def test_means_and_deviations_are_over_seeds() -> None:
 def test_series_hold_evaluated_rounds_with_traffic_of_all_rounds() -> None:
     (series,) = row_of(cell(3, [0.1, 0.9], [0.1, 0.5])).series
     assert (series.seed, series.round, series.bytes, series.virtual_seconds) == (3, [0, 1], [0, 220], [0.0, 4.0])
-    assert series.accuracy == {"big": [0.1, 0.9], "small": [0.1, 0.5]}
+    assert series.values == {"big": [0.1, 0.9], "small": [0.1, 0.5]}
     assert series.factor_bias == [None, 0.01]
 
 

@@ -1,12 +1,16 @@
 """The examples of a classification task: splits, augmentation, calibration."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fedmaestro.config.base import read
+from fedmaestro.errors import UserError
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Task
 from fedmaestro.training import TrainingConfig
@@ -91,3 +95,30 @@ def test_calibration_takes_distinct_training_examples() -> None:
         for image, label in zip(batch.inputs[0], batch.targets, strict=True)
     )
     assert everything == examples(task, "train")
+
+
+@pytest.mark.slow
+def test_translation_is_learnt_in_a_federation(data_dir: Path, federate: Callable[..., Any]) -> None:
+    settings = {
+        "data.name": "multi30k",
+        "data.dir": str(data_dir),
+        "data.partition": "iid",
+        "data.devices": 290,
+        "model.name": "transformer-small",
+        "train.optimizer": "adam",
+        "train.lr": 0.003,
+        "train.rounds": 2,
+        "fleet.preset": "phones",
+        "train.local-epochs": 1,
+        "train.batch-size": 25,
+        "train.strategy": "nested",
+    }
+    summary, folder, _ = federate(settings)
+    assert summary["failed"] == 0
+    assert summary["metric"]["name"] == "perplexity"
+    first, *_, last = folder.read_rounds()
+    for tier in summary["tiers"]:
+        assert list(last.tiers[tier]) == ["perplexity", "accuracy", "loss"]
+        assert last.tiers[tier]["loss"] < 0.95 * first.tiers[tier]["loss"]  # type: ignore[operator]
+    with pytest.raises(UserError, match="goes by classes, and the data have none"):
+        federate({**settings, "data.partition": "dirichlet"})

@@ -1,0 +1,83 @@
+"""What takes a device's local steps: the table of local optimisers, and how the learning rate goes over the rounds."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptimizer:
+    """One row of ``OPTIMIZERS``. Devices start each round with a fresh one: nothing of it is sent."""
+
+    name: str
+    make: Callable[[Sequence[nn.Parameter], float, float, float], torch.optim.Optimizer]
+    """``(parameters, lr, momentum, weight decay) -> optimiser``."""
+    slots: Callable[[float], int]
+    """``momentum -> tensors`` that it keeps for each parameter's, for the memory budgets."""
+    summary: str
+
+
+OPTIMIZERS: dict[str, LocalOptimizer] = {
+    row.name: row
+    for row in (
+        LocalOptimizer(
+            name="sgd",
+            make=lambda parameters, lr, momentum, decay: torch.optim.SGD(
+                parameters, lr=lr, momentum=momentum, weight_decay=decay
+            ),
+            slots=lambda momentum: int(momentum > 0),
+            summary="stochastic gradient descent, with train.momentum",
+        ),
+        LocalOptimizer(
+            name="adam",
+            make=lambda parameters, lr, _, decay: torch.optim.Adam(parameters, lr=lr, weight_decay=decay),
+            slots=lambda _: 2,
+            summary="Adam (1412.6980); train.weight-decay is added to the gradient",
+        ),
+        LocalOptimizer(
+            name="adamw",
+            make=lambda parameters, lr, _, decay: torch.optim.AdamW(parameters, lr=lr, weight_decay=decay),
+            slots=lambda _: 2,
+            summary="Adam with decoupled weight decay (1711.05101)",
+        ),
+    )
+}
+"""By name, as ``train.optimizer`` takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One row of ``SCHEDULES``."""
+
+    name: str
+    factor: Callable[[int, int, float], float]
+    """``(round from 1 on, rounds, train.lr-final-factor) -> factor`` of the learning rate."""
+    summary: str
+
+
+def _cosine(server_round: int, rounds: int, final: float) -> float:
+    done = (server_round - 1) / max(1, rounds - 1)
+    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _steps(server_round: int, rounds: int, final: float) -> float:  # noqa: ARG001
+    return 0.1 ** sum(server_round > share * rounds for share in (0.5, 0.75))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    row.name: row
+    for row in (
+        Schedule(name="cosine", factor=_cosine, summary="a cosine down to train.lr-final-factor of train.lr"),
+        Schedule(name="steps", factor=_steps, summary="×0.1 after half and after three quarters of the rounds"),
+        Schedule(
+            name="exponential",
+            factor=lambda server_round, rounds, final: final ** ((server_round - 1) / max(1, rounds - 1)),
+            summary="the same factor in every round, down to train.lr-final-factor of train.lr",
+        ),
+        Schedule(name="constant", factor=lambda *_: 1.0, summary="train.lr in every round"),
+    )
+}
+"""By name, as ``train.schedule`` takes them."""

@@ -1,0 +1,186 @@
+"""Who is asked to train in a round, of those that can be reached: the table of client selections."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedmaestro import rng
+from fedmaestro.errors import UserError
+
+Numbers = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What the server knows of every device, by number: each array is ``(devices,)``. Kept in the checkpoint."""
+
+    loss: Numbers
+    """Mean training loss of the last round that it took part in; nan before the first."""
+    last_round: Ids
+    """That round; 0 before the first."""
+    times: Ids
+    """Rounds that it took part in."""
+
+    @staticmethod
+    def empty(devices: int) -> "History":
+        """Return what is known before the first round."""
+        zeros = np.zeros(devices, np.int64)
+        return History(loss=np.full(devices, np.nan), last_round=zeros, times=zeros.copy())
+
+    def after(self, server_round: int, losses: Mapping[int, float]) -> "History":
+        """Return the history after a round: the training loss of every device that took part."""
+        loss, last, times = self.loss.copy(), self.last_round.copy(), self.times.copy()
+        for device, value in losses.items():
+            loss[device], last[device], times[device] = value, server_round, times[device] + 1
+        return History(loss=loss, last_round=last, times=times)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor]) -> "History":
+        """Return what ``tensors`` made."""
+        return History(**{name: tensor.numpy().copy() for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """The round that devices are selected for.
+
+    Attributes:
+        number: from 1 on.
+        wanted: how many devices to select; there are as many candidates at least.
+        tiers: ``(devices,)``, position in the fleet of every device's tier.
+        examples: ``(devices,)``, training examples.
+        seconds: ``(devices,)``, virtual seconds that the round takes each device; nan of those that are no candidates.
+    """
+
+    number: int
+    wanted: int
+    tiers: Ids
+    examples: Ids
+    seconds: Numbers
+
+
+Select = Callable[[Round, Ids, History, np.random.Generator], Sequence[int]]
+"""``(round, candidates, history, generator) -> ids``: as many candidates as are wanted, in any order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """One row of ``SELECTIONS``."""
+
+    name: str
+    select: Select
+    summary: str
+    source: str = ""
+
+
+def selected(row: Selection, this: Round, candidates: Ids, history: History, seed: int) -> list[int]:
+    """Return the devices of a round, ascending; UserError unless they are as many candidates as are wanted."""
+    if not this.wanted:
+        return []
+    chosen = [int(i) for i in row.select(this, candidates, history, rng.generator(seed, "sample", this.number))]
+    if len(set(chosen)) != this.wanted or len(chosen) != this.wanted or not set(chosen) <= set(candidates.tolist()):
+        raise UserError(
+            f"train.selection={row.name!r} must return {this.wanted} different candidates in round {this.number}, "
+            f"returned {chosen[:10]}{'…' if len(chosen) > 10 else ''}"
+        )
+    return sorted(chosen)
+
+
+def _uniform(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:  # noqa: ARG001
+    drawn = generator.choice(len(candidates), this.wanted, replace=False)
+    return [int(candidates[i]) for i in drawn]
+
+
+def _stratified(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:  # noqa: ARG001
+    """Give each tier its share of the candidates, by largest remainder; ties go to a tier at random."""
+    tiers, counts = np.unique(this.tiers[candidates], return_counts=True)
+    exact = counts * this.wanted / len(candidates)
+    seats = np.floor(exact).astype(int)
+    order = np.lexsort((generator.random(len(tiers)), -(exact - seats)))
+    seats[order[: this.wanted - seats.sum()]] += 1
+    chosen: list[int] = []
+    for tier, count in zip(tiers, seats, strict=True):
+        members = candidates[this.tiers[candidates] == tier]
+        chosen += [int(i) for i in generator.choice(members, count, replace=False)]
+    return chosen
+
+
+_CHOICES = 2
+
+
+def _power_of_choice(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:
+    """Draw twice as many as are wanted and take those of the highest loss; unknown losses go first.
+
+    Cho et al., arXiv 2010.01243 (π_pow-d with d = 2 m). Departure: the loss is that of the device's last training
+    instead of the current model's, which would cost every drawn device a pass.
+    """
+    drawn = generator.choice(candidates, min(_CHOICES * this.wanted, len(candidates)), replace=False)
+    losses = np.where(np.isnan(history.loss[drawn]), np.inf, history.loss[drawn])
+    return [int(drawn[i]) for i in np.argsort(-losses, kind="stable")[: this.wanted]]
+
+
+_EXPLORE, _EXPLORE_DECAY, _EXPLORE_LEAST = 0.9, 0.98, 0.2
+_PENALTY, _CUTOFF, _PREFERRED = 2.0, 0.95, 80.0
+
+
+def _oort(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:
+    """Prefer devices whose examples the model has yet to learn and that are fast; explore others.
+
+    Oort (Lai et al., OSDI 2021, equation 1 and algorithm 1): utility ``n · loss + √(0.1 ln R / last round)``, times
+    ``(T / t)^α`` for devices slower than the preferred duration ``T``; a share of the round, 0.9 at first and 0.2 at
+    least, goes to devices that never took part, the fastest ones first; the others are drawn by utility from all above
+    95 % of the last one's that would be in. Departures: the mean training loss stands for the root mean square of
+    examples' losses; ``T`` is the 80th percentile of the candidates' durations, without a pacer; no blacklist.
+    """
+    known = candidates[history.times[candidates] > 0]
+    new = candidates[history.times[candidates] == 0]
+    share = max(_EXPLORE_LEAST, _EXPLORE * _EXPLORE_DECAY ** (this.number - 1))
+    explored = min(len(new), max(round(share * this.wanted), this.wanted - len(known)))
+    fastest = new[np.argsort(this.seconds[new] * (1 + 0.1 * generator.random(len(new))), kind="stable")]
+    chosen = [int(i) for i in fastest[:explored]]
+    wanted = this.wanted - explored
+    if not wanted:
+        return chosen
+    statistical = this.examples[known] * np.nan_to_num(history.loss[known])
+    uncertainty = np.sqrt(0.1 * math.log(max(this.number, 2)) / np.maximum(history.last_round[known], 1))
+    span = statistical.max() - statistical.min()
+    utility = (statistical - statistical.min()) / (span or 1.0) + uncertainty
+    preferred = np.percentile(this.seconds[candidates], _PREFERRED)
+    utility *= np.where(this.seconds[known] > preferred, (preferred / this.seconds[known]) ** _PENALTY, 1.0)
+    last_in = np.sort(utility)[-wanted]
+    pool = np.nonzero(utility >= _CUTOFF * last_in)[0]
+    weights = np.maximum(utility[pool], 1e-12)
+    drawn = generator.choice(pool, wanted, replace=False, p=weights / weights.sum())
+    return chosen + [int(known[i]) for i in drawn]
+
+
+SELECTIONS: dict[str, Selection] = {
+    row.name: row
+    for row in (
+        Selection(name="uniform", select=_uniform, summary="all candidates alike", source="FedAvg (1602.05629)"),
+        Selection(name="stratified", select=_stratified, summary="each tier by its share of the candidates"),
+        Selection(
+            name="power-of-choice",
+            select=_power_of_choice,
+            summary="of twice as many at random, those of the highest last training loss",
+            source="Power-of-Choice (2010.01243)",
+        ),
+        Selection(
+            name="oort",
+            select=_oort,
+            summary="by examples times loss and by speed, with exploration",
+            source="Oort (OSDI 2021), simplified",
+        ),
+    )
+}
+"""Who is asked to train."""

@@ -1,0 +1,107 @@
+"""The task of data that a user brought. Shapes as in ``data.own``."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmaestro.data.own import Examples, OwnDataset
+from fedmaestro.errors import check_name
+from fedmaestro.models.shape import Input
+from fedmaestro.tasks.goal import NO_INDEX, TASKS, Goal
+from fedmaestro.tasks.images import crop_flipped
+from fedmaestro.tasks.metrics import metrics_of
+from fedmaestro.tasks.task import Batch, Split, Task
+
+SCORED_BATCH = 500
+
+
+def own_task(
+    dataset: OwnDataset,
+    *,
+    train: np.ndarray | None = None,
+    held_out: np.ndarray | None = None,
+    test_limit: int | None = None,
+    crop_flip: bool = False,
+) -> Task:
+    """Return the task of a dataset.
+
+    Args:
+        dataset: the data.
+        train: indices of the training examples to learn from; None: all.
+        held_out: indices of those that the validation split consists of; None: there is none.
+        test_limit: score only this many test examples, the first.
+        crop_flip: train on random crops and mirror images.
+    """
+    check_name(f"task of dataset {dataset.name!r}", dataset.task, TASKS)
+    goal = TASKS[dataset.task]
+    chosen = np.arange(len(dataset.train.targets)) if train is None else train
+    tested = np.arange(len(dataset.test.targets))[:test_limit]
+
+    def make(examples: Examples, indices: np.ndarray) -> Batch:
+        inputs = tuple(_tensor(dataset, i, x[indices]) for i, x in enumerate(examples.inputs))
+        return Batch(inputs, _targets(dataset, goal, examples.targets[indices]))
+
+    def plain(indices: np.ndarray) -> Batch:
+        return make(dataset.train, chosen[indices])
+
+    def batch(indices: np.ndarray, generator: np.random.Generator) -> Batch:
+        examples = plain(indices)
+        if not crop_flip:
+            return examples
+        return replace(examples, inputs=(crop_flipped(examples.inputs[0], generator), *examples.inputs[1:]))
+
+    def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
+        examples, rows = (
+            (dataset.train, held_out) if split == "validation" and held_out is not None else (dataset.test, tested)
+        )
+        rows = rows[first:last]
+        for start in range(0, len(rows), SCORED_BATCH):
+            yield make(examples, rows[start : start + SCORED_BATCH])
+
+    labels, groups = dataset.train.targets, dataset.train.groups
+    facts: dict[str, object] = {"goal": dataset.task}
+    facts |= {"classes": list(dataset.classes)} if dataset.classes else {}
+    return Task(
+        name=dataset.name,
+        inputs=tuple(Input(x.shape[1:], "int64" if x.dtype == np.int64 else "float32") for x in dataset.train.inputs),
+        num_classes=dataset.outputs,
+        goal=goal,
+        metrics=metrics_of(goal),
+        examples=len(chosen),
+        batch=batch,
+        plain=plain,
+        scored=scored,
+        test_examples=len(tested),
+        tested=lambda indices: make(dataset.test, tested[indices]),
+        labels=np.asarray(labels[chosen]) if labels.ndim == 1 and goal.targets == "classes" else None,
+        groups=None if groups is None else np.asarray(groups[chosen]),
+        test_groups=None if dataset.test.groups is None else np.asarray(dataset.test.groups[tested]),
+        users=dataset.users,
+        has_validation=held_out is not None,
+        padding=dataset.padding,
+        fingerprint=dataset.fingerprint,
+        facts=facts,
+    )
+
+
+def _tensor(dataset: OwnDataset, index: int, x: np.ndarray) -> Tensor:
+    if x.dtype == np.int64:
+        return torch.from_numpy(np.ascontiguousarray(x))
+    # A copy, which read-only memory maps need before torch may share their memory.
+    numbers = torch.from_numpy(x.astype(np.float32))
+    if x.dtype == np.uint8:
+        numbers.div_(255)
+    if x.dtype == np.uint8 or dataset.standardized:
+        mean, std = (torch.from_numpy(np.array(a[index])) for a in (dataset.mean, dataset.std))
+        numbers.sub_(mean).div_(std)
+    return numbers.contiguous(memory_format=torch.channels_last) if numbers.dim() == 4 else numbers
+
+
+def _targets(dataset: OwnDataset, goal: Goal, targets: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.array(targets))
+    if goal.targets == "tokens" and dataset.padding is not None:
+        tensor = tensor.masked_fill(tensor == dataset.padding, NO_INDEX)
+    return tensor
