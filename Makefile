@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types slow clean
+.PHONY: demo test check lint types docs slow clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,9 +34,17 @@ types: $(STAMP)
 	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p fedmaestro
 	rm -rf build
 
+# The documentation site, into site/. Its reference is read from the files that a wheel installs.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	rm -rf build .typecheck
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .typecheck .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	rm -rf build
+
 # Tests of more than a minute; run them before a release.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf $(VENV) build dist .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist site .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
