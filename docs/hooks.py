@@ -72,6 +72,7 @@ def rows() -> str:
     from fedmaestro.fleet.tiers import FLEETS
     from fedmaestro.models import MODELS
     from fedmaestro.strategies import AGGREGATIONS, SERVER_STEPS, STRATEGIES
+    from fedmaestro.tasks.augment import AUGMENTATIONS
     from fedmaestro.tasks.goal import TASKS
     from fedmaestro.tasks.metrics import METRICS
     from fedmaestro.trackers import SUMMARIES
@@ -87,6 +88,7 @@ def rows() -> str:
         "Models": ("model.name", MODELS),
         "Datasets": ("data.name", DATASETS),
         "Partitions": ("data.partition", PARTITIONS),
+        "Augmentations": ("data.augment", AUGMENTATIONS),
         "Tasks": ("data.task", TASKS),
         "Metrics": ("data.metrics", METRICS),
         "Fleets": ("fleet.preset", FLEETS),

@@ -282,8 +282,8 @@ def list_(
         str,
         typer.Argument(
             help="strategies, submodels, objectives, aggregations, server-steps, server-optimizers, models, datasets, "
-            "tasks, metrics, partitions, selections, optimizers, schedules, trackers, fleets, settings or "
-            "training-settings"
+            "tasks, metrics, augmentations, partitions, selections, optimizers, schedules, trackers, fleets, settings "
+            "or training-settings"
         ),
     ],
     use: _Use = None,
@@ -300,6 +300,7 @@ def list_(
         "datasets": _datasets,
         "tasks": _tasks,
         "metrics": _metrics,
+        "augmentations": _augmentations,
         "partitions": _partitions,
         "selections": _selections,
         "optimizers": _optimizers,
@@ -411,6 +412,12 @@ def _metrics() -> Table:
 
     rows = [(n, "higher" if m.higher_is_better else "lower", m.summary) for n, m in METRICS.items()]
     return _filled(_table("metric", "better", "what it is"), rows)
+
+
+def _augmentations() -> Table:
+    from fedmaestro.tasks.augment import AUGMENTATIONS
+
+    return _filled(_table("augmentation", "what devices train on"), [(n, a.summary) for n, a in AUGMENTATIONS.items()])
 
 
 def _partitions() -> Table:

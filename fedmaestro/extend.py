@@ -308,6 +308,16 @@ def _selection(name: str, value: Any, options: Mapping[str, Any]) -> Any:
     return Selection(name=name, select=value, summary=_summary(value, options), source="user code")
 
 
+def _augmentation(name: str, value: Any, options: Mapping[str, Any]) -> Any:
+    from fedmaestro.tasks.augment import Augmentation
+
+    if isinstance(value, Augmentation):
+        return _record(name, value)
+    if not callable(value):
+        raise _refuse("augmentation", name, value)
+    return Augmentation(name=name, apply=value, summary=_summary(value, options))
+
+
 def _strategy(name: str, value: Any, options: Mapping[str, Any]) -> Any:
     from fedmaestro.strategies.rows import Strategy, own_strategy
 
@@ -410,6 +420,13 @@ KINDS: dict[str, Kind] = {
             make=_selection,
         ),
         Kind(
+            name="augmentation",
+            table=("fedmaestro.tasks.augment", "AUGMENTATIONS"),
+            setting="data.augment",
+            expects="a function (x, generator) -> x",
+            make=_augmentation,
+        ),
+        Kind(
             name="strategy",
             table=("fedmaestro.strategies.rows", "STRATEGIES"),
             setting="train.strategy",
@@ -456,6 +473,7 @@ server_step = _decorator("server_step")
 selection = _decorator("selection")
 fleet = _decorator("fleet")
 partition = _decorator("partition")
+augmentation = _decorator("augmentation")
 
 
 def csv(train: object, test: object = None, **columns: Any) -> dict[str, Any]:

@@ -70,9 +70,7 @@ class DataConfig(Table):
         description="part of its examples that every device keeps to test the models on; 0: the test examples of its "
         "users, where the data name users",
     )
-    augment: Literal["none", "crop-flip"] = Field(
-        "none", description="crop-flip: devices train on random crops after padding by 4 pixels, and mirror images"
-    )
+    augment: str = Field("none", description="random changes of training examples (`fedmaestro list augmentations`)")
 
     @model_validator(mode="before")
     @classmethod

@@ -44,9 +44,7 @@ class TrainingData(Table):
     min_count: Positive = Field(
         3, description="multi30k: tokens that are rarer in the training sentences become unknown"
     )
-    augment: Literal["none", "crop-flip"] = Field(
-        "none", description="crop-flip: random crops after padding by 4 pixels, and mirror images"
-    )
+    augment: str = Field("none", description="random changes of training examples (`fedmaestro list augmentations`)")
 
 
 class TrainedModel(Table):

@@ -128,7 +128,7 @@ def open_environment(
         data_folder(data.dir),
         progress=progress,
         data_fingerprint=data_fingerprint,
-        crop_flip=data.augment == "crop-flip",
+        augment=data.augment,
         file=data.file,
         columns=data.columns,
     )

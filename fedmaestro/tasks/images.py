@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedmaestro.data import ImageDataset, normalize
 from fedmaestro.models.shape import inputs_of
@@ -13,7 +12,6 @@ from fedmaestro.tasks.metrics import metrics_of
 from fedmaestro.tasks.task import Batch, Split, Task
 
 SCORED_BATCH = 500
-_PADDING = 4
 
 
 def image_task(
@@ -22,7 +20,6 @@ def image_task(
     train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
     test_limit: int | None = None,
-    crop_flip: bool = False,
 ) -> Task:
     """Return the task of naming the class of an image.
 
@@ -31,7 +28,6 @@ def image_task(
         train: indices of the training examples to learn from; None: all.
         held_out: indices of those that the validation split consists of; None: there is none.
         test_limit: score only this many test examples, the first.
-        crop_flip: train on random crops and mirror images.
     """
     chosen_labels = dataset.train_labels if train is None else dataset.train_labels[train]
     test_examples = len(dataset.test_labels[:test_limit])
@@ -44,10 +40,6 @@ def image_task(
     def plain(indices: np.ndarray) -> Batch:
         chosen = indices if train is None else train[indices]
         return make(dataset.train_images[chosen], dataset.train_labels[chosen])
-
-    def augmented(indices: np.ndarray, generator: np.random.Generator) -> Batch:
-        batch = plain(indices)
-        return Batch((crop_flipped(batch.inputs[0], generator),), batch.targets) if crop_flip else batch
 
     def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
         if split == "validation" and held_out is not None:
@@ -67,7 +59,7 @@ def image_task(
         goal=CLASSIFICATION,
         metrics=metrics_of(CLASSIFICATION),
         examples=len(chosen_labels),
-        batch=augmented,
+        batch=lambda indices, _generator: plain(indices),
         plain=plain,
         scored=scored,
         test_examples=test_examples,
@@ -77,16 +69,3 @@ def image_task(
         fingerprint=dataset.fingerprint,
         facts={"mean": list(dataset.mean), "std": list(dataset.std)},
     )
-
-
-def crop_flipped(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return random crops of the zero-padded ``images (B, C, H, W)``, half of them mirrored (He et al. 2016)."""
-    count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (_PADDING,) * 4)
-    top, left = (torch.from_numpy(generator.integers(2 * _PADDING + 1, size=(count, 1))) for _ in range(2))
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    mirrored = torch.from_numpy(generator.random((count, 1)) < 0.5)
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    # Advanced indices around a slice put the channels last, which is also the memory layout that convolutions like.
-    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)

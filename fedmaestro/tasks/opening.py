@@ -15,6 +15,7 @@ from fedmaestro.data.own import OwnRow, own_dataset
 from fedmaestro.data.translation import load_translation
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.runs.code import user_code
+from fedmaestro.tasks.augment import augmented
 from fedmaestro.tasks.goal import TASKS
 from fedmaestro.tasks.images import image_task
 from fedmaestro.tasks.metrics import metrics_of
@@ -40,7 +41,7 @@ def open_data(
     *,
     progress: Progress | None = None,
     data_fingerprint: str = "",
-    crop_flip: bool = False,
+    augment: str = "none",
     min_count: int = 3,
     test_limit: int | None = None,
     choose: Choice = _all,
@@ -54,7 +55,7 @@ def open_data(
         folder: of local files; empty: the hub.
         progress: is told (done, total) while images are decoded for the first time.
         data_fingerprint: of what another process has made of a dataset of the user's.
-        crop_flip: train on random crops and mirror images.
+        augment: ``data.augment``.
         min_count: tokens of a translation that are rarer in the training sentences become unknown.
         test_limit: score only this many test examples, the first.
         choose: which training examples to use.
@@ -75,17 +76,13 @@ def open_data(
         with user_code(f"dataset {name!r}"):
             own = own_dataset(row, data_fingerprint)
         train, held_out = choose(len(own.train.targets))
-        if crop_flip and own.train.inputs[0].ndim != 4:
-            raise UserError(f"data.augment='crop-flip': the examples of {name!r} are no images (C, H, W)")
-        return own_task(own, train=train, held_out=held_out, crop_flip=crop_flip, **picked)
+        return augmented(own_task(own, train=train, held_out=held_out, **picked), augment)
     if name == TRANSLATION:
-        if crop_flip:
-            raise UserError(f"data.augment='crop-flip': {TRANSLATION} holds no images")
         pairs = load_translation(folder, min_count=min_count)
-        return translation_task(pairs, train=choose(len(pairs.train))[0], **picked)
+        return augmented(translation_task(pairs, train=choose(len(pairs.train))[0], **picked), augment)
     images = load_dataset(name, folder, progress=progress)
     train, held_out = choose(len(images.train_labels))
-    return image_task(images, train=train, held_out=held_out, crop_flip=crop_flip, **picked)
+    return augmented(image_task(images, train=train, held_out=held_out, **picked), augment)
 
 
 def as_asked(task: Task, goal: str | None, metrics: str | None) -> Task:
@@ -120,7 +117,7 @@ def open_task(config: TrainingConfig, progress: Progress | None = None) -> Task:
         data.name,
         data_folder(data.dir),
         progress=progress,
-        crop_flip=data.augment == "crop-flip",
+        augment=data.augment,
         min_count=data.min_count,
         test_limit=data.test_limit,
         choose=choose,

@@ -1,7 +1,6 @@
 """The task of data that a user brought. Shapes as in ``data.own``."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from fedmaestro.data.own import Examples, OwnDataset
 from fedmaestro.errors import check_name
 from fedmaestro.models.shape import Input
 from fedmaestro.tasks.goal import NO_INDEX, TASKS, Goal
-from fedmaestro.tasks.images import crop_flipped
 from fedmaestro.tasks.metrics import metrics_of
 from fedmaestro.tasks.task import Batch, Split, Task
 
@@ -24,7 +22,6 @@ def own_task(
     train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
     test_limit: int | None = None,
-    crop_flip: bool = False,
 ) -> Task:
     """Return the task of a dataset.
 
@@ -33,7 +30,6 @@ def own_task(
         train: indices of the training examples to learn from; None: all.
         held_out: indices of those that the validation split consists of; None: there is none.
         test_limit: score only this many test examples, the first.
-        crop_flip: train on random crops and mirror images.
     """
     check_name(f"task of dataset {dataset.name!r}", dataset.task, TASKS)
     goal = TASKS[dataset.task]
@@ -46,12 +42,6 @@ def own_task(
 
     def plain(indices: np.ndarray) -> Batch:
         return make(dataset.train, chosen[indices])
-
-    def batch(indices: np.ndarray, generator: np.random.Generator) -> Batch:
-        examples = plain(indices)
-        if not crop_flip:
-            return examples
-        return replace(examples, inputs=(crop_flipped(examples.inputs[0], generator), *examples.inputs[1:]))
 
     def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
         examples, rows = (
@@ -71,7 +61,7 @@ def own_task(
         goal=goal,
         metrics=metrics_of(goal),
         examples=len(chosen),
-        batch=batch,
+        batch=lambda indices, _generator: plain(indices),
         plain=plain,
         scored=scored,
         test_examples=len(tested),

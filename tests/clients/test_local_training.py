@@ -17,11 +17,14 @@ from fedmaestro.clients.base import Prefixes
 from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES
 from fedmaestro.clients.scaffold import Control
 from fedmaestro.config.experiment import load_config
+from fedmaestro.data.own import convert
 from fedmaestro.errors import UserError
 from fedmaestro.rounds.device import LocalTraining, local_training, train_device
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import start as start_of
 from fedmaestro.rounds.server import with_controls
+from fedmaestro.tasks.augment import augmented
+from fedmaestro.tasks.own import own_task
 
 Federate = Callable[..., Any]
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -160,6 +163,9 @@ def test_augmented_examples_differ_and_runs_stay_the_same(federate: Federate) ->
     one, _, _ = federate({"data.augment": "crop-flip"})
     two, _, _ = federate({"data.augment": "crop-flip"}, nodes=3)
     assert one["model_sha256"] == two["model_sha256"] != plain["model_sha256"]
+    numbers = own_task(convert("numbers", {"x": np.eye(20), "y": np.arange(20) % 2}))
+    with pytest.raises(UserError, match=r"data\.augment='crop-flip': the examples of 'numbers' are no images"):
+        augmented(numbers, "crop-flip")
 
 
 def test_devices_keep_a_part_of_their_examples_to_be_tested_on(federate: Federate) -> None:
