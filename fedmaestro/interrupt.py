@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class InterruptedRunError(RuntimeError):
+    """The run was asked to stop (Ctrl-C, or the runtime ended)."""
+
+
 @contextmanager
 def interrupt_sets(stop: threading.Event) -> Iterator[None]:
     """Let the first Ctrl-C set ``stop``; outside of the main thread, which gets no signals, nothing changes."""

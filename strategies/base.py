@@ -4,12 +4,12 @@ An aggregation is a record of pure functions on states (``dict[str, Tensor]``)::
 
     p = agg.init(global_state)
     p = agg.add(p, submodel_state, weight)      # once per device, on the host that trained it
-    p = agg.merge(p, q)                         # on the server (``receive``), in cohort order
+    p = agg.merge(p, q)                         # on hosts and on the server, along one fixed tree (``rounds.tree``)
     new = agg.finish(p, global_state)
 
 Laws (tests/laws): ``merge`` is associative and commutative up to rounding in float64, ``merge(p, init(g)) == p``, and
-splitting the same ``add`` calls over several partial results changes nothing but that rounding; with the fixed order
-in which the server merges, results are bit-identical.
+splitting the same ``add`` calls over several partial results changes nothing but that rounding; along a fixed tree,
+results are bit-identical, whoever computes which part of it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -101,14 +101,10 @@ class Reduction(Generic[S]):
     """``(submodel, weight, start) -> sums`` of one device; ``start`` is what it was sent (None: not known)."""
     add: Callable[[S, S, Sizes], S]
     """``(left, right, sizes of the partial result) -> sums``; neither is changed."""
-    scale: Callable[[S, float], S]
-    """``(sums, factor) -> sums`` of devices whose weights are ``factor`` times as large."""
     pack: Callable[[S], Parts]
-    """``sums -> states`` that a message carries; of one size's devices on one host."""
+    """``sums -> states`` that a message carries, bit for bit; of one size's devices on one host."""
     unpack: Callable[[Parts, Signature], S]
     """``(states, the size of the devices) -> sums``, the inverse of ``pack``."""
-    accumulate: Callable[[S, Parts, float], None] | None = None
-    """``(sums, mean, weight)``: ``sums += weight · mean`` in place, in one pass; None: ``scale``, then ``add``."""
 
 
 def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:  # noqa: ARG001
@@ -119,22 +115,8 @@ def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001
     return {name: tensor + right[name] for name, tensor in left.items()}
 
 
-def _scale(sums: State, factor: float) -> State:
-    return {name: tensor * factor for name, tensor in sums.items()}
-
-
-def _accumulate(sums: State, mean: Parts, weight: float) -> None:
-    for name, tensor in mean[SUMS].items():
-        sums[name].add_(tensor, alpha=weight)
-
-
 WEIGHTED_SUMS: Reduction[State] = Reduction(
-    lift=_lift,
-    add=_add,
-    scale=_scale,
-    pack=lambda sums: {SUMS: sums},
-    unpack=lambda parts, _: dict(parts[SUMS]),
-    accumulate=_accumulate,
+    lift=_lift, add=_add, pack=lambda sums: {SUMS: sums}, unpack=lambda parts, _: dict(parts[SUMS])
 )
 """``Σ weight · tensor``, for every rule that averages entries."""
 
@@ -206,33 +188,26 @@ class Aggregation(Generic[S]):
             block = Block(sums, known.weight + block.weight, known.devices + block.devices)
         return Partial({**partial.blocks, size: block}, sizes)
 
-    def mean(self, block: Block[S]) -> Parts:
-        """Return what a host uploads of a cohort's block: the reduction's sums by ``1 / weight``, in float32."""
-        parts = self.reduction.pack(self.reduction.scale(block.sums, 1.0 / (block.weight or 1.0)))
-        return {kind: {name: tensor.float() for name, tensor in state.items()} for kind, state in parts.items()}
+    def pack(self, partial: Partial[S]) -> Parts:
+        """Return what a host uploads of its devices, all of one size; nothing where there are none."""
+        return {
+            kind: state for block in partial.blocks.values() for kind, state in self.reduction.pack(block.sums).items()
+        }
 
-    def receive(self, partial: Partial[S], size: Signature, mean: Parts, weight: float, devices: int) -> Partial[S]:
-        """Return ``partial`` with a cohort's upload added, like ``merge``; ``partial`` must not be used any more.
-
-        For the server, which owns what it has received: it adds in place where the reduction can, since new float64
-        copies of the model for every reply would cost many times the copying of its bytes.
+    def unpack(
+        self, parts: Parts, size: Signature, weight: float, devices: int, sizes: Sequence[Signature] = ()
+    ) -> Partial[S]:
+        """Return the partial result that ``pack`` was given.
 
         Args:
-            partial: what ``init`` or ``receive`` returned.
-            size: the cohort's.
-            mean: what ``mean`` returned of the cohort.
-            weight: ``Σ weight`` of the cohort.
+            parts: what it returned.
+            size: of these devices.
+            weight: ``Σ weight``.
             devices: how many.
+            sizes: those that the partial result was made with (``init``).
         """
-        known = partial.blocks.get(size)
-        if known is not None and self.reduction.accumulate is not None:
-            self.reduction.accumulate(known.sums, mean, weight)
-            block = Block(known.sums, known.weight + weight, known.devices + devices)
-            return replace(partial, blocks={**partial.blocks, size: block})
-        parts = {kind: {name: tensor.double() for name, tensor in state.items()} for kind, state in mean.items()}
-        return self._with(
-            partial, size, Block(self.reduction.scale(self.reduction.unpack(parts, size), weight), weight, devices)
-        )
+        known = Sizes(tuple(dict.fromkeys((*sizes, size))), complete=bool(sizes))
+        return Partial({size: Block(self.reduction.unpack(parts, size), weight, devices)}, known)
 
     def contributors(self, partial: Partial[S], global_state: Mapping[str, Tensor]) -> State:
         """Return how many devices each entry of the global state comes from: float32, the shapes of ``global_state``.

@@ -25,7 +25,6 @@ from fedmaestro.strategies.base import (
     WEIGHTED_SUMS,
     Aggregation,
     Partial,
-    Parts,
     Reduction,
     Sizes,
     add_to_leading_block,
@@ -67,19 +66,11 @@ def _add(left: RowSums, right: RowSums, sizes: Sizes) -> RowSums:
     return RowSums(WEIGHTED_SUMS.add(left.sums, right.sums, sizes), WEIGHTED_SUMS.add(left.rows, right.rows, sizes))
 
 
-def _accumulate(sums: RowSums, mean: Parts, weight: float) -> None:
-    for kind, into in ((SUMS, sums.sums), (ROWS, sums.rows)):
-        for name, tensor in mean[kind].items():
-            into[name].add_(tensor, alpha=weight)
-
-
 CHANGED_ROWS: Reduction[RowSums] = Reduction(
     lift=_lift,
     add=_add,
-    scale=lambda x, factor: RowSums(WEIGHTED_SUMS.scale(x.sums, factor), WEIGHTED_SUMS.scale(x.rows, factor)),
     pack=lambda x: {SUMS: x.sums, ROWS: x.rows},
     unpack=lambda parts, _: RowSums(dict(parts[SUMS]), dict(parts[ROWS])),
-    accumulate=_accumulate,
 )
 
 

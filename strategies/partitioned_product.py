@@ -17,7 +17,7 @@ the segments has more than R large singular values, what is left over is lost.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -122,35 +122,36 @@ def _add(left: SegmentSums, right: SegmentSums, sizes: Sizes) -> SegmentSums:
     return SegmentSums(WEIGHTED_SUMS.add(left.plain, right.plain, sizes), stacks)
 
 
-def _scale(sums: SegmentSums, factor: float) -> SegmentSums:
-    stacks = {
-        layer: tuple(replace(stack, u=stack.u * factor) for stack in of_layer)
-        for layer, of_layer in sums.stacks.items()
-    }
-    return SegmentSums(WEIGHTED_SUMS.scale(sums.plain, factor), stacks)
+STACKS = "stacks"
 
 
 def _pack(sums: SegmentSums) -> Parts:
-    """Return what a host sends: it knows one size, so each of its layers is one stack of columns from 0 on."""
-    packed = dict(sums.plain)
-    for layer, (stack,) in sums.stacks.items():
-        packed |= {f"{layer}.u": stack.u, f"{layer}.v": stack.v}
-    return {SUMS: packed}
+    """Return what a host sends: the columns of a layer's stacks side by side, and of each stack what it is."""
+    packed, about = dict(sums.plain), {}
+    for layer, stacks in sums.stacks.items():
+        packed[f"{layer}.u"] = torch.cat([stack.u for stack in stacks], dim=1)
+        packed[f"{layer}.v"] = torch.cat([stack.v for stack in stacks])
+        about[layer] = torch.tensor([(x.first, x.last, len(x.v), x.mixed) for x in stacks])
+    return {SUMS: packed, STACKS: about}
 
 
-def _unpack(parts: Parts, size: Signature) -> SegmentSums:
-    shapes, sent = dict(size), parts[SUMS]
-    layers = [layer for layer in factor_layers(shapes) if f"{layer}.v" in sent]
-    stacks = {x: (Stack(0, shapes[f"{x}.v"][0], sent[f"{x}.u"], sent[f"{x}.v"]),) for x in layers}
-    pairs = {f"{layer}.{factor}" for layer in layers for factor in "uv"}
-    return SegmentSums({name: tensor for name, tensor in sent.items() if name not in pairs}, stacks)
+def _unpack(parts: Parts, size: Signature) -> SegmentSums:  # noqa: ARG001
+    sent, stacks = dict(parts[SUMS]), {}
+    for layer, about in parts.get(STACKS, {}).items():
+        rows = about.tolist()
+        widths = [width for _, _, width, _ in rows]
+        us, vs = sent.pop(f"{layer}.u").split(widths, dim=1), sent.pop(f"{layer}.v").split(widths)
+        stacks[layer] = tuple(
+            Stack(first, last, u, v, bool(mixed)) for (first, last, _, mixed), u, v in zip(rows, us, vs, strict=True)
+        )
+    return SegmentSums(sent, stacks)
 
 
-SEGMENT_STACKS: Reduction[SegmentSums] = Reduction(lift=_lift, add=_add, scale=_scale, pack=_pack, unpack=_unpack)
+SEGMENT_STACKS: Reduction[SegmentSums] = Reduction(lift=_lift, add=_add, pack=_pack, unpack=_unpack)
 """The devices' columns of a segment, U weighted, device by device.
 
 They are split where another size ends. Once all sizes are known, those of ``2 · min(O, I)`` columns and more are mixed:
-the same product in at most ``min(O, I)`` columns. A host knows one size only and never does that.
+the same product in at most ``min(O, I)`` columns.
 """
 
 

@@ -54,12 +54,7 @@ def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001
     return {name: sums[name] if name in sums else tensor + right[name] for name, tensor in left.items()}
 
 
-def _scale(sums: State, factor: float) -> State:
-    rows = _row_factors(sums)
-    return {name: tensor if name in rows else tensor * factor for name, tensor in sums.items()}
-
-
-STACKS: Reduction[State] = replace(WEIGHTED_SUMS, lift=_lift, add=_add, scale=_scale, accumulate=None)
+STACKS: Reduction[State] = replace(WEIGHTED_SUMS, lift=_lift, add=_add)
 """``<layer>.u (O, K)`` and ``.v (K, I…)`` hold the devices' columns, U weighted: ``u @ v = Σ_k n_k U_k V_k``.
 
 At twice ``min(O, I)`` columns a stack is compressed, so its size does not follow the number of devices.

@@ -28,6 +28,9 @@ BY_DATA = Unset("default")
 DEVICES = 20
 """Of a federation that says nothing of their number."""
 
+AUTO = Unset("auto")
+"""Unset: decided while it runs."""
+
 NONE = Unset("none")
 """Unset: there is no such limit."""
 
@@ -141,7 +144,11 @@ class TrainConfig(Table):
     )
     devices_per_round: Positive = Field(10, description="devices whose work a round waits for")
     selection: str = Field("uniform", description="which devices are asked (`fedmaestro list selections`)")
-    cohort_size: Positive = Field(5, description="devices of one tier per message; 1 is classic Flower")
+    cohort_size: Annotated[Positive | None, AUTO] = Field(
+        None,
+        description="devices of one tier per message at most; 1 is classic Flower; auto: as the hosts are busy; the "
+        "result is the same",
+    )
     local_epochs: Positive = Field(2, description="passes of a device over its examples in a round")
     batch_size: Positive = Field(16, description="examples per local SGD step")
     optimizer: str = Field("sgd", description="local optimiser (`fedmaestro list optimizers`), fresh in every round")
@@ -250,7 +257,7 @@ class ExperimentConfig(Settings):
         "fleet.ranks": "ranks.rule",
     }
 
-    seed: int = Field(0, ge=0, lt=2**32, description="the one seed: same seed and cohort size, same result")
+    seed: int = Field(0, ge=0, lt=2**32, description="the one seed: same seed, same result")
     out: PathSetting = Field(None, description="run folder; empty: a new one under runs/")
     use: UseSetting = Field(
         "",

@@ -17,7 +17,7 @@ from fedmaestro.config.training import Curve, TrainingConfig
 from fedmaestro.deploy.latency import latencies_ms
 from fedmaestro.deploy.rank_search import Candidate, deployed_cost, search, uniform, within
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.plan import trace_of
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.models.architecture import Architecture, dense_layers
 from fedmaestro.runs.records import CostCurve, CostPoint
 from fedmaestro.submodel import num_elements, shapes_of

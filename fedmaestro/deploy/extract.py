@@ -19,7 +19,7 @@ from fedmaestro.deploy.latency import latency_ms
 from fedmaestro.deploy.rank_search import Candidate, search, within, within_latency
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import cost, trace
-from fedmaestro.fleet.plan import trace_of
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.models.architecture import Architecture, Size, dense_layers
 from fedmaestro.models.static_norm import statistics
 from fedmaestro.runs.code import read_code, write_code

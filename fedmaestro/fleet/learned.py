@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from fedmaestro.fleet.cost import Trace
-from fedmaestro.fleet.plan import Plan, affordable, encode_ranks, replan, trace_of
+from fedmaestro.fleet.plan import Plan, affordable, encode_ranks, replan
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.lod import kept_ranks
 from fedmaestro.lod.search import Ranks, greedy_path
 from fedmaestro.lod.suffix import Tail, factor_importance, factor_strengths, tail_of

@@ -4,14 +4,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
-from fedmaestro.fleet.cost import Cost, Trace, cost, trace
+from fedmaestro.fleet.cost import Cost, cost
 from fedmaestro.fleet.match import matched_sizes
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import Tier
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.submodel import Shapes, Signature, signature
@@ -331,10 +332,3 @@ def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
     traced = trace_of(architecture, size.width)
     return cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
-
-
-@lru_cache(maxsize=256)
-def trace_of(architecture: Architecture, width: Fraction | None = None) -> Trace:
-    """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a width."""
-    model = architecture.measurable(None if width is None else Size(width=width))
-    return trace(model, architecture.inputs)

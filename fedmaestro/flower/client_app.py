@@ -7,6 +7,7 @@ Tensors travel as Flower Arrays under their own names: their bytes are what the 
 and each Array adds the 128 bytes of NumPy's header.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def read_description(reply: Message) -> tuple[int, str]:
 def train(message: Message, _context: Context) -> Message:
     """Train the devices of a cohort and reply with their partial sum and one metrics row each.
 
-    An upload is exactly as large as the prefix, and for one device it is that device's submodel bit for bit. Probes of
+    The upload of one device is its submodel bit for bit; that of several, their exact partial sum in float64. Probes of
     the factor bias are instruments of the simulation, no part of an upload.
     """
     env, plan, job = _opened(message)
@@ -120,6 +121,7 @@ def train(message: Message, _context: Context) -> Message:
     result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()), controls)
     rows = result.reports
     metrics: dict[str, Any] = {
+        "seconds": result.seconds,
         "weight": result.weight,
         "device": [row.device for row in rows],
         "examples": [row.examples for row in rows],
@@ -127,7 +129,7 @@ def train(message: Message, _context: Context) -> Message:
     }
     failures: dict[str, Any] = {"device": list(result.failures), "reason": list(result.failures.values())}
     content = RecordDict({METRICS: MetricRecord(metrics), FAILURES: ConfigRecord(failures)})
-    content.update({kind: to_arrays(state) for kind, state in {**result.mean, PROBES: result.probes}.items()})
+    content.update({kind: to_arrays(state) for kind, state in {**result.parts, PROBES: result.probes}.items()})
     if result.controls:
         content[CONTROLS] = to_arrays(by_device(result.controls))
     return Message(content, reply_to=message)
@@ -164,8 +166,9 @@ def read_cohort(reply: Message) -> CohortResult:
     probes = arrays.pop(PROBES)
     controls = of_device(arrays.pop(CONTROLS, {}))
     return CohortResult(
-        mean=arrays,
+        parts=arrays,
         weight=metrics["weight"],
+        seconds=metrics["seconds"],
         controls=controls,
         probes=probes,
         reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
@@ -176,11 +179,13 @@ def read_cohort(reply: Message) -> CohortResult:
 @app.evaluate()
 def evaluate(message: Message, _context: Context) -> Message:
     """Evaluate a tier's submodel on a part of the test set, or on what some devices are tested on."""
+    began = time.perf_counter()
     env, plan, job = _opened(message)
     state = to_state(message.content.array_records[SUBMODEL])
     if "devices" in job:
         found = evaluate_devices(env, plan, job["tier"], state, job["devices"])
         rows: dict[str, Any] = {
+            "seconds": time.perf_counter() - began,
             "device": list(found),
             "loss": [score.loss for score in found.values()],
             **{f"value.{metric.name}": [x.value(metric) for x in found.values()] for metric in env.task.metrics},
@@ -188,15 +193,22 @@ def evaluate(message: Message, _context: Context) -> Message:
         return Message(RecordDict({METRICS: MetricRecord(rows)}), reply_to=message)
     part = evaluate_part(env, plan, job["tier"], state, job["first"], job["last"])
     sums = {f"{metric}/{name}": Array(x.numpy()) for metric, own in part.sums.items() for name, x in own.items()}
-    numbers = MetricRecord({"loss-sum": part.loss_sum, "examples": part.examples})
+    seconds = time.perf_counter() - began
+    numbers = MetricRecord({"loss-sum": part.loss_sum, "examples": part.examples, "seconds": seconds})
     return Message(RecordDict({METRICS: numbers, SUMS: ArrayRecord(sums)}), reply_to=message)
 
 
 def read_device_values(reply: Message) -> dict[int, dict[str, float]]:
     """Return what ``evaluate`` replied of devices: every metric, and the loss."""
     rows: dict[str, Any] = dict(reply.content.metric_records[METRICS])
-    columns = {key.removeprefix("value."): values for key, values in rows.items() if key != "device"}
+    columns = {key.removeprefix("value."): rows[key] for key in rows if key == "loss" or key.startswith("value.")}
     return {device: {name: values[i] for name, values in columns.items()} for i, device in enumerate(rows["device"])}
+
+
+def seconds_of(reply: Message) -> float:
+    """Return how long the host worked on what it replied."""
+    seconds = dict(reply.content.metric_records[METRICS]).get("seconds", 0.0)
+    return seconds if isinstance(seconds, float) else 0.0
 
 
 def read_score(reply: Message) -> Score:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -25,9 +24,9 @@ from fedmaestro.errors import UserError
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.run import FREE_ON_RESUME, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
+from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.report.compare_page import write_comparison
 from fedmaestro.rounds.method import method_of
 from fedmaestro.rounds.observer import ComparisonObserver
@@ -152,7 +151,7 @@ def compare(
         overrides: dotted settings for all cells.
         data_dir: folder of local data.
         out: the comparison's folder; a new one under ``runs/`` by default.
-        actors: Ray actors; the CPUs by default.
+        actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
         resume: go on with the comparison in ``out``; strategies and seeds may be added.
         ray_address: a running Ray cluster.
         observers: are told about the progress.
@@ -196,7 +195,7 @@ def compare(
         write_record(folder / "results.json", results)
         return results
 
-    def server(grid: Grid, _context: Context) -> None:
+    def server(grid: Grid) -> None:
         for cell in todo:
             tell_cells()
             for observer in observers:

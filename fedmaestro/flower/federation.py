@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -29,15 +29,17 @@ from fedmaestro.flower.client_app import (
     read_cohort,
     read_device_values,
     read_score,
+    seconds_of,
     to_arrays,
     to_state,
 )
-from fedmaestro.flower.hosts import InterruptedRunError, exchange, find_hosts, one_line
+from fedmaestro.flower.hosts import exchange, find_hosts, one_line
+from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.rounds import storage
+from fedmaestro.rounds.cohorts import Cohort, Pace, cut
 from fedmaestro.rounds.device import CohortResult
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import Observer
-from fedmaestro.rounds.schedule import Cohort, Schedule
 from fedmaestro.rounds.server import (
     Gathering,
     ServerState,
@@ -59,19 +61,45 @@ from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
 from fedmaestro.runs.model import ModelCard, write_model
 from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, TierFigures
 from fedmaestro.runs.summary import summarize
+from fedmaestro.runs.writer import Writer
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Score, metric_facts
 
 log = logging.getLogger("fedmaestro")
 
-T = TypeVar("T")
-
 TEST_PART = 2500
 """Test examples per evaluation message: fixed, so that sums do not depend on the number of hosts."""
 
 
+@dataclass
+class _Part:
+    """A message that evaluates something, and its reply."""
+
+    message: Message
+    tier: TierPlan
+    examples: int
+    reply: Message | None = None
+
+    @property
+    def kind(self) -> tuple[str, Submodel]:
+        """What it is to the pace."""
+        return "evaluate", self.tier.serves
+
+    @property
+    def work(self) -> int:
+        """MACs."""
+        return self.examples * self.tier.serves.cost.macs_per_example
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing came of it; None: something did."""
+        if self.reply is None:
+            return "no reply"
+        return one_line(self.reply) if self.reply.has_error() else None
+
+
 class TieredStrategy(FlowerStrategy):
-    """Sample devices, send each cohort its tier's submodel, merge partial sums in cohort order.
+    """Sample devices, send each cohort its tier's submodel, add up partial sums along the tiers' trees.
 
     Args:
         env: the experiment.
@@ -84,21 +112,38 @@ class TieredStrategy(FlowerStrategy):
     def __init__(self, env: Environment, server: ServerState | None = None) -> None:
         self.env = env
         self.server = start(env) if server is None else server
+        self._pace = Pace()
         self._records: dict[Submodel, ArrayRecord] = {}
-        self._schedule: Schedule | None = None
-        self._cohorts: list[tuple[Message, Cohort]] = []
-        self._parts: list[tuple[Message, Submodel]] = []
-        self._device_parts: list[tuple[Message, TierPlan]] = []
+        self._gathering: Gathering | None = None
+        self._cohorts: dict[int, tuple[Message, Cohort]] = {}
+        self._parts: dict[int, _Part] = {}
+        self._device_parts: dict[int, _Part] = {}
 
-    def train_messages(self, server_round: int, grid: Grid) -> list[Message]:
-        """Return one message per cohort, the one with the most work first (the shortest makespan)."""
-        self._schedule = schedule(self.env, self.server, server_round)
-        cohorts = sorted(self._schedule.cohorts, key=lambda cohort: -cohort.work)
-        self._cohorts = [
+    def train_messages(self, server_round: int, grid: Grid, other: Sequence[Message] = ()) -> list[Message]:
+        """Return one message per cohort, the one with the most work first (the shortest makespan).
+
+        Args:
+            server_round: from 1 on.
+            grid: the hosts.
+            other: messages that the hosts work on at the same time.
+        """
+        planned = schedule(self.env, self.server, server_round)
+        self._gathering = Gathering(self.env, self.server, planned, server_round)
+        nodes = sorted(grid.get_node_ids())
+        parts = self._parts | self._device_parts
+        cohorts = cut(
+            planned.groups,
+            lambda cohort: self._pace.seconds(("train", cohort.submodel), cohort.work),
+            workers=len(nodes),
+            limit=self.env.config.train.cohort_size,
+            other_seconds=sum(self._pace.seconds(part.kind, part.work) for x in other if (part := parts.get(id(x)))),
+        )
+        messages = [
             (self._train_message(cohort, server_round, node), cohort)
-            for cohort, node in zip(cohorts, _nodes(grid), strict=False)
+            for cohort, node in zip(cohorts, _dealt(nodes), strict=False)
         ]
-        return [message for message, _ in self._cohorts]
+        self._cohorts = {id(message): (message, cohort) for message, cohort in messages}
+        return [message for message, _ in messages]
 
     def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
         job: dict[str, Any] = {"round": server_round, "devices": list(cohort.devices)}
@@ -132,18 +177,33 @@ class TieredStrategy(FlowerStrategy):
             self._records[submodel] = to_arrays(storage.download(plan, self.server.models, submodel))
         return message(kind, node, self.env, self._records[submodel], more, tier=tier.tier.name, **job)
 
-    def receive(self, server_round: int, replies: Iterable[Message]) -> dict[str, Any]:
-        """Merge what came back, in cohort order, and take the server's step; return what the round's record says.
+    def take(self, message: Message, reply: Message) -> None:
+        """Take the reply to one of the messages that this object has made."""
+        failed = reply.has_error()
+        if (sent := self._cohorts.pop(id(message), None)) is not None:
+            assert self._gathering is not None
+            _, cohort = sent
+            result = _failed(cohort, f"host error: {one_line(reply)}") if failed else read_cohort(reply)
+            if len(result.reports) == len(cohort.devices):
+                self._pace.measure(("train", cohort.submodel), cohort.work, result.seconds)
+            self._gathering.receive(cohort, result)
+        elif (part := self._parts.get(id(message)) or self._device_parts.get(id(message))) is not None:
+            part.reply = reply
+            if not failed:
+                self._pace.measure(part.kind, part.work, seconds_of(reply))
+
+    def trained(self, server_round: int) -> dict[str, Any]:
+        """Take the server's step of a round; return what the round's record says.
 
         Devices of missing or erroneous replies count as failed.
         """
-        assert self._schedule is not None
-        gathering = Gathering(self.env, self.server, self._schedule, server_round)
-        results = _matched(self._cohorts, replies)
-        for cohort, reply in sorted(results, key=lambda pair: pair[0].index):
-            gathering.receive(cohort, _read(cohort, reply))
+        gathering, self._gathering = self._gathering, None
+        assert gathering is not None
+        for _, cohort in self._cohorts.values():
+            gathering.receive(cohort, _failed(cohort, "no reply"))
+        self._cohorts = {}
         failures = gathering.failures
-        for reason in dict.fromkeys(failures.values()):
+        for reason in dict.fromkeys(failures[device] for device in sorted(failures)):
             devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == reason)
             log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
         facts = gathering.facts()
@@ -159,50 +219,50 @@ class TieredStrategy(FlowerStrategy):
 
     def evaluate_messages(self, server_round: int, grid: Grid) -> list[Message]:
         """Return messages that evaluate every distinct submodel that serves a tier, in parts of the test set."""
-        nodes, examples = _nodes(grid), self.env.task.test_examples
-        self._parts = []
+        nodes, examples = _dealt(sorted(grid.get_node_ids())), self.env.task.test_examples
+        self._parts = {}
         for submodel, (tier, *_) in self.server.plan.serving.items():
             for first in range(0, examples, TEST_PART):
-                job = {"round": server_round, "first": first, "last": min(first + TEST_PART, examples)}
-                self._parts.append((self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job), submodel))
-        return [message for message, _ in self._parts]
+                last = min(first + TEST_PART, examples)
+                job = {"round": server_round, "first": first, "last": last}
+                message = self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job)
+                self._parts[id(message)] = _Part(message, tier, last - first)
+        return [part.message for part in self._parts.values()]
 
     def device_messages(self, server_round: int, grid: Grid) -> list[Message]:
         """Return messages that evaluate every tier's submodel on what its devices are tested on."""
-        nodes, tests = _nodes(grid), self.env.device_tests.examples
-        self._device_parts = []
+        nodes, tests = _dealt(sorted(grid.get_node_ids())), self.env.device_tests.examples
+        self._device_parts = {}
         for tier in self.server.plan.tiers if tests else ():
             devices = [d for d, index in enumerate(self.env.tier_of) if index == tier.index and len(tests[d])]
             for some in _chunks(devices, [len(tests[d]) for d in devices]):
                 job = {"round": server_round, "devices": some}
                 message = self._message(MessageType.EVALUATE, next(nodes), tier.serves, tier, job)
-                self._device_parts.append((message, tier))
-        return [message for message, _ in self._device_parts]
+                self._device_parts[id(message)] = _Part(message, tier, sum(len(tests[d]) for d in some))
+        return [part.message for part in self._device_parts.values()]
 
-    def device_values(self, server_round: int, replies: Iterable[Message]) -> dict[int, dict[str, float]]:
+    def device_values(self, server_round: int) -> dict[int, dict[str, float]]:
         """Return every metric of every device whose evaluation succeeded."""
         values: dict[int, dict[str, float]] = {}
-        for tier, reply in _matched(self._device_parts, replies):
-            if reply is None or reply.has_error():
-                reason = "no reply" if reply is None else one_line(reply)
-                log.warning("round %d: test of tier %s's devices failed: %s", server_round, tier.tier.name, reason)
-            else:
-                values |= read_device_values(reply)
+        for part in self._device_parts.values():
+            if (reason := part.failure) is not None:
+                log.warning("round %d: test of tier %s's devices failed: %s", server_round, part.tier.tier.name, reason)
+            elif part.reply is not None:
+                values |= read_device_values(part.reply)
         return dict(sorted(values.items()))
 
-    def scores(self, server_round: int, replies: Iterable[Message]) -> dict[Submodel, Score]:
+    def scores(self, server_round: int) -> dict[Submodel, Score]:
         """Return the score of every serving submodel whose evaluation succeeded everywhere."""
         scores: dict[Submodel, Score] = {}
         broken: set[Submodel] = set()
-        for submodel, reply in _matched(self._parts, replies):
-            if reply is None or reply.has_error():
-                reason = "no reply" if reply is None else one_line(reply)
-                tier = self.server.plan.serving[submodel][0].tier.name
-                log.warning("round %d: evaluation of tier %s failed: %s", server_round, tier, reason)
+        for part in self._parts.values():
+            submodel = part.tier.serves
+            if (reason := part.failure) is not None:
+                log.warning("round %d: evaluation of tier %s failed: %s", server_round, part.tier.tier.name, reason)
                 broken.add(submodel)
-            else:
-                part = read_score(reply)
-                scores[submodel] = scores[submodel] + part if submodel in scores else part
+            elif part.reply is not None:
+                score = read_score(part.reply)
+                scores[submodel] = scores[submodel] + score if submodel in scores else score
         return {submodel: score for submodel, score in scores.items() if submodel not in broken}
 
     def configure_train(
@@ -218,7 +278,8 @@ class TieredStrategy(FlowerStrategy):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """Return the next state, and what the round's record says as numbers."""
-        facts = self.receive(server_round, replies)
+        self._take_all(replies)
+        facts = self.trained(server_round)
         numbers = {key: value for key, value in facts.items() if value is not None}
         return to_arrays(self._shared()), MetricRecord(numbers)
 
@@ -235,7 +296,8 @@ class TieredStrategy(FlowerStrategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Return ``accuracy.TIER`` and ``loss.TIER``; a tier whose evaluation failed somewhere is left out."""
-        tiers = evaluation_facts(self.env.task, self.server, self.scores(server_round, replies))["tiers"]
+        self._take_all(replies)
+        tiers = evaluation_facts(self.env.task, self.server, self.scores(server_round))["tiers"]
         return MetricRecord(
             {
                 f"{metric}.{tier}": value
@@ -249,6 +311,13 @@ class TieredStrategy(FlowerStrategy):
         """Log what this strategy does (Flower calls it at the start of its own loop)."""
         method = self.env.method
         log.info("%s: %s; objective %s", method.name, method.summary, method.objective.name)
+
+    def _take_all(self, replies: Iterable[Message]) -> None:
+        sent = [*(message for message, _ in self._cohorts.values()), *(part.message for part in self._parts.values())]
+        by_id = {message.metadata.message_id: message for message in sent}
+        for reply in replies:
+            if (message := by_id.get(reply.metadata.reply_to_message_id)) is not None:
+                self.take(message, reply)
 
     def _shared(self) -> State:
         if None not in self.server.models:
@@ -299,9 +368,9 @@ class Federation:
             server = self._server()
             self.records = self.folder.keep_rounds(server.round)
             self.folder.summary.unlink(missing_ok=True)
-            self._tell(lambda observer: observer.on_start(self.env, self.folder, server.round + 1))
+            self._tell(Observer.on_start, self.env, self.folder, server.round + 1)
             for record in self.records:
-                self._tell_round(record)
+                self._tell(Observer.on_round, record)
             interrupted = False
             try:
                 server = self._rounds(server)
@@ -324,51 +393,79 @@ class Federation:
         return from_checkpoint(self.env, checkpoint)
 
     def _rounds(self, server: ServerState) -> ServerState:
-        strategy = TieredStrategy(self.env, server)
-        for server_round in range(server.round + 1, self.env.config.train.rounds + 1):
-            started = time.monotonic()
-            facts, devices = self._round(strategy, server_round)
-            record = RoundRecord(round=server_round, wall_seconds=round(time.monotonic() - started, 4), **facts)
-            if devices.loss or devices.test:
-                self.folder.append_devices(devices)
-            self.folder.append(record)
-            save_checkpoint(self.folder.checkpoint, to_checkpoint(self.env, strategy.server))
-            self.records.append(record)
-            if devices.loss or devices.test:
-                self._tell(lambda observer, devices=devices: observer.on_devices(devices))  # type: ignore[misc]
-            self._tell_round(record)
+        """Run the rounds that are left; the evaluation of each overlaps with the training of the next."""
+        strategy, rounds = TieredStrategy(self.env, server), self.env.config.train.rounds
+        pending = _Pending()
+        self._completed = time.monotonic()
+        with Writer() as writer:
+            for number in range(server.round + 1, rounds + 1):
+                facts: dict[str, Any] = {"metric": metric_facts(self.env.task)}
+                if number == 0:
+                    strategy.server = replace(strategy.server, round=0)
+                else:
+                    messages = strategy.train_messages(number, self.grid, pending.messages)
+                    self._exchange(strategy, pending, messages, number, writer)
+                    facts = strategy.trained(number)
+                pending = self._pending(strategy, number, facts)
+                if not pending.messages:
+                    self._complete(strategy, pending, writer)
+            self._exchange(strategy, pending, [], rounds, writer)
         return strategy.server
 
-    def _round(self, strategy: TieredStrategy, server_round: int) -> tuple[dict[str, Any], DeviceRecord]:
-        """Run a round; return what its record and that of its devices say."""
+    def _pending(self, strategy: TieredStrategy, number: int, facts: dict[str, Any]) -> "_Pending":
+        """Return what there is of a round once it has trained."""
         train = self.env.config.train
-        facts: dict[str, Any] = {"tiers": {}}
+        messages = []
+        if number % train.evaluate_every == 0 or number == train.rounds:
+            messages = strategy.evaluate_messages(number, self.grid) + strategy.device_messages(number, self.grid)
+        return _Pending(server=strategy.server, facts={"tiers": {}} | facts, messages=messages, missing=len(messages))
+
+    def _exchange(
+        self, strategy: TieredStrategy, pending: "_Pending", messages: list[Message], number: int, writer: Writer
+    ) -> None:
+        """Let the hosts evaluate what is pending and train the next round; complete the former as soon as it can be."""
+        evaluations = {id(message) for message in pending.messages}
+        trained = 0
+        timeout = self.env.config.train.reply_timeout_seconds
+        for sent, reply in exchange(self.grid, [*pending.messages, *messages], self.stop, timeout):
+            strategy.take(sent, reply)
+            if id(sent) in evaluations:
+                pending.missing -= 1
+                assert pending.server is not None
+                done, total = len(evaluations) - pending.missing, len(evaluations)
+                self._tell(Observer.on_progress, pending.server.round, "evaluate", done, total)
+            else:
+                trained += 1
+                self._tell(Observer.on_progress, number, "train", trained, len(messages))
+            if not pending.missing and not pending.complete:
+                self._complete(strategy, pending, writer)
+        if not pending.complete:
+            self._complete(strategy, pending, writer)
+
+    def _complete(self, strategy: TieredStrategy, pending: "_Pending", writer: Writer) -> None:
+        """Write the record and the checkpoint of a round, all of whose replies are there or come too late."""
+        pending.complete = True
+        server, facts = pending.server, pending.facts
+        assert server is not None
         tested: dict[int, dict[str, float]] = {}
-        if server_round == 0:
-            strategy.server = replace(strategy.server, round=0)
-            facts["metric"] = metric_facts(self.env.task)
-        else:
-            messages = strategy.train_messages(server_round, self.grid)
-            facts |= strategy.receive(server_round, self._exchange(messages, server_round, "train"))
-        if server_round % train.evaluate_every == 0 or server_round == train.rounds:
-            messages = strategy.evaluate_messages(server_round, self.grid)
-            messages += strategy.device_messages(server_round, self.grid)
-            replies = self._exchange(messages, server_round, "evaluate")
-            facts |= evaluation_facts(self.env.task, strategy.server, strategy.scores(server_round, replies))
-            tested = strategy.device_values(server_round, replies)
+        if pending.messages:
+            facts |= evaluation_facts(self.env.task, server, strategy.scores(server.round))
+            tested = strategy.device_values(server.round)
             facts["device_test"] = device_facts(self.env, tested)
-        devices = DeviceRecord.of(server_round, strategy.server.history, tested)
-        return facts | rank_facts(self.env, strategy.server), devices
-
-    def _exchange(self, messages: list[Message], server_round: int, phase: str) -> list[Message]:
-        done = 0
-
-        def on_reply() -> None:
-            nonlocal done
-            done += 1
-            self._tell(lambda observer: observer.on_progress(server_round, phase, done, len(messages)))
-
-        return exchange(self.grid, messages, self.stop, on_reply, self.env.config.train.reply_timeout_seconds)
+        now = time.monotonic()
+        seconds, self._completed = now - self._completed, now
+        devices = DeviceRecord.of(server.round, server.history, tested)
+        facts |= rank_facts(self.env, server)
+        record = RoundRecord(round=server.round, wall_seconds=round(seconds, 4), **facts)
+        told = bool(devices.loss or devices.test)
+        if told:
+            self.folder.append_devices(devices)
+        self.folder.append(record)
+        writer.write(save_checkpoint, self.folder.checkpoint, to_checkpoint(self.env, server))
+        self.records.append(record)
+        if told:
+            self._tell(Observer.on_devices, devices)
+        self._tell(Observer.on_round, record)
 
     def _finish(self, server: ServerState, interrupted: bool) -> Summary:
         env = self.env
@@ -388,15 +485,29 @@ class Federation:
             interrupted=interrupted,
         )
         write_record(self.folder.summary, summary)
-        self._tell(lambda observer: observer.on_finish(self.folder, summary))
+        self._tell(Observer.on_finish, self.folder, summary)
         return summary
 
-    def _tell_round(self, record: RoundRecord) -> None:
-        self._tell(lambda observer: observer.on_round(record))
-
-    def _tell(self, what: Callable[[Observer], None]) -> None:
+    def _tell(self, what: Callable[..., None], *about: Any) -> None:
+        """Tell every observer by the method of this name."""
         for observer in self.observers:
-            what(observer)
+            getattr(observer, what.__name__)(*about)
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A round that has trained; its record is complete once its evaluation is."""
+
+    server: ServerState | None = None
+    """After the round; None: there is no such round."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+    missing: int = 0
+    """Replies to them that are not there yet."""
+    complete: bool = False
+
+    def __post_init__(self) -> None:
+        self.complete = self.server is None
 
 
 def model_card(env: Environment, server: ServerState) -> ModelCard:
@@ -465,22 +576,12 @@ def _chunks(devices: Sequence[int], examples: Sequence[int]) -> Iterator[list[in
         yield some
 
 
-def _nodes(grid: Grid) -> Iterator[int]:
+def _dealt(nodes: Sequence[int]) -> Iterator[int]:
     """Deal out the hosts in turn, without end."""
-    nodes = sorted(grid.get_node_ids())
     if not nodes:
         raise UserError("no host is connected any more: start hosts and go on with --resume")
     return cycle(nodes)
 
 
-def _matched(sent: list[tuple[Message, T]], replies: Iterable[Message]) -> list[tuple[T, Message | None]]:
-    """Pair what was sent with its reply, in the order of sending; None where none came."""
-    by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
-    return [(subject, by_id.get(message.metadata.message_id)) for message, subject in sent]
-
-
-def _read(cohort: Cohort, reply: Message | None) -> CohortResult:
-    if reply is not None and not reply.has_error():
-        return read_cohort(reply)
-    reason = "no reply" if reply is None else f"host error: {one_line(reply)}"
+def _failed(cohort: Cohort, reason: str) -> CohortResult:
     return CohortResult(reports=(), failures=dict.fromkeys(cohort.devices, reason))

@@ -1,49 +1,81 @@
-"""Finding the hosts, and exchanging messages with them in a way that can be interrupted."""
+"""Finding the hosts, and exchanging messages with them in a way that can be interrupted and forgives lost hosts."""
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import DESCRIBE, message, read_description
-from fedmaestro.rounds.environment import Environment
+from fedmaestro.flower.direct_grid import DirectGrid, Greeting
+from fedmaestro.interrupt import InterruptedRunError
+from fedmaestro.rounds.environment import Environment, share
+
+log = logging.getLogger("fedmaestro")
 
 REGISTRATION_SECONDS = 120.0
 """How long to wait for all hosts to register (Flower starts the ServerApp before they have)."""
 
-
-class InterruptedRunError(RuntimeError):
-    """The run was asked to stop (Ctrl-C, or the runtime ended)."""
+ATTEMPTS = 3
+"""Hosts that may fail at a message before its devices count as failed."""
 
 
 def exchange(
-    grid: Grid,
-    messages: Iterable[Message],
-    stop: threading.Event,
-    on_reply: Callable[[], None] | None = None,
-    timeout: float | None = None,
-) -> list[Message]:
-    """Send ``messages`` and return the replies: all, or those that came within ``timeout`` wall seconds.
+    grid: Grid, messages: Sequence[Message], stop: threading.Event, timeout: float | None = None
+) -> Iterator[tuple[Message, Message]]:
+    """Send messages and yield each with its reply as it comes: all, or those that came within ``timeout`` wall seconds.
 
-    Like ``Grid.send_and_receive``, but it polls faster at first (a small round is over within its 0.1 s) and raises
-    InterruptedRunError when ``stop`` is set.
+    What a host fails at is sent to another one, up to a limit; a reply with an error is yielded after that.
+
+    Raises:
+        InterruptedRunError: ``stop`` was set.
+        UserError: no host is left.
     """
-    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
-    replies: list[Message] = []
+    if isinstance(grid, DirectGrid):
+        replies = grid.stream(messages, stop=stop, timeout=timeout)
+        by_id: dict[str, Message] | None = None
+        for reply in replies:
+            if by_id is None:
+                by_id = {message.metadata.message_id: message for message in messages}
+            yield by_id[reply.metadata.reply_to_message_id], reply
+        return
+    yield from _through_superlink(grid, messages, stop, timeout)
+
+
+def _through_superlink(
+    grid: Grid, messages: Sequence[Message], stop: threading.Event, timeout: float | None
+) -> Iterator[tuple[Message, Message]]:
+    """Exchange messages through Flower's own grid: it is asked, often at first (a small round is over within 0.1 s)."""
+    sent = dict(zip(grid.push_messages(messages), messages, strict=True))
+    origin = {id(message): message for message in messages}
+    attempts = dict.fromkeys(origin, 1)
     started = time.monotonic()
-    while waiting and (timeout is None or time.monotonic() - started <= timeout):
-        arrived = list(grid.pull_messages(waiting))
-        replies += arrived
-        waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-        for _ in arrived:
-            if on_reply is not None:
-                on_reply()
-        if waiting and stop.wait(min(1.0, 0.01 + 0.02 * (time.monotonic() - started))):
+    while sent and (timeout is None or time.monotonic() - started <= timeout):
+        for reply in list(grid.pull_messages(set(sent))):
+            message = sent.pop(reply.metadata.reply_to_message_id)
+            first = origin[id(message)]
+            if reply.has_error() and (again := _elsewhere(grid, message, attempts[id(first)], reply)) is not None:
+                attempts[id(first)] += 1
+                origin[id(again)] = first
+                sent[next(iter(grid.push_messages([again])))] = again
+                continue
+            yield first, reply
+        if sent and stop.wait(min(1.0, 0.01 + 0.02 * (time.monotonic() - started))):
             raise InterruptedRunError("stopped while waiting for hosts")
-    return replies
+
+
+def _elsewhere(grid: Grid, message: Message, attempts: int, reply: Message) -> Message | None:
+    """Return the message anew for another host than the one that failed at it; None once that was tried enough."""
+    nodes = sorted(grid.get_node_ids())
+    failed = message.metadata.dst_node_id
+    others = [node for node in nodes if node > failed] + [node for node in nodes if node < failed]
+    if attempts >= ATTEMPTS or not others:
+        return None
+    log.warning("host %d failed (%s): its message goes to host %d", failed, one_line(reply), others[0])
+    return Message(message.content, dst_node_id=others[0], message_type=message.metadata.message_type)
 
 
 def one_line(reply: Message, limit: int = 300) -> str:
@@ -51,26 +83,20 @@ def one_line(reply: Message, limit: int = 300) -> str:
     return " ".join(str(reply.error.reason).split())[:limit]
 
 
-def find_hosts(grid: Grid, env: Environment, stop: threading.Event) -> list[int]:
-    """Wait until every host has registered and check that all see the server's data.
-
-    Returns:
-        The node ids.
+def find_hosts(grid: Grid, env: Environment, stop: threading.Event) -> None:
+    """Make sure that all hosts see the server's data: now, or, where hosts come and go, before they get work.
 
     Raises:
         UserError: too few hosts in time, a host that cannot open the data, or one with other data.
     """
-    # All at once, so that every Ray actor imports PyTorch and opens the data at the same time.
+    if isinstance(grid, DirectGrid):
+        share(env)
+        grid.greet(Greeting(message=lambda node: message(DESCRIBE, node, env), check=lambda reply: _check(reply, env)))
+        return
+    # All at once, so that every host imports PyTorch and opens the data at the same time.
     described = _describe(grid, _wait_for_nodes(grid, 1, stop), env, stop)
-    nodes = _wait_for_nodes(grid, max(count for count, _ in described.values()), stop)
-    described |= _describe(grid, [node for node in nodes if node not in described], env, stop)
-    for node, (_, fingerprint) in described.items():
-        if fingerprint != env.fingerprint:
-            raise UserError(
-                f"host {node} sees other data, another partition or another fleet than the server: "
-                "give all of them the same files and the same versions of the libraries"
-            )
-    return nodes
+    nodes = _wait_for_nodes(grid, max(described.values()), stop)
+    _describe(grid, [node for node in nodes if node not in described], env, stop)
 
 
 def _wait_for_nodes(grid: Grid, count: int, stop: threading.Event) -> list[int]:
@@ -83,11 +109,21 @@ def _wait_for_nodes(grid: Grid, count: int, stop: threading.Event) -> list[int]:
     return nodes
 
 
-def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threading.Event) -> dict[int, tuple[int, str]]:
-    """Return (number of hosts, data fingerprint) by node."""
-    described: dict[int, tuple[int, str]] = {}
-    for reply in exchange(grid, [message(DESCRIBE, node, env) for node in nodes], stop):
-        if reply.has_error():
-            raise UserError(f"host {reply.metadata.src_node_id} cannot take part: {one_line(reply)}")
-        described[reply.metadata.src_node_id] = read_description(reply)
-    return described
+def _describe(grid: Grid, nodes: Iterable[int], env: Environment, stop: threading.Event) -> dict[int, int]:
+    """Check hosts; return how many there are, by what each of them says."""
+    messages = [message(DESCRIBE, node, env) for node in nodes]
+    return {sent.metadata.dst_node_id: _check(reply, env) for sent, reply in exchange(grid, messages, stop)}
+
+
+def _check(reply: Message, env: Environment) -> int:
+    """Return how many hosts there are; UserError for a host that cannot work on this experiment."""
+    host = reply.metadata.src_node_id
+    if reply.has_error():
+        raise UserError(f"host {host} cannot take part: {one_line(reply)}")
+    count, fingerprint = read_description(reply)
+    if fingerprint != env.fingerprint:
+        raise UserError(
+            f"host {host} sees other data, another partition or another fleet than the server: "
+            "give all of them the same files and the same versions of the libraries"
+        )
+    return count

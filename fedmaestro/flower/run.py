@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
@@ -14,9 +13,10 @@ from torch import nn
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
+from fedmaestro.flower.direct_grid import DirectGrid
 from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.hosts import InterruptedRunError
 from fedmaestro.flower.simulation import checked_actors, simulate
+from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.report.observer import RunReporter
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.rounds.observer import Observer
@@ -109,9 +109,10 @@ def run(
         overrides: dotted settings, for example ``{"train.rounds": 5}``.
         data_dir: folder of local data (``data.dir``).
         out: run folder (``out``); a new one under ``runs/`` by default.
-        actors: Ray actors that work in parallel; the CPUs by default. They change the speed, not the result.
+        actors: Ray actors that work in parallel, one per free CPU by default; 0: all work is done in this process. They
+            change the speed, not the result.
         resume: go on with the run in ``out`` from its checkpoint; without ``experiment`` its own configuration is used.
-        ray_address: a running Ray cluster; by default one is started on this machine.
+        ray_address: a running Ray cluster; by default the Ray that this process is in, or one of our own.
         observers: are told about the progress.
         client_app: the hosts' app.
 
@@ -138,8 +139,8 @@ def run(
     folder, env = prepare(config, name_of(experiment, config), resume=resume, on_data=to_all(told))
     stop = threading.Event()
 
-    def server(grid: Grid, _context: Context) -> None:
-        Federation(grid, env, folder, stop, told, resume=resume).run()
+    def server(grid: Grid) -> None:
+        Federation(grid, env, folder, stop, [_Retiring(grid), *told], resume=resume).run()
 
     try:
         simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
@@ -147,6 +148,17 @@ def run(
         # Before the first round: there is nothing to keep.
         raise KeyboardInterrupt from None
     return Run(folder.path)
+
+
+class _Retiring(Observer):
+    """Lets the hosts end while the report is written."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def on_finish(self, folder: RunFolder, summary: Summary) -> None:  # noqa: ARG002
+        if isinstance(self.grid, DirectGrid):
+            self.grid.retire()
 
 
 def to_all(observers: Sequence[Observer]) -> Callable[[int, int], None]:

@@ -1,62 +1,86 @@
-"""The one place that touches Flower's simulation runtime and Ray.
+"""Where a simulation runs: in this process, on Ray actors by a Grid of our own, or by Flower's own engine.
 
-``run_simulation`` is deprecated in Flower 1.41 without a successor that runs in this process; whatever replaces it goes
-here.
+The last one is for versions of Flower that lack what ``identity`` needs. Its ``run_simulation`` is deprecated in Flower
+1.41 without a successor that runs in this process.
 """
 
 import logging
 import os
-import socket
-import subprocess
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import ray
+import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from ray.exceptions import RayError
 
 from fedmaestro.errors import UserError
+from fedmaestro.flower.client_app import app as default_client_app
+from fedmaestro.flower.direct_grid import LocalGrid
+from fedmaestro.flower.identity import supported
+from fedmaestro.flower.ray_grid import RayGrid
+from fedmaestro.flower.ray_runtime import RayRuntime, free_cpus, joined
 from fedmaestro.interrupt import interrupt_sets
 
+log = logging.getLogger("fedmaestro")
+
 NODES_PER_ACTOR = 4
-"""Flower polls one message per node every 0.1 s: with some nodes more than actors a round's messages leave at once."""
+"""For Flower's engine, which polls one message per node every 0.1 s."""
 
 ACTOR_OPTIONS = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1, "max_task_retries": 3}
-"""Ray actor options: a killed actor is restarted and its task retried. By default Flower would lose both for good."""
+"""For Flower's engine: a killed actor is restarted and its task retried, which by default would be lost for good."""
 
 
-PROBE_SECONDS = 30
-"""How long a Ray cluster may take to accept a first connection."""
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def checked_actors(actors: int | None) -> int:
-    """Return how many actors work in parallel: as given, or one per CPU; UserError for none."""
-    if actors is None:
-        return available_cpus()
-    if actors < 1:
-        raise UserError(f"--actors {actors}: at least one is needed")
+def checked_actors(actors: int | None) -> int | None:
+    """Return how many actors are to work in parallel (None: one per free CPU; 0: this process); UserError below 0."""
+    if actors is not None and actors < 0:
+        raise UserError(f"--actors {actors}: 0 works in this process, 1 and more are Ray actors")
     return actors
 
 
+@contextmanager
+def hosts(
+    client_app: ClientApp, *, actors: int | None = None, ray_address: str | None = None, gpus: float = 0.0
+) -> Iterator[Grid]:
+    """Open a grid with its hosts, and close it at the end.
+
+    Args:
+        client_app: the hosts' app.
+        actors: Ray actors; 0: none, work is done in this process; None: one per free CPU.
+        ray_address: a running Ray cluster; None: the Ray that this process is in, ``RAY_ADDRESS``, or one of our own.
+        gpus: share of a GPU for each actor.
+
+    Raises:
+        UserError: the Ray cluster cannot be reached or has no place.
+    """
+    if actors == 0 or (actors is None and joined() and free_cpus() < 1):
+        yield LocalGrid(client_app)
+        return
+    threads = torch.get_num_threads()
+    runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None)
+    runtime.open()
+    # Another app may do to its process what it likes: it must not be this one.
+    help_out = runtime.own and not gpus and client_app is default_client_app
+    grid = RayGrid(runtime, client_app, gpus=gpus, help_out=help_out)
+    try:
+        yield grid
+    finally:
+        grid.close()
+        torch.set_num_threads(threads)
+
+
 def simulate(
-    server: Callable[[Grid, Context], None],
+    server: Callable[[Grid], None],
     client_app: ClientApp,
     *,
-    actors: int,
+    actors: int | None,
     stop: threading.Event,
     ray_address: str | None = None,
+    gpus: float = 0.0,
 ) -> None:
-    """Run ``server`` against simulated hosts in Ray actors, in this process, until it returns.
+    """Run ``server`` against simulated hosts, in this process, until it returns.
 
     The first Ctrl-C sets ``stop``, which the server obeys; a second one interrupts at once.
 
@@ -64,98 +88,27 @@ def simulate(
         UserError: the Ray cluster at ``ray_address`` cannot be reached.
         Exception: what ``server`` raised.
     """
-    with _quiet_flower(), _start_ray(actors, ray_address), _actors_end_without_retry():
-        from flwr.simulation import run_simulation
-
-        server_app = ServerApp()
-        server_app.main()(server)
-        with interrupt_sets(stop):
-            try:
-                run_simulation(
-                    server_app=server_app,
-                    client_app=client_app,
-                    num_supernodes=NODES_PER_ACTOR * actors,
-                    backend_config={"client_resources": ACTOR_OPTIONS},  # type: ignore[dict-item]
-                )
-            finally:
-                # The server's thread must not wait for hosts that are gone.
-                stop.set()
-
-
-@contextmanager
-def _start_ray(actors: int, address: str | None) -> Iterator[None]:
-    """Start Ray here (or connect) before Flower does, which would take all CPUs and report failures late."""
-    paths = os.pathsep.join(path for path in sys.path if path)
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    try:
-        _check_reachable(address)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                address=address or "local",
-                num_cpus=None if address else actors,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-            )
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"cannot reach the Ray cluster at {address!r} ({reason}): start it with `ray start --head`, or unset "
-            "RAY_ADDRESS and --ray-address to simulate on this machine"
-            if address
-            else f"cannot start Ray on this machine: {reason}"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str | None) -> None:
-    """Raise OSError when no Ray cluster answers; Ray itself would try for minutes and not be interrupted."""
-    if address is None:
+    if reason := supported():
+        log.warning("this version of Flower runs hosts by its own engine, slower and less forgiving (%s)", reason)
+        _by_flower(server, client_app, actors=actors or os.cpu_count() or 1, stop=stop)
         return
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
-    probe = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
-    try:
-        command = [sys.executable, "-c", probe, address]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"no answer within {PROBE_SECONDS} s") from None
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise OSError(last) from None
+    with hosts(client_app, actors=actors, ray_address=ray_address, gpus=gpus) as grid, interrupt_sets(stop):
+        server(grid)
 
 
-@contextmanager
-def _actors_end_without_retry() -> Iterator[None]:
-    """End actors by ``ray.kill``: with task retries, Ray would retry and report Flower's ``terminate`` call."""
-    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+def _by_flower(server: Callable[[Grid], None], client_app: ClientApp, *, actors: int, stop: threading.Event) -> None:
+    from flwr.simulation import run_simulation
 
-    original = BasicActorPool.terminate_all_actors
+    server_app = ServerApp()
 
-    def kill_all(pool: BasicActorPool) -> None:
-        for actor in pool.pool:
-            ray.kill(actor)  # type: ignore[arg-type]
+    @server_app.main()
+    def main(grid: Grid, _context: Context) -> None:
+        server(grid)
 
-    BasicActorPool.terminate_all_actors = kill_all  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        BasicActorPool.terminate_all_actors = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _quiet_flower() -> Iterator[None]:
-    """Keep Flower's own log lines (registration, deprecation) out of the progress display."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    options: dict[str, Any] = {"client_resources": ACTOR_OPTIONS, "init_args": {"num_cpus": actors}}
+    with interrupt_sets(stop):
+        try:
+            run_simulation(server_app, client_app, NODES_PER_ACTOR * actors, backend_config=options)  # type: ignore[arg-type]
+        finally:
+            # The server's thread must not wait for hosts that are gone.
+            stop.set()

@@ -146,7 +146,10 @@ def _dense_is_smaller(layer: LoDLayer) -> bool:
 
 
 def _cut(layer: LoDLayer, rank: int) -> LoDLayer:
-    return layer.replaced(layer.u.detach()[:, :rank].clone(), layer.v.detach()[:rank].clone())
+    u, v = layer.u.detach()[:, :rank], layer.v.detach()[:rank]
+    if u.is_meta:  # as in ``balanced_svd``
+        return layer.replaced(u.new_empty(u.shape), v.new_empty(v.shape))
+    return layer.replaced(u.clone(), v.clone())
 
 
 def _check_untied(model: nn.Module, chosen: Collection[str], whole: Mapping[str, str]) -> None:
@@ -230,6 +233,9 @@ def _unsupported(name: str, why: str) -> UserError:
 
 def balanced_svd(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``U (O, R)``, ``V (R, I)`` with ``U V = weight`` and equal column and row norms ``√σ``."""
+    if weight.is_meta:  # shapes only: on the meta device, the arithmetic below would load PyTorch's compiler (3 s)
+        rank = min(weight.shape)
+        return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
     p, sigma, qt = torch.linalg.svd(weight.double(), full_matrices=False)
     root = sigma.sqrt()
     return (p * root).to(weight.dtype).contiguous(), (root[:, None] * qt).to(weight.dtype).contiguous()

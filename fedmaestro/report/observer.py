@@ -10,22 +10,31 @@ from fedmaestro.runs.records import Summary
 
 
 class RunReporter(Observer):
-    """Writes ``plots/`` and ``report.html``."""
+    """Writes ``plots/`` and ``report.html`` at the end: drawing takes seconds, in which hosts would have to wait."""
+
+    def __init__(self) -> None:
+        self._env: Environment | None = None
 
     def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
-        """Draw which device holds how much of which class."""
-        picture = folder.plots / "partition"
-        if env.task.labels is None or picture.with_suffix(".png").exists():
-            return
-        folder.plots.mkdir(parents=True, exist_ok=True)
-        plot_partition(
-            class_counts(env.task.labels, env.parts, env.task.num_classes),
-            picture,
-            tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
-            tier_order=[tier.tier.name for tier in env.plan.tiers],
-            title=f"{env.task.name}: examples of each device by class",
-        )
+        """Keep what there is to draw."""
+        self._env = env
 
     def on_finish(self, folder: RunFolder, summary: Summary) -> None:  # noqa: ARG002
-        """Write the page about what there is."""
+        """Draw which device holds how much of which class, and write the page about what there is."""
+        if self._env is not None:
+            _draw_partition(self._env, folder)
         write_run_report(folder.path)
+
+
+def _draw_partition(env: Environment, folder: RunFolder) -> None:
+    picture = folder.plots / "partition"
+    if env.task.labels is None or picture.with_suffix(".png").exists():
+        return
+    folder.plots.mkdir(parents=True, exist_ok=True)
+    plot_partition(
+        class_counts(env.task.labels, env.parts, env.task.num_classes),
+        picture,
+        tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
+        tier_order=[tier.tier.name for tier in env.plan.tiers],
+        title=f"{env.task.name}: examples of each device by class",
+    )

@@ -4,6 +4,7 @@ Models stay resident per process and are reused, one per size of a plan; the env
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,11 +22,13 @@ from fedmaestro.errors import DivergedError
 from fedmaestro.fleet.plan import Plan, Submodel, smaller_levels
 from fedmaestro.lod import group_lasso
 from fedmaestro.lod.suffix import Tail
-from fedmaestro.rounds import spectrum
+from fedmaestro.rounds import spectrum, storage
 from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.storage import Owner
+from fedmaestro.rounds.tree import Join, Span, reduced
 from fedmaestro.runs.code import located
-from fedmaestro.strategies.base import Parts
-from fedmaestro.submodel import State, load, state_of
+from fedmaestro.strategies.base import SUMS, AnyAggregation, AnyPartial, Parts
+from fedmaestro.submodel import Signature, State, load, state_of
 from fedmaestro.tasks.task import Batch, Score, Task, evaluate
 
 
@@ -66,17 +69,38 @@ class DeviceReport:
 class CohortResult:
     """What one message brings back."""
 
-    mean: Parts = field(default_factory=dict)
-    """What is uploaded (``Aggregation.mean``) of the devices that succeeded; empty when none did."""
+    parts: Parts = field(default_factory=dict)
+    """What is uploaded: of a cohort of one device its submodel as it is, of others ``Aggregation.pack`` of the devices
+    that succeeded; empty when none did."""
     weight: float = 0.0
     """``Σ weight`` of these devices."""
     controls: Mapping[int, State] = field(default_factory=dict)
     """New control variate of each device, with ``train.correction = scaffold``."""
     probes: State = field(default_factory=dict)
-    """``Σ weight · spectrum.probe / weight`` of the same devices in float32, with ``train.record-bias``."""
+    """``Σ weight · spectrum.probe`` of the same devices in float64, with ``train.record-bias``."""
     reports: tuple[DeviceReport, ...]
     failures: dict[int, str]
     """Reason by device."""
+    seconds: float = 0.0
+    """What the work took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """The value of a node of a tier's tree: what some of its devices amount to."""
+
+    partial: AnyPartial
+    probes: State = field(default_factory=dict)
+
+
+def join(aggregation: AnyAggregation) -> Join[Node]:
+    """Return what adds two nodes."""
+
+    def add(left: Node, right: Node) -> Node:
+        probes = {name: x + right.probes[name] for name, x in left.probes.items()}
+        return Node(partial=aggregation.merge(left.partial, right.partial), probes=probes)
+
+    return add
 
 
 def local_training(
@@ -116,7 +140,7 @@ def train_cohort(
     tails: Sequence[float] = (),
     controls: Mapping[int, Control] | None = None,
 ) -> CohortResult:
-    """Train ``devices``, all of one tier, from the submodel ``start`` and add up their results.
+    """Train ``devices``, all of one tier, from the submodel ``start`` and add up their results along the tree.
 
     A device whose training raises or gives NaN is reported as failed with its reason and left out.
 
@@ -124,31 +148,37 @@ def train_cohort(
         env: the experiment.
         plan: the tiers' submodels in this round.
         tier_name: the tier of the devices.
-        devices: by number.
+        devices: by number, ascending: a node of the tier's tree.
         start: the tier's submodel.
         server_round: from 1 on.
         tails: for the group lasso, what the submodel lacks: two numbers for each LoD layer (``lod.suffix.Tail``).
         controls: the control variates of each device; None: there are none.
     """
+    began = time.perf_counter()
     submodel = plan.by_name(tier_name).trains
     if submodel is None:
         raise ValueError(f"devices of tier {tier_name!r} do not train under {env.method.name!r}")
     prefixes = resident_prefixes(env, plan, submodel)
     aggregation = env.method.aggregation
-    partial = aggregation.init(start)
     pairs = zip(tails[::2], tails[1::2], strict=True)
     frozen = env.method.frozen(start, server_round)
     settings = local_training(env, server_round, dict(zip(submodel.size.ranks or {}, pairs, strict=False)), frozen)
     ends = spectrum.rank_segments(plan) if env.config.train.record_bias and submodel.size.ranks else {}
-    probes: State = {}
+    empty = aggregation.init(start, sizes_of(env, plan, server_round)[storage.owner_of(plan, submodel)])
+    alone = len(devices) == 1
+    uploads: list[State] = []
     reports: list[DeviceReport] = []
     failures: dict[int, str] = {}
     new_controls: dict[int, State] = {}
-    for device in devices:
+
+    def leaf(position: int) -> Node | None:
+        device = devices[position]
         part = env.parts[device]
         batch = env.task.plain(part)
         generator = rng.generator(env.config.seed, "train", server_round, device)
         control = None if controls is None else controls[device]
+        # Dropout, and whatever else an own model draws.
+        torch.manual_seed(rng.derived_seed(env.config.seed, "device-dropout", server_round, device))
         try:
             loss = train_device(
                 prefixes,
@@ -163,28 +193,77 @@ def train_cohort(
             )
         except Exception as error:
             failures[device] = located(error)
-            continue
+            return None
         if control is not None:
             steps = settings.epochs * math.ceil(len(batch) / settings.batch_size)
             new_controls[device] = control.after(start, prefixes.model, steps, settings.lr)
         state = state_of(prefixes.model)
         sent = {name: tensor for name, tensor in state.items() if name not in frozen}
-        partial = aggregation.add(partial, sent, len(batch.targets), start=start)
-        if ends:
-            weight = aggregation.weigh(sent, len(batch.targets))
-            probes = {x: weight * m + probes.get(x, 0.0) for x, m in spectrum.probe(state, ends).items()}
         reports.append(DeviceReport(device=device, examples=len(batch.targets), loss=loss))
-    block = next((block for _, block in partial), None)
-    if block is None:
-        return CohortResult(reports=(), failures=failures)
+        probes = spectrum.probe(state, ends) if ends else {}
+        if probes:
+            weight = aggregation.weigh(sent, len(batch.targets))
+            probes = {name: weight * x.double() for name, x in probes.items()}
+        if alone:
+            uploads.append(sent)
+            return Node(partial=empty, probes=probes)
+        return Node(partial=aggregation.add(empty, sent, len(batch.targets), start=start), probes=probes)
+
+    node = reduced(Span(0, len(devices)), leaf, join(aggregation))
+    parts: Parts = {}
+    if node is not None:
+        parts = {SUMS: uploads[0]} if alone else aggregation.pack(node.partial)
     return CohortResult(
-        mean=aggregation.mean(block),
-        weight=block.weight,
+        parts=parts,
+        weight=0.0 if node is None else float(node.partial.weight),
         controls=new_controls,
-        probes={name: (x * (1.0 / (block.weight or 1.0))).float() for name, x in probes.items()},
+        probes={} if node is None else node.probes,
         reports=tuple(reports),
         failures=failures,
+        seconds=time.perf_counter() - began,
     )
+
+
+def read_node(
+    env: Environment, plan: Plan, submodel: Submodel, start: State, result: CohortResult, count: int, server_round: int
+) -> Node | None:
+    """Return what a cohort of ``count`` devices amounts to; None for nothing. The inverse of what a host sends.
+
+    Args:
+        env: the experiment.
+        plan: the tiers' submodels in this round.
+        submodel: what the devices trained.
+        start: as it was sent to them.
+        result: what came back.
+        count: devices of the cohort, those that failed included.
+        server_round: from 1 on.
+    """
+    if not result.reports:
+        return None
+    aggregation = env.method.aggregation
+    sizes = sizes_of(env, plan, server_round)[storage.owner_of(plan, submodel)]
+    if count == 1:
+        empty = aggregation.init(start, sizes)
+        partial = aggregation.add(empty, result.parts[SUMS], result.reports[0].examples, start=start)
+    else:
+        sent = sent_back(env, submodel, server_round)
+        partial = aggregation.unpack(result.parts, sent, result.weight, len(result.reports), sizes)
+    return Node(partial=partial, probes=result.probes)
+
+
+def sent_back(env: Environment, submodel: Submodel, server_round: int) -> Signature:
+    """Return what a device that trains ``submodel`` sends back: all of it but what it leaves as it was."""
+    frozen = env.method.frozen(submodel.shapes, server_round)
+    return tuple((name, shape) for name, shape in submodel.shapes.items() if name not in frozen)
+
+
+def sizes_of(env: Environment, plan: Plan, server_round: int) -> dict[Owner, list[Signature]]:
+    """Return all sizes that devices send back in a round, by the model that they belong to."""
+    sizes: dict[Owner, list[Signature]] = {}
+    for tier in plan.tiers:
+        if tier.trains is not None:
+            sizes.setdefault(storage.owner_of(plan, tier.trains), []).append(sent_back(env, tier.trains, server_round))
+    return sizes
 
 
 def train_device(

@@ -1,6 +1,7 @@
 """Everything that an experiment's configuration stands for; server and hosts build the same one."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -296,8 +297,36 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
             )
 
 
-@lru_cache(maxsize=2)
 def environment_of(experiment: str, code: Code = NO_CODE, data_fingerprint: str = "") -> Environment:
-    """Return the environment of a message's experiment (``ExperimentConfig`` as JSON), cached per process."""
-    config = ExperimentConfig.model_validate_json(experiment)
-    return open_environment(config, code=code, data_fingerprint=data_fingerprint)
+    """Return the environment of a message's experiment (``ExperimentConfig`` as JSON); the last ones are kept."""
+    key = experiment, code, data_fingerprint
+    with _OPENING:
+        if (env := _OPEN.get(key)) is None:
+            config = ExperimentConfig.model_validate_json(experiment)
+            env = _keep(key, open_environment(config, code=code, data_fingerprint=data_fingerprint))
+        return env
+
+
+def share(env: Environment) -> None:
+    """Let ``environment_of`` return an open environment: hosts in this process need not open their own."""
+    with _OPENING:
+        _keep((env.config.model_dump_json(by_alias=True), env.code, env.task.fingerprint), env)
+
+
+def forget() -> None:
+    """Close all environments of this process."""
+    with _OPENING:
+        _OPEN.clear()
+
+
+_Key = tuple[str, Code, str]
+_OPEN: dict[_Key, Environment] = {}
+_OPENING = threading.RLock()
+_KEPT = 2
+
+
+def _keep(key: _Key, env: Environment) -> Environment:
+    _OPEN[key] = env
+    while len(_OPEN) > _KEPT:
+        del _OPEN[next(iter(_OPEN))]
+    return env

@@ -1,4 +1,4 @@
-"""One round before it starts: who is sampled, who finishes in time, and the cohorts that messages carry.
+"""One round before it starts: who is sampled, and who finishes in time.
 
 Everything here follows from the seed, the round and closed-form costs, so the server knows the outcome of the virtual
 clock before any training; devices that would be too late are not trained at all.
@@ -17,19 +17,18 @@ from fedmaestro.fleet.selection import SELECTIONS, History, Round, Selection, se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohort:
-    """Devices of one tier that one message carries."""
+class Group:
+    """The devices of one tier that finish a round."""
 
-    index: int
-    """Position in the round: the order in which partial results are merged."""
     tier: TierPlan
     devices: tuple[int, ...]
-    work: int
-    """Training MACs of all of its devices, for load balancing."""
+    """Ascending."""
+    work: tuple[int, ...]
+    """Training MACs of each of them."""
 
     @property
     def submodel(self) -> Submodel:
-        """What its devices train."""
+        """What they train."""
         assert self.tier.trains is not None
         return self.tier.trains
 
@@ -38,7 +37,8 @@ class Cohort:
 class Schedule:
     """A round's plan."""
 
-    cohorts: tuple[Cohort, ...]
+    groups: tuple[Group, ...]
+    """Of the tiers that have such devices, largest tier first."""
     dropped: tuple[int, ...]
     """Devices that were sampled but come too late (deadline) or are not needed (over-commit)."""
     download_bytes: int
@@ -54,7 +54,6 @@ def schedule_round(
     seed: int,
     server_round: int,
     devices_per_round: int,
-    cohort_size: int,
     local_epochs: int = 1,
     over_commit: float = 1.0,
     deadline_seconds: float | None = None,
@@ -63,7 +62,7 @@ def schedule_round(
     selection: Selection = SELECTIONS["uniform"],
     history: History | None = None,
 ) -> Schedule:
-    """Sample the devices of a round and group those that finish into cohorts.
+    """Sample the devices of a round and group those that finish by tier.
 
     Args:
         plan: submodels and costs of the tiers.
@@ -72,7 +71,6 @@ def schedule_round(
         seed: the run's seed.
         server_round: from 1 on.
         devices_per_round: updates that the server waits for.
-        cohort_size: devices of one tier per message at most.
         local_epochs: passes over a device's examples.
         over_commit: sample this many times more devices.
         deadline_seconds: virtual limit of the round; None: there is none.
@@ -82,7 +80,7 @@ def schedule_round(
         history: what is known of the devices; None: nothing yet.
 
     Returns:
-        The schedule; without cohorts when no device is available.
+        The schedule; without groups when no device is available.
     """
     tiers = [plan.by_index(index) for index in tier_of]
     reachable = rng.generator(seed, "availability", server_round).random(len(tiers))
@@ -114,27 +112,20 @@ def schedule_round(
     sampled = selected(selection, this, np.asarray(candidates, np.int64), known, seed)
     outcome = close_round([float(seconds[d]) for d in sampled], devices_per_round, deadline_seconds)
     return Schedule(
-        cohorts=_cohorts(plan, [sampled[i] for i in outcome.finished], tier_of, examples, cohort_size, local_epochs),
+        groups=_groups(plan, sorted(sampled[i] for i in outcome.finished), tier_of, examples, local_epochs),
         dropped=tuple(sampled[i] for i in outcome.dropped),
         download_bytes=sum(costs[d].download_bytes for d in sampled),
         virtual_seconds=outcome.seconds,
     )
 
 
-def _cohorts(
-    plan: Plan,
-    devices: Sequence[int],
-    tier_of: Sequence[int],
-    examples: Sequence[int],
-    cohort_size: int,
-    local_epochs: int,
-) -> tuple[Cohort, ...]:
-    """Group devices by tier (largest first), in ascending order, into chunks of ``cohort_size``."""
-    cohorts: list[Cohort] = []
+def _groups(
+    plan: Plan, devices: Sequence[int], tier_of: Sequence[int], examples: Sequence[int], local_epochs: int
+) -> tuple[Group, ...]:
+    """Group devices by tier."""
+    groups = []
     for tier in plan.tiers:
-        members = [d for d in devices if tier_of[d] == tier.index]
-        for start in range(0, len(members), cohort_size):
-            chunk = tuple(members[start : start + cohort_size])
-            work = tier.step_macs * local_epochs * sum(examples[d] for d in chunk)
-            cohorts.append(Cohort(index=len(cohorts), tier=tier, devices=chunk, work=work))
-    return tuple(cohorts)
+        if members := tuple(d for d in devices if tier_of[d] == tier.index):
+            work = tuple(tier.step_macs * local_epochs * examples[d] for d in members)
+            groups.append(Group(tier=tier, devices=members, work=work))
+    return tuple(groups)

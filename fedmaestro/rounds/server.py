@@ -1,13 +1,14 @@
 """The server's side of a round: one pure step from what it has and what came back to what the next round starts from.
 
-``start`` makes the state before round 0; a ``Gathering`` adds up what the cohorts of a round bring back; ``step`` is
-the aggregation, the chain of server steps, and whatever the storage and the ranks ask for. Arrays are encoded and
-decoded outside, at the edge to Flower and to the checkpoint.
+``start`` makes the state before round 0; a ``Gathering`` adds up what the cohorts of a round bring back, along the
+tiers' trees; ``step`` is the aggregation, the chain of server steps, and whatever the storage and the ranks ask for.
+Arrays are encoded and decoded outside, at the edge to Flower and to the checkpoint.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,18 @@ from fedmaestro.fleet.plan import Plan, Submodel, encode_ranks
 from fedmaestro.fleet.selection import History
 from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.rounds import spectrum, storage
-from fedmaestro.rounds.device import CohortResult, DeviceReport
+from fedmaestro.rounds.cohorts import Cohort
+from fedmaestro.rounds.device import CohortResult, DeviceReport, Node, join, read_node, sent_back, sizes_of
 from fedmaestro.rounds.environment import Environment
-from fedmaestro.rounds.schedule import Cohort, Schedule, schedule_round
+from fedmaestro.rounds.schedule import Schedule, schedule_round
 from fedmaestro.rounds.storage import Models, Owner
+from fedmaestro.rounds.tree import Tree
 from fedmaestro.runs.checkpoint import Checkpoint, Key, below
 from fedmaestro.runs.code import user_code
 from fedmaestro.strategies.base import WEIGHTED_SUMS, AnyPartial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.server_step import ChainMemory, Round, run_chain
-from fedmaestro.submodel import Signature, State, cut, load, num_elements
+from fedmaestro.submodel import State, cut, load, num_elements
 from fedmaestro.tasks.task import CALIBRATION, Score, Task
 from fedmaestro.threads import one_thread
 
@@ -137,7 +140,7 @@ def _contiguous(state: State) -> State:
 
 
 def schedule(env: Environment, server: ServerState, server_round: int) -> Schedule:
-    """Return who trains in a round, and in which cohorts."""
+    """Return who trains in a round."""
     train, fleet = env.config.train, env.config.fleet
     with user_code(f"selection {train.selection!r} in round {server_round}"):
         return _scheduled(env, server, server_round, train, fleet)
@@ -153,7 +156,6 @@ def _scheduled(
         seed=env.config.seed,
         server_round=server_round,
         devices_per_round=train.devices_per_round,
-        cohort_size=train.cohort_size,
         local_epochs=train.local_epochs,
         over_commit=fleet.over_commit,
         deadline_seconds=fleet.deadline_seconds,
@@ -162,12 +164,6 @@ def _scheduled(
         selection=env.method.selection,
         history=server.history,
     )
-
-
-def sent_back(env: Environment, submodel: Submodel, server_round: int) -> Signature:
-    """Return what a device that trains ``submodel`` sends back: all of it but what it leaves as it was."""
-    frozen = env.method.frozen(submodel.shapes, server_round)
-    return tuple((name, shape) for name, shape in submodel.shapes.items() if name not in frozen)
 
 
 def upload_bytes(env: Environment, submodel: Submodel, server_round: int) -> int:
@@ -216,50 +212,67 @@ def with_controls(env: Environment, server: ServerState, new: Mapping[int, State
 
 
 class Gathering:
-    """What the cohorts of one round bring back, added up as it comes: in the order of the cohorts.
+    """What the cohorts of one round bring back, added up as it comes, in any order.
 
     Attributes:
-        partials: of the devices of each model.
-        reports: of the devices that trained.
+        reports: of the devices that trained, ascending within a tier once all are there.
         failures: reason by device.
         controls: new control variates by device.
     """
 
     def __init__(self, env: Environment, server: ServerState, schedule: Schedule, server_round: int) -> None:
         self._env, self._server, self._schedule, self._round = env, server, schedule, server_round
-        sizes: dict[Owner, list[Signature]] = {owner: [] for owner in server.models}
-        for tier in server.plan.tiers:
-            if tier.trains is not None:
-                sizes[self._owner(tier.trains)].append(sent_back(env, tier.trains, server_round))
-        aggregation = env.method.aggregation
-        self.partials = {owner: aggregation.init(server.models[owner], known) for owner, known in sizes.items()}
+        add = join(env.method.aggregation)
+        self._trees = {group.tier.index: Tree(len(group.devices), add) for group in schedule.groups}
+        self._starts: dict[Submodel, State] = {}
         self.reports: list[DeviceReport] = []
         self.failures: dict[int, str] = {}
         self.controls: dict[int, State] = {}
-        self._probes: dict[str, Tensor] = {}
         self._upload_bytes = 0
 
-    def _owner(self, submodel: Submodel) -> Owner:
-        return storage.owner_of(self._server.plan, submodel)
+    def start_of(self, submodel: Submodel) -> State:
+        """Return the submodel as it is sent in this round."""
+        if submodel not in self._starts:
+            self._starts[submodel] = storage.download(self._server.plan, self._server.models, submodel)
+        return self._starts[submodel]
 
     def receive(self, cohort: Cohort, result: CohortResult) -> None:
-        """Add the result of the next cohort."""
+        """Add the result of a cohort."""
+        submodel = cohort.submodel
         self.failures |= result.failures
         self.reports += result.reports
         self.controls |= result.controls
-        self._upload_bytes += upload_bytes(self._env, cohort.submodel, self._round) * len(result.reports)
-        if result.mean:
-            owner, size = self._owner(cohort.submodel), sent_back(self._env, cohort.submodel, self._round)
-            self.partials[owner] = self._env.method.aggregation.receive(
-                self.partials[owner], size, result.mean, result.weight, len(result.reports)
-            )
-        for name, tensor in result.probes.items():
-            self._probes[name] = result.weight * tensor.double() + self._probes.get(name, 0.0)
+        self._upload_bytes += upload_bytes(self._env, submodel, self._round) * len(result.reports)
+        start, count = self.start_of(submodel), len(cohort.devices)
+        node = read_node(self._env, self._server.plan, submodel, start, result, count, self._round)
+        self._trees[cohort.tier.index].put(cohort.span, node)
+
+    @cached_property
+    def _nodes(self) -> dict[Owner, Node]:
+        """What the devices of each model amount to, the tiers' trees added up from the largest on."""
+        add = join(self._env.method.aggregation)
+        nodes: dict[Owner, Node] = {}
+        for group in self._schedule.groups:
+            if (node := self._trees[group.tier.index].root) is not None:
+                owner = storage.owner_of(self._server.plan, group.submodel)
+                nodes[owner] = add(nodes[owner], node) if owner in nodes else node
+        return nodes
+
+    @cached_property
+    def partials(self) -> dict[Owner, AnyPartial]:
+        """What the devices of each model amount to, without the probes; all cohorts must be there."""
+        sizes = sizes_of(self._env, self._server.plan, self._round)
+        return {
+            owner: self._nodes[owner].partial
+            if owner in self._nodes
+            else self._env.method.aggregation.init(model, sizes.get(owner, ()))
+            for owner, model in self._server.models.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         """Return what ``RoundRecord`` says of the round's training."""
         examples = sum(report.examples for report in self.reports)
-        loss = sum(report.loss * report.examples for report in self.reports)
+        loss = math.fsum(report.loss * report.examples for report in self.reports)
         return {
             "train_loss": loss / examples if self.reports else None,
             "devices": len(self.reports),
@@ -274,13 +287,14 @@ class Gathering:
     def _factor_bias(self) -> float | None:
         """Return the round's factor bias; None for rules that do not average factors."""
         averages = self._env.method.aggregation.reduction is WEIGHTED_SUMS
-        if not self._probes or not averages or None not in self.partials:
+        probes = self._nodes[None].probes if None in self._nodes else {}
+        if not probes or not averages:
             return None
         partial, before = self.partials[None], self._server.models[None]
         means = COVERAGE_MEAN.finish(partial, before)
         with one_thread():
             segments = spectrum.rank_segments(self._server.plan)
-            return spectrum.factor_bias(self._probes, partial, means, before, segments)
+            return spectrum.factor_bias(probes, partial, means, before, segments)
 
 
 def evaluation_facts(task: Task, server: ServerState, scores: Mapping[Submodel, Score]) -> dict[str, Any]:

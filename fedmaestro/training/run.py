@@ -19,7 +19,7 @@ from fedmaestro.deploy.rank_search import deployed_cost
 from fedmaestro.errors import DivergedError, UserError, check_name
 from fedmaestro.extend import given
 from fedmaestro.fleet.cost import Trace
-from fedmaestro.fleet.plan import trace_of
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.interrupt import interrupt_sets
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fedmaestro
 from fedmaestro.errors import UserError
-from fedmaestro.flower import simulation
+from fedmaestro.flower import ray_runtime
 
 # Imported by Ray actors, which find it through sys.path: kills its process the first time that it sees round 2.
 KILLER = """
@@ -107,9 +107,9 @@ def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: 
 
 
 def test_a_server_that_is_not_ray_is_found_out_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "PROBE_SECONDS", 6)
+    monkeypatch.setattr(ray_runtime, "PROBE_SECONDS", 6)
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="no answer within 6 s"):
-        simulation._check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+        ray_runtime.check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_unreachable_ray_cluster_is_one_line_and_writes_nothing(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_what_a_comparison_shares_cannot_be_changed_for_one_strategy(key: str) -
         (["nestd"], {}, "nestd.*nested"),
         (["nested", "nested"], {}, "'nested' is given twice"),
         (["nested"], {"seeds": 0}, "--seeds 0"),
-        (["nested"], {"actors": 0}, "--actors 0"),
+        (["nested"], {"actors": -1}, "--actors -1"),
         (["nested"], {"resume": True}, "holds no comparison to resume"),
         (["nested+train.rouds=3"], {}, "train.rouds.*train.rounds"),
         (["nested+train.objective=best"], {}, "best"),

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from fedmaestro.strategies.base import Partial
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.masked_mean import MASKED_MEAN, changed_rows
 from fedmaestro.strategies.server_optimizers import SERVER_OPTIMIZERS
@@ -72,15 +71,6 @@ def test_rows_of_any_type_and_dimension(dtype: torch.dtype) -> None:
         # A view with gaps, as submodels are.
         if len(shape) > 1:
             assert changed_rows(after[:, :1], start[:, :1]).tolist() == [False, True, False]
-
-
-def test_row_weights_are_scaled_with_the_sums(state: State) -> None:
-    partial = MASKED_MEAN.add(Partial(), with_row(state, 1, 2.0), 30, start=state)
-    ((_, block),) = partial
-    scaled = MASKED_MEAN.mean(block)
-    assert scaled["rows"]["head.weight"].tolist() == pytest.approx([0, 1, 0])
-    assert scaled["rows"]["scale"].shape == ()
-    torch.testing.assert_close(scaled["sums"]["head.weight"][1], torch.full((4,), 2.0))
 
 
 def test_a_row_that_no_device_changed_keeps_its_value_under_server_momentum(state: State) -> None:

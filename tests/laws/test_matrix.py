@@ -23,16 +23,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmaestro import lod
+from fedmaestro.rounds.tree import Span, Tree, reduced
 from fedmaestro.strategies import AGGREGATIONS
-from fedmaestro.strategies.base import Aggregation, Block, Partial
+from fedmaestro.strategies.base import Aggregation, Partial
 from fedmaestro.submodel import Shapes, Signature, State, cut, num_elements, shapes_of, signature
 
 SHARED_LAWS = (
     "a layer that nobody sent is kept",
     "order and split do not matter",
     "a fixed merge order fixes the bits",
-    "float32 on the wire loses only rounding",
-    "sums scale with the weights",
+    "a cohort's upload is its partial sum, bit for bit",
+    "grouping into cohorts changes no bit",
     "merging with an empty partial changes nothing",
     "memory does not follow the number of devices",
     "inputs are not modified",
@@ -376,31 +377,49 @@ def fixed_order(agg: Aggregation, fed: Federation) -> None:
 
 
 def wire(agg: Aggregation, fed: Federation) -> None:
-    """A cohort travels as means in float32; that it comes twice is as if all devices had twice their weight."""
-    arrived = fed.empty(agg)
+    """What a cohort amounts to travels without a loss, mixed stacks included."""
     for size in sorted({*fed.sizes}):
-        devices = [k for k, other in enumerate(fed.sizes) if other == size]
-        ((key, block),) = fed.added(agg, agg.init(fed.state), devices, fed.submodels).blocks.items()
-        mean = agg.mean(block)
-        assert {tensor.dtype for tensor in tensors(mean).values()} == {torch.float32}
-        for _ in range(2):
-            arrived = agg.receive(arrived, key, mean, block.weight, block.devices)
-    new = agg.finish(arrived, fed.state)
-    assert_close(agg, fed, new, fed.aggregated(agg, fed.submodels), tolerance=3e-6)
+        devices = [k for k, other in enumerate(fed.sizes) if other == size] * 9
+        partial = fed.added(agg, fed.empty(agg), devices, fed.submodels)
+        ((key, block),) = partial.blocks.items()
+        arrived = agg.unpack(agg.pack(partial), key, block.weight, block.devices, fed.announced)
+        assert_equal_partials(arrived, partial)
 
 
-def scaling(agg: Aggregation, fed: Federation) -> None:
-    """Those of one size are scaled, as if its devices had four times their weight."""
-    agg = replace(agg, weigh=lambda submodel, examples: examples)
+def grouping(agg: Aggregation, fed: Federation) -> None:
+    """Cohorts are nodes of a tree: how it is cut, who fails and in which order replies come changes no bit."""
+    rng = np.random.default_rng(fed.seed)
     size = fed.sizes[0]
-    heavier = replace(
-        fed, weights=tuple(n * (4 if s == size else 1) for s, n in zip(fed.sizes, fed.weights, strict=True))
-    )
-    partial, key = fed.partial(agg, fed.submodels), signature(fed.shapes(size))
-    block = partial.blocks[key]
-    scaled = Block(agg.reduction.scale(block.sums, 4.0), 4 * block.weight, block.devices)
-    partial = replace(partial, blocks={**partial.blocks, key: scaled})
-    assert_close(agg, fed, agg.finish(partial, fed.state), heavier.aggregated(agg, fed.submodels))
+    key, count = signature(fed.shapes(size)), int(rng.integers(1, 12))
+    weights = [int(weight) for weight in rng.integers(1, 50, count)]
+    devices = [replace(fed, seed=fed.seed + k).submodels[0] for k in range(count)]
+    failed = {k for k in range(count) if rng.random() < 0.2}
+
+    def leaf(k: int) -> Partial | None:
+        return None if k in failed else agg.add(fed.empty(agg), devices[k], weights[k], start=fed.starts[0])
+
+    def cut(span: Span) -> list[Span]:
+        if len(span) == 1 or rng.random() < 0.3:
+            return [span]
+        return [node for half in span.halves for node in cut(half)]
+
+    def gathered(spans: list[Span]) -> Partial | None:
+        tree: Tree[Partial] = Tree(count, agg.merge)
+        for span in (spans[i] for i in rng.permutation(len(spans))):
+            partial = reduced(span, leaf, agg.merge)
+            if partial is not None:
+                block = partial.blocks[key]
+                partial = agg.unpack(agg.pack(partial), key, block.weight, block.devices, fed.announced)
+            tree.put(span, partial)
+        return tree.root
+
+    whole = reduced(Span(0, count), leaf, agg.merge)
+    for _ in range(3):
+        other = gathered(cut(Span(0, count)))
+        assert (other is None) == (whole is None)
+        if whole is not None and other is not None:
+            assert_equal_partials(other, whole)
+            assert_equal(agg.finish(other, fed.state), agg.finish(whole, fed.state))
 
 
 def empty_partial(agg: Aggregation, fed: Federation) -> None:
@@ -429,8 +448,7 @@ def purity(agg: Aggregation, fed: Federation) -> None:
     agg.add(left, submodels[0], 7, start=starts[0])
     agg.finish(agg.merge(left, right), state)
     agg.finish(left, state)
-    for block in (*left.blocks.values(), *right.blocks.values()):
-        agg.reduction.scale(block.sums, 0.5)
+    agg.pack(left)
     assert_equal_partials(left, before[0])
     assert_equal_partials(right, before[1])
     for actual, expected in zip((state, submodels[0], starts[0]), before[2:], strict=True):
@@ -468,7 +486,7 @@ SHARED_CHECKS = (
     order_and_split,
     fixed_order,
     wire,
-    scaling,
+    grouping,
     empty_partial,
     bounded_memory,
     purity,

@@ -6,6 +6,7 @@ from fractions import Fraction
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,9 @@ from fedmaestro.fleet.plan import Plan, make_plan
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.rounds.cohorts import Pace, cut
 from fedmaestro.rounds.schedule import Schedule, schedule_round
+from fedmaestro.rounds.tree import Span, Tree, reduced
 
 DEVICES = 40
 TIER_OF = assign_tiers(FLEETS["five-tiers"].tiers, DEVICES, 0)
@@ -31,7 +34,7 @@ def plan_of(trains: str = "own", availability: float = 1.0) -> Plan:
 
 
 def scheduled(plan: Plan | None = None, **changes: float) -> Schedule:
-    arguments = {"seed": 0, "server_round": 1, "devices_per_round": 12, "cohort_size": 2, **changes}
+    arguments = {"seed": 0, "server_round": 1, "devices_per_round": 12, **changes}
     return schedule_round(
         plan=plan or plan_of(),
         tier_of=TIER_OF,
@@ -41,7 +44,7 @@ def scheduled(plan: Plan | None = None, **changes: float) -> Schedule:
 
 
 def finished(schedule: Schedule) -> list[int]:
-    return [device for cohort in schedule.cohorts for device in cohort.devices]
+    return [device for group in schedule.groups for device in group.devices]
 
 
 def seconds(device: int, local_epochs: int = 1) -> float:
@@ -70,22 +73,86 @@ def test_every_sampled_device_is_there_once(seed: int, server_round: int, wanted
     assert len(finished(schedule)) == wanted
 
 
-# Cohorts
+# Groups and cohorts
 
 
-@given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.integers(1, 9))
-def test_cohorts_hold_devices_of_one_tier(seed: int, server_round: int, wanted: int, cohort_size: int) -> None:
-    schedule = scheduled(
-        seed=seed, server_round=server_round, devices_per_round=wanted, cohort_size=cohort_size, local_epochs=3
-    )
-    assert [cohort.index for cohort in schedule.cohorts] == list(range(len(schedule.cohorts)))
-    for cohort in schedule.cohorts:
-        assert 1 <= len(cohort.devices) <= cohort_size
+@given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.integers(1, 9), st.integers(1, 5), st.floats(0.001, 1000))
+def test_cohorts_are_nodes_of_their_tiers_trees_and_hold_every_device_once(
+    seed: int, server_round: int, wanted: int, limit: int, workers: int, other: float
+) -> None:
+    schedule = scheduled(seed=seed, server_round=server_round, devices_per_round=wanted, local_epochs=3)
+    cohorts = cut(schedule.groups, lambda x: x.work * 1e-6, workers=workers, limit=limit, other_seconds=other)
+    assert sorted(device for cohort in cohorts for device in cohort.devices) == sorted(finished(schedule))
+    assert [cohort.work for cohort in cohorts] == sorted((cohort.work for cohort in cohorts), reverse=True)
+    for group in schedule.groups:
+        tree: Tree[int] = Tree(len(group.devices), lambda a, b: a + b)
+        for cohort in cohorts:
+            if cohort.group is group:
+                tree.put(cohort.span, len(cohort.devices))
+        assert tree.root == len(group.devices)
+    for cohort in cohorts:
+        assert 1 <= len(cohort.devices) <= limit
         assert list(cohort.devices) == sorted(cohort.devices)
         assert {TIER_OF[device] for device in cohort.devices} == {cohort.tier.index}
         assert cohort.submodel == cohort.tier.trains
         examples = sum(EXAMPLES[device] for device in cohort.devices)
         assert cohort.work == 3 * examples * cohort.submodel.cost.train_macs_per_example
+
+
+def test_workers_end_together_and_messages_are_few() -> None:
+    schedule = scheduled(devices_per_round=40)
+    for workers in (1, 2, 4):
+        cohorts = cut(schedule.groups, lambda x: float(x.work), workers=workers)
+        ends = [0.0] * workers
+        for cohort in cohorts:
+            ends[ends.index(min(ends))] += cohort.work
+        assert max(ends) <= 1.15 * sum(ends) / workers
+        assert len(cohorts) <= 12 * workers
+    assert len(cut(schedule.groups, lambda _: 1e-4, workers=4)) == len(schedule.groups), "tiny ones are not cut"
+
+
+def test_what_was_measured_replaces_the_prediction() -> None:
+    pace = Pace()
+    assert pace.seconds("a", 2e9) == pytest.approx(2.0)
+    pace.measure("a", 1e9, 5.0)
+    assert pace.seconds("a", 2e9) == pytest.approx(10.0)
+    assert pace.seconds("b", 1e9) == pytest.approx(5.0), "other kinds are guessed by those that are known"
+    for _ in range(50):
+        pace.measure("a", 1e9, 1.0)
+    assert pace.seconds("a", 1e9) == pytest.approx(1.0, rel=1e-3)
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_tree_adds_up_in_one_order(count: int, data: st.DataObject) -> None:
+    """Strings show the order of every addition."""
+
+    def leaf(position: int) -> str | None:
+        return None if position in failed else str(position)
+
+    def join(left: str, right: str) -> str:
+        return f"({left} {right})"
+
+    failed = data.draw(st.sets(st.integers(0, count - 1)))
+    spans, nodes = [Span(0, count)], []
+    while spans:
+        span = spans.pop()
+        if len(span) > 1 and data.draw(st.booleans()):
+            spans += span.halves
+        else:
+            nodes.append(span)
+    tree: Tree[str] = Tree(count, join)
+    for span in data.draw(st.permutations(nodes)):
+        tree.put(span, reduced(span, leaf, join))
+    assert tree.root == reduced(Span(0, count), leaf, join)
+
+
+def test_a_tree_knows_what_is_missing_and_what_is_none_of_its_nodes() -> None:
+    tree: Tree[int] = Tree(5, max)
+    tree.put(Span(0, 3), 1)
+    with pytest.raises(ValueError, match="only"):
+        _ = tree.root
+    with pytest.raises(ValueError, match="no node"):
+        tree.put(Span(2, 5), 1)
 
 
 # Who takes part
@@ -117,7 +184,6 @@ def test_availability_is_the_share_of_reachable_devices() -> None:
             seed=0,
             server_round=server_round,
             devices_per_round=3000,
-            cohort_size=50,
         )
         return set(finished(schedule))
 
@@ -173,7 +239,6 @@ def test_over_commit_means_the_decimal() -> None:
         seed=0,
         server_round=1,
         devices_per_round=100,
-        cohort_size=10,
         over_commit=1.1,
     )
     assert len(schedule.dropped) == 10

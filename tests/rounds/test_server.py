@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.rounds import storage
+from fedmaestro.rounds.cohorts import cut
 from fedmaestro.rounds.device import train_cohort
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.rounds.server import Gathering, ServerState, from_checkpoint, schedule, start, step, to_checkpoint
@@ -25,7 +26,7 @@ def gathered(env: Environment, server: ServerState, number: int) -> Gathering:
     """What the round's devices bring back, without Flower."""
     plan = schedule(env, server, number)
     gathering = Gathering(env, server, plan, number)
-    for cohort in plan.cohorts:
+    for cohort in cut(plan.groups, lambda cohort: cohort.work * 1e-9, workers=2):
         sent = storage.download(server.plan, server.models, cohort.submodel)
         gathering.receive(cohort, train_cohort(env, server.plan, cohort.tier.tier.name, cohort.devices, sent, number))
     return gathering

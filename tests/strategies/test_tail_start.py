@@ -111,10 +111,9 @@ def test_holders_are_what_the_schedule_draws(submodel: str, availability: float)
             seed=0,
             server_round=server_round,
             devices_per_round=devices,
-            cohort_size=5,
         )
-        for cohort in drawn.cohorts:
-            counts[: (cohort.submodel.size.ranks or {})[layer]] += len(cohort.devices)
+        for group in drawn.groups:
+            counts[: (group.submodel.size.ranks or {})[layer]] += len(group.devices)
     expected = expected_holders(plan, tier_of, devices)[layer]
     torch.testing.assert_close(counts.double() / rounds, expected, rtol=0.1, atol=0.1)
 

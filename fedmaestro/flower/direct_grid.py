@@ -1,0 +1,220 @@
+"""Flower's Grid without a SuperLink: messages go straight to hosts that call the same ClientApp.
+
+``DirectGrid`` is what such grids share, ``LocalGrid`` the one whose only host is this process: a debugger stops in the
+user's code, and nothing has to start.
+"""
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedmaestro.errors import UserError
+from fedmaestro.flower.identity import SERVER_NODE, identify, take_identity
+from fedmaestro.interrupt import InterruptedRunError
+
+WAKE_SECONDS = 0.2
+"""How long a wait goes without a look at whether it should end; replies end it at once."""
+
+HOST_ERROR = 1
+"""Code of Flower's Error for a host that could not do its work."""
+
+
+class NoHostsError(UserError):
+    """No host is left, and none can be started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """What a host is asked before it gets work, and what its answer must say."""
+
+    message: Callable[[int], Message]
+    """``host -> message``"""
+    check: Callable[[Message], None]
+    """Raises UserError for a host that is unfit."""
+
+
+class DirectGrid(Grid):
+    """What grids of our own share: identities, an inbox, waiting.
+
+    Args:
+        workers: messages that are worked on at once.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.greeting: Greeting | None = None
+        self._arrived = threading.Condition()
+        self._inbox: dict[str, Message] = {}
+        self._broken: Exception | None = None
+        take_identity(SERVER_NODE)
+
+    @property
+    def run(self):  # type: ignore[no-untyped-def]
+        """What Flower knows of a run; nothing here reads it."""
+        raise NotImplementedError("there is no SuperLink behind this grid")
+
+    def set_run(self, run) -> None:  # type: ignore[no-untyped-def]
+        """Do nothing: there is one run."""
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to a host."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the hosts: any of them can run any device."""
+        return range(SERVER_NODE + 1, SERVER_NODE + 1 + self.workers)
+
+    def greet(self, greeting: Greeting) -> None:
+        """Let every host answer ``greeting`` before it works on what is sent from now on."""
+        self.greeting = greeting
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; whichever host is free takes the next one. Return their ids."""
+        sent = list(messages)
+        for message in sent:
+            identify(message)
+        self._submit(sent)
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there, and forget them."""
+        with self._arrived:
+            return [self._inbox.pop(i) for i in list(message_ids) if i in self._inbox]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and return the replies that came within ``timeout`` seconds."""
+        return list(self.stream(list(messages), timeout=timeout))
+
+    def stream(
+        self, messages: Sequence[Message], *, stop: threading.Event | None = None, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send messages and yield the replies as they come: all, or those that came within ``timeout`` seconds.
+
+        Raises:
+            InterruptedRunError: ``stop`` was set.
+            UserError: an unfit host; none is left (NoHostsError).
+        """
+        waiting = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while waiting:
+                for reply in self._wait(waiting, deadline, stop):
+                    waiting.discard(reply.metadata.reply_to_message_id)
+                    yield reply
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+        finally:
+            if waiting:
+                self._abandon(waiting)
+
+    def _wait(self, waiting: set[str], deadline: float | None, stop: threading.Event | None) -> Iterable[Message]:
+        with self._arrived:
+            while not (here := waiting & self._inbox.keys()):
+                if self._broken is not None:
+                    raise self._broken
+                self._check_alive()
+                if stop is not None and stop.is_set():
+                    raise InterruptedRunError("stopped while waiting for hosts")
+                if deadline is not None and time.monotonic() > deadline:
+                    return []
+                self._arrived.wait(WAKE_SECONDS)
+            return [self._inbox.pop(i) for i in here]
+
+    def _deliver(self, reply: Message) -> None:
+        with self._arrived:
+            self._inbox[reply.metadata.reply_to_message_id] = reply
+            self._arrived.notify_all()
+
+    def _break(self, error: Exception) -> None:
+        """Let whoever waits fail with ``error``."""
+        with self._arrived:
+            self._broken = self._broken or error
+            self._arrived.notify_all()
+
+    def _check_alive(self) -> None:
+        """Raise NoHostsError when nobody will answer any more."""
+
+    @abstractmethod
+    def _submit(self, messages: Sequence[Message]) -> None:
+        """Let hosts work on messages."""
+
+    def _abandon(self, ids: Iterable[str]) -> None:
+        """Forget messages whose replies nobody waits for any more."""
+
+    def retire(self) -> None:
+        """Begin to end the hosts beside whatever comes next: there will be no more messages."""
+
+
+class LocalGrid(DirectGrid):
+    """One host: this process. A message is worked on when its reply is waited for, in the thread that waits."""
+
+    def __init__(self, client_app: ClientApp) -> None:
+        super().__init__(workers=1)
+        self._call = HostCall(client_app, 0, 1)
+        self._greeted: Greeting | None = None
+        self._todo: list[Message] = []
+
+    def _submit(self, messages: Sequence[Message]) -> None:
+        self._todo += messages
+
+    def _abandon(self, ids: Iterable[str]) -> None:
+        gone = set(ids)
+        self._todo = [message for message in self._todo if message.metadata.message_id not in gone]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Work on the next of the messages, if one is left, and return the replies that are there."""
+        self._work()
+        return super().pull_messages(message_ids)
+
+    def _wait(self, waiting: set[str], deadline: float | None, stop: threading.Event | None) -> Iterable[Message]:
+        if stop is not None and stop.is_set():
+            raise InterruptedRunError("stopped while waiting for hosts")
+        while self._todo and not waiting & self._inbox.keys():
+            self._work()
+        return super()._wait(waiting, deadline, stop)
+
+    def _work(self) -> None:
+        if self.greeting is not None and self._greeted is not self.greeting:
+            hello = self.greeting.message(SERVER_NODE + 1)
+            identify(hello)
+            self.greeting.check(self._call(hello))
+            self._greeted = self.greeting
+        if self._todo:
+            self._deliver(self._call(self._todo.pop(0)))
+
+
+class HostCall:
+    """Calls a ClientApp as Flower does; what it raises becomes an error reply.
+
+    Args:
+        client_app: the hosts' app.
+        number: which host it is, from 0 on.
+        count: how many there are.
+    """
+
+    def __init__(self, client_app: ClientApp, number: int, count: int) -> None:
+        self._app = client_app
+        config = {"partition-id": number, "num-partitions": count}
+        node = SERVER_NODE + 1 + number
+        self._context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
+
+    def __call__(self, message: Message) -> Message:
+        """Return the app's reply."""
+        threads = torch.get_num_threads()
+        try:
+            # A host in this process must leave the user's own random numbers and threads alone.
+            with torch.random.fork_rng(devices=[]):
+                return self._app(message, self._context)
+        except Exception as error:
+            return Message(Error(HOST_ERROR, f"{type(error).__name__}: {error}"), reply_to=message)
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,256 @@
+"""Ray: started here, joined at an address, or used where it runs already; and what goes wrong with each.
+
+Ray takes some seconds to start, so that happens beside everything else. Its processes end with the thread that has
+started them (``PR_SET_PDEATHSIG``): that thread therefore lives as long as Ray is needed.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedmaestro.errors import UserError
+
+PROBE_SECONDS = 30
+"""How long a Ray cluster may take to accept a first connection."""
+
+CPU_SECONDS = 10
+"""How long a cluster whose CPUs are all taken may take to have one free."""
+
+SOCKET_PATH = 107
+"""Longest path of a Unix socket in bytes."""
+
+SESSION = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+"""What Ray puts behind its temporary folder."""
+
+RESTARTS = 3
+"""How often a Ray of our own is started anew after it was lost."""
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RayRuntime:
+    """One Ray for a run.
+
+    Args:
+        actors: how many hosts it is for; None: one per CPU that it has free.
+        address: of a cluster; None: the one that this process is in, or else one of our own.
+    """
+
+    def __init__(self, actors: int | None, address: str | None = None) -> None:
+        self._wanted, self._address = actors, address
+        self._ready, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self.error: UserError | None = None
+        self.own = self.attached = False
+        self.actors = actors or 0
+        self.starts = 0
+        """How often a Ray of our own was started: what it held is lost with each."""
+
+    def open(self) -> None:
+        """Join a Ray, or begin to start one; return at once then.
+
+        Raises:
+            UserError: it cannot be reached, has other versions, no free CPU, or fewer than ``actors``.
+        """
+        if joined():
+            self.attached = True
+        elif self._address is None:
+            self.own = True
+            self.actors = self._wanted or available_cpus()
+            self._start()
+            return
+        else:
+            self._connect(self._address)
+        self.actors = self._counted()
+        self._ready.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether Ray can be used."""
+        return self._ready.is_set() and self.error is None
+
+    def wait(self) -> None:
+        """Wait for Ray; UserError when it cannot be started."""
+        self._ready.wait()
+        if self.error is not None:
+            raise self.error
+
+    def restart(self, starts: int) -> bool:
+        """Start a Ray of our own anew after it was lost; return whether there is one again.
+
+        Args:
+            starts: of the Ray that was lost; one that was started since then is left alone.
+        """
+        with self._lock:
+            if not self.own or self._over.is_set():
+                return False
+            if self.starts == starts:
+                if starts > RESTARTS:
+                    return False
+                self._end()
+                self._over.clear()
+                self._ready.clear()
+                self._start()
+            self._ready.wait()
+            return self.error is None
+
+    def close(self) -> None:
+        """Leave a Ray that was there before as it is; end one of our own."""
+        if self.own:
+            self._end()
+        elif not self.attached:
+            import ray
+
+            ray.shutdown()
+
+    def _start(self) -> None:
+        self.starts += 1
+        temporary = short_folder()
+        self._thread = threading.Thread(target=self._serve, args=(temporary,), name="ray", daemon=True)
+        self._thread.start()
+
+    def _serve(self, temporary: str | None) -> None:
+        try:
+            with _worker_environment():
+                _init(address="local", num_cpus=self.actors, include_dashboard=False, _temp_dir=temporary)
+        except Exception as error:
+            self.error = UserError(f"cannot start Ray on this machine: {_first_line(error)}")
+        self._ready.set()
+        self._over.wait()
+        import ray
+
+        ray.shutdown()
+
+    def _end(self) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _connect(self, address: str) -> None:
+        try:
+            check_reachable(address)
+            _init(address=address)
+        except Exception as error:
+            raise UserError(
+                f"cannot reach the Ray cluster at {address!r} ({_first_line(error)}): start it with `ray start "
+                "--head`, or unset RAY_ADDRESS and --ray-address to simulate on this machine"
+            ) from None
+
+    def _counted(self) -> int:
+        """Return how many hosts there will be; UserError where there cannot be as many, or none."""
+        import ray
+
+        here = ray.get_runtime_context().gcs_address
+        total = int(ray.cluster_resources().get("CPU", 0))
+        bundles = _bundles()
+        if self._wanted is not None and self._wanted > total:
+            raise UserError(
+                f"--actors {self._wanted}: the Ray cluster at {here} has {total} CPUs: ask for fewer, or add nodes"
+            )
+        if bundles is not None:
+            return self._wanted or bundles
+        deadline = time.monotonic() + CPU_SECONDS
+        while (free := int(ray.available_resources().get("CPU", 0))) < 1:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"no free CPU in the Ray cluster at {here} (it has {total}) after {CPU_SECONDS} s: wait until "
+                    "others have finished, add a node, or use --actors 0 to work in this process"
+                )
+            time.sleep(0.2)
+        return self._wanted or free
+
+
+def joined() -> bool:
+    """Return whether this process is part of a Ray already: it has initialised one, or is a task or an actor."""
+    ray = sys.modules.get("ray")
+    return bool(ray is not None and ray.is_initialized())
+
+
+def free_cpus() -> int:
+    """Return how many CPUs the Ray that this process is part of has for hosts."""
+    import ray
+
+    bundles = _bundles()
+    return int(ray.available_resources().get("CPU", 0)) if bundles is None else bundles
+
+
+def _bundles() -> int | None:
+    """Return how many CPUs the placement group of this task (a Ray Tune trial, say) has besides its own; None: none."""
+    from ray.util import get_current_placement_group
+
+    if (group := get_current_placement_group()) is None:
+        return None
+    cpus = sum(bundle.get("CPU", 0) for bundle in group.bundle_specs)
+    return max(0, int(cpus - group.bundle_specs[0].get("CPU", 0)))
+
+
+def _init(**arguments: Any) -> None:
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+
+
+@contextmanager
+def _worker_environment() -> Iterator[None]:
+    """What the processes of a Ray of our own inherit: one thread each, and no word about GPUs that it does not use."""
+    more = {"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def short_folder() -> str | None:
+    """Return a folder for Ray's sockets where its own choice has too long a path for them; None where it has not.
+
+    Raises:
+        UserError: there is no shorter one.
+    """
+    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(chosen + SESSION)) <= SOCKET_PATH:
+        return None
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(folder, os.W_OK):
+            return str(Path(folder) / "ray")
+    raise UserError(f"the temporary folder {chosen!r} is too long for a socket's path: set RAY_TMPDIR to a shorter one")
+
+
+def check_reachable(address: str) -> None:
+    """Raise OSError when no Ray cluster answers; Ray itself would try for minutes and not be interrupted."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+    probe = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    try:
+        command = [sys.executable, "-c", probe, address]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"no answer within {PROBE_SECONDS} s") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OSError(last) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

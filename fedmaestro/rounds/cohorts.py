@@ -1,0 +1,104 @@
+"""How a round's work is cut into messages: cohorts that keep all workers busy and end together.
+
+A cohort is a node of the tree of its tier (``rounds.tree``), so cutting is a matter of speed only and may follow what
+was measured. The closed form of ``fleet.cost`` says how the tiers' work compares before anything has run; from then on,
+what hosts took for it.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+from fedmaestro.fleet.plan import Submodel, TierPlan
+from fedmaestro.rounds.schedule import Group
+from fedmaestro.rounds.tree import Span
+
+PIECES = 3
+"""A round's work is cut so finely that each worker gets this many cohorts: whoever is slower takes fewer of them."""
+
+SHORTEST_SECONDS = 0.02
+"""Cohorts are not cut finer than this without need: a message costs some 2 ms."""
+
+GUESS = 1e-9
+"""Seconds per MAC before anything was measured."""
+
+WEIGHT = 0.3
+"""Of the newest measurement in the running mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Devices of one tier that one message carries."""
+
+    group: Group
+    span: Span
+    """Which of the group's devices."""
+
+    @property
+    def tier(self) -> TierPlan:
+        """Theirs."""
+        return self.group.tier
+
+    @property
+    def submodel(self) -> Submodel:
+        """What they train."""
+        return self.group.submodel
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """By number, ascending."""
+        return self.group.devices[self.span.first : self.span.last]
+
+    @property
+    def work(self) -> int:
+        """Training MACs of all of its devices."""
+        return sum(self.group.work[self.span.first : self.span.last])
+
+
+@dataclass
+class Pace:
+    """What a unit of work takes, by its kind: predicted until it was measured, and then a running mean."""
+
+    _measured: dict[Hashable, float] = field(default_factory=dict)
+
+    def seconds(self, kind: Hashable, work: float) -> float:
+        """Return how long ``work`` MACs of a kind will take on one worker."""
+        known = self._measured
+        return work * known.get(kind, sum(known.values()) / len(known) if known else GUESS)
+
+    def measure(self, kind: Hashable, work: float, seconds: float) -> None:
+        """Take note of how long ``work`` MACs of a kind took."""
+        if work > 0 and seconds > 0:
+            rate = seconds / work
+            known = self._measured.get(kind, rate)
+            self._measured[kind] = known + WEIGHT * (rate - known)
+
+
+def cut(
+    groups: Iterable[Group],
+    seconds: Callable[[Cohort], float],
+    *,
+    workers: int,
+    limit: int | None = None,
+    other_seconds: float = 0.0,
+) -> list[Cohort]:
+    """Return a round's cohorts, the longest first: then workers that take the next one end together.
+
+    Args:
+        groups: the devices.
+        seconds: what a cohort will take.
+        workers: how many messages are worked on at once.
+        limit: largest number of devices; None: there is none.
+        other_seconds: what the workers have to do besides.
+    """
+    cohorts = [Cohort(group=group, span=Span(0, len(group.devices))) for group in groups]
+    total = other_seconds + sum(map(seconds, cohorts))
+    longest = max(total / (PIECES * max(workers, 1)), SHORTEST_SECONDS)
+    done: list[Cohort] = []
+    while cohorts:
+        cohort = cohorts.pop()
+        size = len(cohort.span)
+        if size > 1 and (seconds(cohort) > longest or (limit is not None and size > limit)):
+            cohorts += [Cohort(group=cohort.group, span=half) for half in cohort.span.halves]
+        else:
+            done.append(cohort)
+    return sorted(done, key=lambda cohort: (-seconds(cohort), cohort.group.tier.index, cohort.span))
