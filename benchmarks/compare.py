@@ -76,7 +76,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
         for name in names:
-            contenders.append(Contender(name, order, pfl if name == "pfl" and pfl else sys.executable))
+            contenders.append(Contender(name, order, pfl if name == "pfl" and pfl else sys.executable))  # noqa: PERF401
         for number in range(WARM_UP + rounds):
             # Every other turn backwards: nobody always comes after the same one.
             for contender in contenders if number % 2 else reversed(contenders):

@@ -50,7 +50,10 @@ _Track = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="TRACKER", help="Also write to a tracker (`fedmaestro list trackers`)."),
 ]
-_Actors = Annotated[int | None, typer.Option(help="Ray actors working in parallel; the number of CPUs by default.")]
+_Actors = Annotated[
+    int | None,
+    typer.Option(help="Ray actors working in parallel, one per free CPU by default; 0: this process, without Ray."),
+]
 _Out = Annotated[Path | None, typer.Option(help="Folder of the results; a new one under runs/ by default.")]
 _RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")

@@ -36,7 +36,7 @@ class Greeting:
 
     message: Callable[[int], Message]
     """``host -> message``"""
-    check: Callable[[Message], None]
+    check: Callable[[Message], object]
     """Raises UserError for a host that is unfit."""
 
 
@@ -203,7 +203,7 @@ class HostCall:
 
     def __init__(self, client_app: ClientApp, number: int, count: int) -> None:
         self._app = client_app
-        config = {"partition-id": number, "num-partitions": count}
+        config: dict[str, bool | float | int | str] = {"partition-id": number, "num-partitions": count}
         node = SERVER_NODE + 1 + number
         self._context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
 

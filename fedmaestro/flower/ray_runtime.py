@@ -154,7 +154,7 @@ class RayRuntime:
         import ray
 
         here = ray.get_runtime_context().gcs_address
-        total = int(ray.cluster_resources().get("CPU", 0))
+        total = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
         bundles = _bundles()
         if self._wanted is not None and self._wanted > total:
             raise UserError(
@@ -163,7 +163,7 @@ class RayRuntime:
         if bundles is not None:
             return self._wanted or bundles
         deadline = time.monotonic() + CPU_SECONDS
-        while (free := int(ray.available_resources().get("CPU", 0))) < 1:
+        while (free := int(ray.available_resources().get("CPU", 0))) < 1:  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
                 raise UserError(
                     f"no free CPU in the Ray cluster at {here} (it has {total}) after {CPU_SECONDS} s: wait until "
@@ -184,7 +184,8 @@ def free_cpus() -> int:
     import ray
 
     bundles = _bundles()
-    return int(ray.available_resources().get("CPU", 0)) if bundles is None else bundles
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return int(free.get("CPU", 0)) if bundles is None else bundles
 
 
 def _bundles() -> int | None:

@@ -108,7 +108,7 @@ def _by_flower(server: Callable[[Grid], None], client_app: ClientApp, *, actors:
     options: dict[str, Any] = {"client_resources": ACTOR_OPTIONS, "init_args": {"num_cpus": actors}}
     with interrupt_sets(stop):
         try:
-            run_simulation(server_app, client_app, NODES_PER_ACTOR * actors, backend_config=options)  # type: ignore[arg-type]
+            run_simulation(server_app, client_app, NODES_PER_ACTOR * actors, backend_config=options)
         finally:
             # The server's thread must not wait for hosts that are gone.
             stop.set()

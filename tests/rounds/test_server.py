@@ -1,6 +1,7 @@
 """The server's step: pure, and the same from a checkpoint."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,7 +84,8 @@ def test_a_state_goes_through_a_checkpoint_unchanged_and_is_not_written_to(row: 
 def test_a_round_without_devices_changes_nothing() -> None:
     env = environment()
     server = start(env)
-    after = step(env, server, Gathering(env, server, schedule(env, server, 1), 1).partials, 1)
+    nobody = replace(schedule(env, server, 1), groups=())
+    after = step(env, server, Gathering(env, server, nobody, 1).partials, 1)
     assert after.round == 1
     assert equal(tensors(after), tensors(server))
 
