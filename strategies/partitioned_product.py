@@ -140,8 +140,8 @@ def _unpack(parts: Parts, size: Signature) -> SegmentSums:  # noqa: ARG001
     for layer, about in parts.get(STACKS, {}).items():
         rows = about.tolist()
         widths = [width for _, _, width, _ in rows]
-        us = torch.split(sent.pop(f"{layer}.u"), widths, dim=1)  # type: ignore[no-untyped-call]
-        vs = torch.split(sent.pop(f"{layer}.v"), widths)  # type: ignore[no-untyped-call]
+        us = torch.split(sent.pop(f"{layer}.u"), widths, dim=1)
+        vs = torch.split(sent.pop(f"{layer}.v"), widths)
         stacks[layer] = tuple(
             Stack(first, last, u, v, bool(mixed)) for (first, last, _, mixed), u, v in zip(rows, us, vs, strict=True)
         )
