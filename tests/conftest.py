@@ -5,11 +5,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
-from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 from hypothesis import settings
 
 # Machines are shared and noisy: no deadlines. CI draws the same examples every time.
@@ -21,7 +19,7 @@ LOST = "lost"
 Spoil = Callable[[Message], Message | str | None]
 
 
-class LocalGrid:
+class PolledGrid:
     """Flower's grid without a network: hosts are called in this process, replies come back in reverse order.
 
     Attributes:
@@ -36,16 +34,19 @@ class LocalGrid:
         self.sent: list[Message] = []
         self.replies: list[Message] = []
         self._waiting: dict[str, Message] = {}
-        # Flower's runtime sets these before an app starts; messages cannot be made without.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        from fedmaestro.flower.identity import SERVER_NODE, take_identity
+
+        take_identity(SERVER_NODE)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        from fedmaestro.flower.identity import identify
+
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+            identify(message)
             self.sent.append(message)
             if (reply := self._answer(message)) is not None:
                 self.replies.append(reply)
@@ -55,13 +56,11 @@ class LocalGrid:
 
     def _answer(self, message: Message) -> Message | None:
         from fedmaestro.flower.client_app import app
+        from fedmaestro.flower.direct_grid import HostCall
 
         if self.spoil is not None and (spoilt := self.spoil(message)) is not None:
             return spoilt if isinstance(spoilt, Message) else None
-        node = message.metadata.dst_node_id
-        config = {"partition-id": node - 101, "num-partitions": len(self.nodes)}
-        context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
-        return app(message, context)
+        return HostCall(app, message.metadata.dst_node_id - 101, len(self.nodes))(message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._waiting.pop(i) for i in reversed(list(message_ids)) if i in self._waiting]
@@ -89,7 +88,7 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., Any]:
-    """Run a small federation on `LocalGrid`: `federate(overrides, nodes=2, spoil=…, folder=…)`; `folder` may hold one.
+    """Run a small federation on `PolledGrid`: `federate(overrides, nodes=2, spoil=…, folder=…)`; `folder` may hold one.
 
     Returns (content of summary.json, run folder, grid). Without observers: nothing is drawn.
     """
@@ -109,12 +108,12 @@ def federate(tmp_path: Path) -> Callable[..., Any]:
         folder: Path | None = None,
         stop: threading.Event | None = None,
         observers: Sequence[Any] = (),
-    ) -> tuple[dict[str, Any], RunFolder, LocalGrid]:
+    ) -> tuple[dict[str, Any], RunFolder, PolledGrid]:
         small = {"train.rounds": 2, "train.evaluate-every": 2}
         config = load_config(None, small | (overrides or {}))
         env = open_environment(config, code=code_of(config, folder))
         run_folder = RunFolder(folder or tmp_path / f"run{next(count)}")
-        grid = LocalGrid(nodes, spoil)
+        grid = PolledGrid(nodes, spoil)
         federation = Federation(
             grid,  # type: ignore[arg-type]
             env,

@@ -4,9 +4,10 @@
 user's code, and nothing has to start.
 """
 
+import logging
 import threading
 import time
-from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,13 @@ from fedmaestro.errors import UserError
 from fedmaestro.flower.identity import SERVER_NODE, identify, take_identity
 from fedmaestro.interrupt import InterruptedRunError
 
+log = logging.getLogger("fedmaestro")
+
 WAKE_SECONDS = 0.2
 """How long a wait goes without a look at whether it should end; replies end it at once."""
+
+ATTEMPTS = 3
+"""Hosts that may fail at a message before its devices count as failed."""
 
 HOST_ERROR = 1
 """Code of Flower's Error for a host that could not do its work."""
@@ -39,9 +45,23 @@ class Greeting:
     check: Callable[[Message], object]
     """Raises UserError for a host that is unfit."""
 
+    def to(self, host: int) -> Message:
+        """Return the message to a host, ready to be called with."""
+        hello = self.message(host)
+        identify(hello)
+        return hello
+
+
+@dataclass
+class Job:
+    """A message on its way."""
+
+    message: Message
+    attempts: int = 0
+
 
 class DirectGrid(Grid):
-    """What grids of our own share: identities, an inbox, waiting.
+    """What grids of our own share: a queue, an inbox, waiting, and other tries of what a host has failed at.
 
     Args:
         workers: messages that are worked on at once.
@@ -51,6 +71,8 @@ class DirectGrid(Grid):
         self.workers = workers
         self.greeting: Greeting | None = None
         self._arrived = threading.Condition()
+        self._todo: deque[Job] = deque()
+        self._abandoned: set[str] = set()
         self._inbox: dict[str, Message] = {}
         self._broken: Exception | None = None
         take_identity(SERVER_NODE)
@@ -82,7 +104,9 @@ class DirectGrid(Grid):
         sent = list(messages)
         for message in sent:
             identify(message)
-        self._submit(sent)
+        with self._arrived:
+            self._todo += [Job(message) for message in sent]
+            self._arrived.notify_all()
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -129,12 +153,36 @@ class DirectGrid(Grid):
                 self._arrived.wait(WAKE_SECONDS)
             return [self._inbox.pop(i) for i in here]
 
-    def _deliver(self, reply: Message) -> None:
+    def answered(self, job: Job, host: int, reply: Message) -> None:
+        """Take a host's reply, which may say that it has failed."""
+        if reply.has_error():
+            self.failed(job, host, reason_of(reply))
+        else:
+            self._deliver(job, reply)
+
+    def failed(self, job: Job, host: int, reason: str) -> None:
+        """Give a message that a host has failed at to the next free one, unless too many have failed at it."""
+        job.attempts += 1
+        if job.attempts < ATTEMPTS:
+            log.warning("host %d failed (%s): its message goes to the next free host", host, reason)
+            with self._arrived:
+                if job.message.metadata.message_id not in self._abandoned:
+                    self._todo.appendleft(job)
+                self._arrived.notify_all()
+        else:
+            log.warning("host %d failed (%s): its message is given up after %d tries", host, reason, ATTEMPTS)
+            self._deliver(job, Message(Error(HOST_ERROR, reason), reply_to=job.message))
+
+    def _deliver(self, job: Job, reply: Message) -> None:
+        number = job.message.metadata.message_id
         with self._arrived:
-            self._inbox[reply.metadata.reply_to_message_id] = reply
+            if number in self._abandoned:
+                self._abandoned.discard(number)
+            else:
+                self._inbox[number] = reply
             self._arrived.notify_all()
 
-    def _break(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Let whoever waits fail with ``error``."""
         with self._arrived:
             self._broken = self._broken or error
@@ -143,12 +191,13 @@ class DirectGrid(Grid):
     def _check_alive(self) -> None:
         """Raise NoHostsError when nobody will answer any more."""
 
-    @abstractmethod
-    def _submit(self, messages: Sequence[Message]) -> None:
-        """Let hosts work on messages."""
-
     def _abandon(self, ids: Iterable[str]) -> None:
-        """Forget messages whose replies nobody waits for any more."""
+        """Forget messages whose replies nobody waits for any more; what is worked on is dropped when it comes."""
+        gone = set(ids)
+        with self._arrived:
+            queued = {job.message.metadata.message_id for job in self._todo} & gone
+            self._todo = deque(job for job in self._todo if job.message.metadata.message_id not in gone)
+            self._abandoned |= gone - queued
 
     def retire(self) -> None:
         """Begin to end the hosts beside whatever comes next: there will be no more messages."""
@@ -160,15 +209,6 @@ class LocalGrid(DirectGrid):
     def __init__(self, client_app: ClientApp) -> None:
         super().__init__(workers=1)
         self._call = HostCall(client_app, 0, 1)
-        self._greeted: Greeting | None = None
-        self._todo: list[Message] = []
-
-    def _submit(self, messages: Sequence[Message]) -> None:
-        self._todo += messages
-
-    def _abandon(self, ids: Iterable[str]) -> None:
-        gone = set(ids)
-        self._todo = [message for message in self._todo if message.metadata.message_id not in gone]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Work on the next of the messages, if one is left, and return the replies that are there."""
@@ -183,13 +223,10 @@ class LocalGrid(DirectGrid):
         return super()._wait(waiting, deadline, stop)
 
     def _work(self) -> None:
-        if self.greeting is not None and self._greeted is not self.greeting:
-            hello = self.greeting.message(SERVER_NODE + 1)
-            identify(hello)
-            self.greeting.check(self._call(hello))
-            self._greeted = self.greeting
         if self._todo:
-            self._deliver(self._call(self._todo.pop(0)))
+            self._call.greet(self.greeting)
+            job = self._todo.popleft()
+            self.answered(job, 0, self._call(job.message))
 
 
 class HostCall:
@@ -204,8 +241,15 @@ class HostCall:
     def __init__(self, client_app: ClientApp, number: int, count: int) -> None:
         self._app = client_app
         config: dict[str, bool | float | int | str] = {"partition-id": number, "num-partitions": count}
-        node = SERVER_NODE + 1 + number
-        self._context = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
+        self._node = SERVER_NODE + 1 + number
+        self._context = Context(run_id=1, node_id=self._node, node_config=config, state=RecordDict(), run_config={})
+        self._greeted: Greeting | None = None
+
+    def greet(self, greeting: Greeting | None) -> None:
+        """Answer a greeting, once; UserError where this host is unfit."""
+        if greeting is not None and self._greeted is not greeting:
+            greeting.check(self(greeting.to(self._node)))
+            self._greeted = greeting
 
     def __call__(self, message: Message) -> Message:
         """Return the app's reply."""
@@ -218,3 +262,8 @@ class HostCall:
             return Message(Error(HOST_ERROR, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
             torch.set_num_threads(threads)
+
+
+def reason_of(reply: Message, limit: int = 300) -> str:
+    """Return the reason of an error reply on one line (Ray's span many)."""
+    return " ".join(str(reply.error.reason).split())[:limit]

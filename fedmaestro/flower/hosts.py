@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import DESCRIBE, message, read_description
-from fedmaestro.flower.direct_grid import DirectGrid, Greeting
+from fedmaestro.flower.direct_grid import ATTEMPTS, DirectGrid, Greeting, reason_of
+from fedmaestro.flower.identity import identify
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.rounds.environment import Environment, share
 
@@ -18,9 +19,6 @@ log = logging.getLogger("fedmaestro")
 
 REGISTRATION_SECONDS = 120.0
 """How long to wait for all hosts to register (Flower starts the ServerApp before they have)."""
-
-ATTEMPTS = 3
-"""Hosts that may fail at a message before its devices count as failed."""
 
 
 def exchange(
@@ -35,14 +33,13 @@ def exchange(
         UserError: no host is left.
     """
     if isinstance(grid, DirectGrid):
-        replies = grid.stream(messages, stop=stop, timeout=timeout)
-        by_id: dict[str, Message] | None = None
-        for reply in replies:
-            if by_id is None:
-                by_id = {message.metadata.message_id: message for message in messages}
+        for message in messages:
+            identify(message)
+        by_id = {message.metadata.message_id: message for message in messages}
+        for reply in grid.stream(messages, stop=stop, timeout=timeout):
             yield by_id[reply.metadata.reply_to_message_id], reply
-        return
-    yield from _through_superlink(grid, messages, stop, timeout)
+    else:
+        yield from _through_superlink(grid, messages, stop, timeout)
 
 
 def _through_superlink(
@@ -74,13 +71,8 @@ def _elsewhere(grid: Grid, message: Message, attempts: int, reply: Message) -> M
     others = [node for node in nodes if node > failed] + [node for node in nodes if node < failed]
     if attempts >= ATTEMPTS or not others:
         return None
-    log.warning("host %d failed (%s): its message goes to host %d", failed, one_line(reply), others[0])
+    log.warning("host %d failed (%s): its message goes to host %d", failed, reason_of(reply), others[0])
     return Message(message.content, dst_node_id=others[0], message_type=message.metadata.message_type)
-
-
-def one_line(reply: Message, limit: int = 300) -> str:
-    """Return the reason of an error reply on one line (Ray's span many)."""
-    return " ".join(str(reply.error.reason).split())[:limit]
 
 
 def find_hosts(grid: Grid, env: Environment, stop: threading.Event) -> None:
@@ -119,7 +111,7 @@ def _check(reply: Message, env: Environment) -> int:
     """Return how many hosts there are; UserError for a host that cannot work on this experiment."""
     host = reply.metadata.src_node_id
     if reply.has_error():
-        raise UserError(f"host {host} cannot take part: {one_line(reply)}")
+        raise UserError(f"host {host} cannot take part: {reason_of(reply)}")
     count, fingerprint = read_description(reply)
     if fingerprint != env.fingerprint:
         raise UserError(

@@ -9,24 +9,26 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Error, Message
+from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.direct_grid import HOST_ERROR, WAKE_SECONDS, DirectGrid, Greeting, HostCall, NoHostsError
-from fedmaestro.flower.identity import SERVER_NODE, identify
-from fedmaestro.flower.ray_runtime import RayRuntime
+from fedmaestro.flower.direct_grid import (
+    WAKE_SECONDS,
+    DirectGrid,
+    Greeting,
+    HostCall,
+    Job,
+    NoHostsError,
+)
+from fedmaestro.flower.identity import SERVER_NODE
+from fedmaestro.flower.ray_runtime import RayRuntime, group_cpus
 
 log = logging.getLogger("fedmaestro")
-
-ATTEMPTS = 3
-"""Hosts that may fail at a message before its devices count as failed."""
 
 START_SECONDS = 60.0
 """How long an actor may take to start before others are expected to do its work."""
@@ -34,16 +36,11 @@ START_SECONDS = 60.0
 AGAIN_SECONDS = 5.0
 """Between two tries to start an actor that has no place."""
 
+END_SECONDS = 60.0
+"""How long hosts may take to end; a Ray of our own ends with this process in any case."""
+
 ALONE_SECONDS = 120.0
 """How long a round waits without any host."""
-
-
-@dataclass
-class Job:
-    """A message on its way."""
-
-    message: Message
-    attempts: int = 0
 
 
 class RayGrid(DirectGrid):
@@ -52,15 +49,12 @@ class RayGrid(DirectGrid):
     Args:
         runtime: an open one.
         client_app: the hosts' app.
-        gpus: share of a GPU that each host has.
         help_out: whether this process works too until the first actor is up.
     """
 
-    def __init__(self, runtime: RayRuntime, client_app: ClientApp, *, gpus: float = 0.0, help_out: bool = True) -> None:
+    def __init__(self, runtime: RayRuntime, client_app: ClientApp, *, help_out: bool = True) -> None:
         super().__init__(workers=runtime.actors)
-        self.runtime, self.client_app, self.gpus = runtime, client_app, gpus
-        self._todo: deque[Job] = deque()
-        self._abandoned: set[str] = set()
+        self.runtime, self.client_app = runtime, client_app
         self._shared: dict[int, tuple[ArrayRecord, int, Any]] = {}
         self._storing = threading.Lock()
         self.closed = False
@@ -69,10 +63,11 @@ class RayGrid(DirectGrid):
         self._last_live = time.monotonic()
         self._hosts = [_Host(self, number) for number in range(self.workers)]
         self._threads = [threading.Thread(target=host.serve, daemon=True) for host in self._hosts]
-        if help_out and not runtime.ready:
-            self._threads.append(threading.Thread(target=self._help_out, daemon=True))
+        self._helping = help_out and not runtime.ready
         for thread in self._threads:
             thread.start()
+        if self._helping:
+            threading.Thread(target=self._help_out, daemon=True).start()
 
     def retire(self) -> None:
         """End actors and Ray in a thread of their own."""
@@ -91,29 +86,28 @@ class RayGrid(DirectGrid):
             self.closed = True
             self._arrived.notify_all()
         # A thread that asks a Ray that is gone ends the process: all of them must be out of it before.
-        for thread in self._threads:
-            while thread.is_alive():
-                for host in self._hosts:
-                    host.kill()
-                thread.join(WAKE_SECONDS)
-        self.runtime.close()
+        deadline = time.monotonic() + END_SECONDS
+        while (alive := [x for x in self._threads if x.is_alive()]) and time.monotonic() < deadline:
+            for host in self._hosts:
+                host.kill()
+            alive[0].join(WAKE_SECONDS)
+        if not alive:
+            self.runtime.close()
 
-    def _submit(self, messages: Sequence[Message]) -> None:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; whichever host is free takes the next one. Return their ids."""
         with self._arrived:
             if not self._todo:
                 self._shared.clear()
-            self._todo += [Job(message) for message in messages]
-            self._arrived.notify_all()
+        return super().push_messages(messages)
 
     def _abandon(self, ids: Iterable[str]) -> None:
-        with self._arrived:
-            self._abandoned |= set(ids)
-            self._todo = deque(job for job in self._todo if job.message.metadata.message_id not in self._abandoned)
+        super()._abandon(ids)
         for host in self._hosts:
             host.drop(self._abandoned)
 
     def _check_alive(self) -> None:
-        if self._live or time.monotonic() - self._last_live < ALONE_SECONDS:
+        if self._live or self._helping or time.monotonic() - self._last_live < ALONE_SECONDS:
             return
         raise NoHostsError(
             f"no host is left, and none could be started for {ALONE_SECONDS:.0f} s: what is complete is in the run "
@@ -157,28 +151,6 @@ class RayGrid(DirectGrid):
             self._last_live = time.monotonic()
             self._arrived.notify_all()
 
-    def settle(self, job: Job, reply: Message) -> None:
-        """Take a reply."""
-        with self._arrived:
-            if job.message.metadata.message_id in self._abandoned:
-                self._abandoned.discard(job.message.metadata.message_id)
-                return
-        self._deliver(reply)
-
-    def failed(self, job: Job, number: int, reason: str, *, lost: bool) -> None:
-        """Send a message that a host has failed at to another one, unless too many have failed at it."""
-        job.attempts += 1
-        what = "was lost" if lost else "failed"
-        if job.attempts < ATTEMPTS:
-            log.warning("host %d %s (%s): its message goes to another host", number, what, reason)
-            with self._arrived:
-                if job.message.metadata.message_id not in self._abandoned:
-                    self._todo.appendleft(job)
-                self._arrived.notify_all()
-        else:
-            log.warning("host %d %s (%s): its message is given up after %d hosts", number, what, reason, ATTEMPTS)
-            self.settle(job, Message(Error(HOST_ERROR, reason), reply_to=job.message))
-
     def stored(self, record: ArrayRecord) -> Any:
         """Return the reference to a record in Ray's object store; the same one for all messages that carry it."""
         import ray
@@ -190,22 +162,17 @@ class RayGrid(DirectGrid):
                 known = self._shared[id(record)] = record, starts, ray.put(record)
             return known[2]
 
-    def fail(self, error: Exception) -> None:
-        """Let whoever waits fail."""
-        self._break(error)
-
     def _help_out(self) -> None:
         """Work in this process as long as no actor does."""
         call = HostCall(self.client_app, 0, 1)
-        greeted: Greeting | None = None
-        while (job := self.next_job(while_starting=True)) is not None:
-            try:
-                if self.greeting is not None and greeted is not self.greeting:
-                    greeted = self.greeting
-                    greeted.check(call(_identified(greeted.message(SERVER_NODE + 1))))
-                self.settle(job, call(job.message))
-            except UserError as error:
-                self.fail(error)
+        try:
+            while (job := self.next_job(while_starting=True)) is not None:
+                call.greet(self.greeting)
+                self.answered(job, 0, call(job.message))
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._helping = False
 
 
 class _Host:
@@ -283,10 +250,8 @@ class _Host:
 
         grid = self.grid
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-        if grid.gpus:
-            options["num_gpus"] = grid.gpus
         if not grid.runtime.own:
-            options["scheduling_strategy"] = "SPREAD" if free_of_groups() else "DEFAULT"
+            options["scheduling_strategy"] = "SPREAD" if group_cpus() is None else "DEFAULT"
         own_app = [] if grid.client_app is default_client_app else [ray.put(grid.client_app)]
         return ray.remote(RayHost).options(**options).remote(own_app, self.number, grid.workers, sys.path)
 
@@ -300,7 +265,6 @@ class _Host:
             log.warning("host %d cannot be started (%s)", self.number, reason)
             self._said = True
         if not self.grid._live and self.grid.runtime.restart(starts):
-            log.warning("Ray was lost and has been started anew")
             return
         self.grid.pause(AGAIN_SECONDS)
 
@@ -320,14 +284,11 @@ class _Host:
             if self.grid.closed:
                 return
             self._lost()
-            self.grid.failed(job, self.number, one_line(error), lost=True)
+            self.grid.failed(job, self.number, one_line(error))
             return
         finally:
             self._job = None
-        if reply.has_error():
-            self.grid.failed(job, self.number, " ".join(str(reply.error.reason).split())[:300], lost=False)
-        else:
-            self.grid.settle(job, reply)
+        self.grid.answered(job, self.number, reply)
 
     def _greet(self) -> None:
         """Let the host answer the grid's greeting, if it has not."""
@@ -335,25 +296,13 @@ class _Host:
 
         greeting = self.grid.greeting
         if greeting is not None and self._greeted is not greeting:
-            hello = _identified(greeting.message(SERVER_NODE + 1 + self.number))
+            hello = greeting.to(SERVER_NODE + 1 + self.number)
             greeting.check(ray.get(self._actor.work.remote(hello, {})))
             self._greeted = greeting
 
     def _lost(self) -> None:
         self.kill()
         self.grid.is_live(self.number, live=False)
-
-
-def _identified(message: Message) -> Message:
-    identify(message)
-    return message
-
-
-def free_of_groups() -> bool:
-    """Return whether this process is in no placement group, whose bundles say where actors go."""
-    from ray.util import get_current_placement_group
-
-    return get_current_placement_group() is None
 
 
 def _check_versions(theirs: dict[str, str], number: int) -> None:

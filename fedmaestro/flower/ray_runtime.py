@@ -20,6 +20,8 @@ from typing import Any
 
 from fedmaestro.errors import UserError
 
+log = logging.getLogger("fedmaestro")
+
 PROBE_SECONDS = 30
 """How long a Ray cluster may take to accept a first connection."""
 
@@ -100,6 +102,7 @@ class RayRuntime:
             if self.starts == starts:
                 if starts > RESTARTS:
                     return False
+                log.warning("Ray was lost and is started anew")
                 self._end()
                 self._over.clear()
                 self._ready.clear()
@@ -155,15 +158,20 @@ class RayRuntime:
 
         here = ray.get_runtime_context().gcs_address
         total = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-        bundles = _bundles()
+        bundles = group_cpus()
         if self._wanted is not None and self._wanted > total:
             raise UserError(
                 f"--actors {self._wanted}: the Ray cluster at {here} has {total} CPUs: ask for fewer, or add nodes"
             )
         if bundles is not None:
+            if bundles < (wanted := self._wanted or 1):
+                raise UserError(
+                    f"--actors {wanted}: the placement group of this Ray task has CPUs for {bundles} actors: give it "
+                    "more bundles (tune.PlacementGroupFactory), or use --actors 0 to work in this process"
+                )
             return self._wanted or bundles
         deadline = time.monotonic() + CPU_SECONDS
-        while (free := int(ray.available_resources().get("CPU", 0))) < 1:  # type: ignore[no-untyped-call]
+        while (free := free_cpus()) < 1:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"no free CPU in the Ray cluster at {here} (it has {total}) after {CPU_SECONDS} s: wait until "
@@ -181,21 +189,25 @@ def joined() -> bool:
 
 def free_cpus() -> int:
     """Return how many CPUs the Ray that this process is part of has for hosts."""
+    if (bundles := group_cpus()) is not None:
+        return bundles
     import ray
 
-    bundles = _bundles()
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    return int(free.get("CPU", 0)) if bundles is None else bundles
+    # What a task has taken itself may show among the free ones for a moment.
+    context = ray.get_runtime_context()
+    own = context.get_assigned_resources().get("CPU", 0) if context.worker.mode == ray.WORKER_MODE else 0
+    total = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    return max(0, int(min(free, total - own)))
 
 
-def _bundles() -> int | None:
-    """Return how many CPUs the placement group of this task (a Ray Tune trial, say) has besides its own; None: none."""
+def group_cpus() -> int | None:
+    """Return the CPUs that the placement group of this task (a Ray Tune trial) has besides its own; None: no group."""
     from ray.util import get_current_placement_group
 
     if (group := get_current_placement_group()) is None:
         return None
-    cpus = sum(bundle.get("CPU", 0) for bundle in group.bundle_specs)
-    return max(0, int(cpus - group.bundle_specs[0].get("CPU", 0)))
+    return int(sum(bundle.get("CPU", 0) for bundle in group.bundle_specs[1:]))
 
 
 def _init(**arguments: Any) -> None:

@@ -41,20 +41,22 @@ def checked_actors(actors: int | None) -> int | None:
 
 
 @contextmanager
-def hosts(
-    client_app: ClientApp, *, actors: int | None = None, ray_address: str | None = None, gpus: float = 0.0
-) -> Iterator[Grid]:
+def hosts(client_app: ClientApp, *, actors: int | None = None, ray_address: str | None = None) -> Iterator[Grid]:
     """Open a grid with its hosts, and close it at the end.
 
     Args:
         client_app: the hosts' app.
         actors: Ray actors; 0: none, work is done in this process; None: one per free CPU.
         ray_address: a running Ray cluster; None: the Ray that this process is in, ``RAY_ADDRESS``, or one of our own.
-        gpus: share of a GPU for each actor.
 
     Raises:
         UserError: the Ray cluster cannot be reached or has no place.
     """
+    if ray_address and joined():
+        raise UserError(
+            f"--ray-address {ray_address}: this process is part of a Ray already, which is used: leave it out, or call "
+            "ray.shutdown() before"
+        )
     if actors == 0 or (actors is None and joined() and free_cpus() < 1):
         yield LocalGrid(client_app)
         return
@@ -62,8 +64,8 @@ def hosts(
     runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None)
     runtime.open()
     # Another app may do to its process what it likes: it must not be this one.
-    help_out = runtime.own and not gpus and client_app is default_client_app
-    grid = RayGrid(runtime, client_app, gpus=gpus, help_out=help_out)
+    help_out = runtime.own and client_app is default_client_app
+    grid = RayGrid(runtime, client_app, help_out=help_out)
     try:
         yield grid
     finally:
@@ -78,7 +80,6 @@ def simulate(
     actors: int | None,
     stop: threading.Event,
     ray_address: str | None = None,
-    gpus: float = 0.0,
 ) -> None:
     """Run ``server`` against simulated hosts, in this process, until it returns.
 
@@ -92,7 +93,7 @@ def simulate(
         log.warning("this version of Flower runs hosts by its own engine, slower and less forgiving (%s)", reason)
         _by_flower(server, client_app, actors=actors or os.cpu_count() or 1, stop=stop)
         return
-    with hosts(client_app, actors=actors, ray_address=ray_address, gpus=gpus) as grid, interrupt_sets(stop):
+    with hosts(client_app, actors=actors, ray_address=ray_address) as grid, interrupt_sets(stop):
         server(grid)
 
 

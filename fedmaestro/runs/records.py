@@ -70,6 +70,7 @@ class RoundRecord(Record):
     upload_bytes: int = 0
     virtual_seconds: float = 0.0
     wall_seconds: float = 0.0
+    """Since the round before was complete: a round's evaluation overlaps with the training of the next one."""
     device_test: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """``{tier: {"devices", "mean", "std", "worst_decile"}}``: the main metric of the model that serves each tier, on
     the own test examples of the tier's devices; the worst decile is the mean of the worst tenth, rounded up."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import fedmaestro
 from fedmaestro.errors import UserError
 from fedmaestro.flower import ray_runtime
+from fedmaestro.rounds.observer import Observer
+from fedmaestro.runs.records import RoundRecord
 
 # Imported by Ray actors, which find it through sys.path: kills its process the first time that it sees round 2.
 KILLER = """
@@ -81,6 +83,71 @@ def test_two_actors_one_of_which_is_killed_give_the_model_of_this_process(
     assert [record.failed for record in run.rounds] == [0] * 5
     assert len({str(record.ranks) for record in run.rounds}) > 2
     assert [record.full_ranks for record in run.rounds] == [record.full_ranks for record in folder.read_rounds()]
+
+
+ATTACHED = """
+import sys
+import ray
+import fedmaestro
+from fedmaestro.errors import UserError
+
+def hash_of(out, **options):
+    return fedmaestro.run(overrides={"train.rounds": 2}, out=out, **options).summary["model_sha256"]
+
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    hashes = {hash_of(sys.argv[1] + "/here")}
+    task = ray.remote(num_cpus=1)(hash_of)
+    hashes.add(ray.get(task.remote(sys.argv[1] + "/task"), timeout=120))
+    taken = ray.remote(num_cpus=2)(hash_of)
+    hashes.add(ray.get(taken.remote(sys.argv[1] + "/taken"), timeout=120))
+    try:
+        hash_of(sys.argv[1] + "/other", ray_address="127.0.0.1:1")
+    except UserError as error:
+        print(error)
+    print("hashes", *hashes)
+    print("still there", ray.is_initialized())
+"""
+
+
+def test_a_ray_that_runs_already_is_used_and_left_running(federate: Callable[..., Any], tmp_path: Path) -> None:
+    """In the process that has initialised it, in a task, and in a task that has taken every CPU."""
+    (tmp_path / "attached.py").write_text(ATTACHED)
+    command = [sys.executable, str(tmp_path / "attached.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    summary, _, _ = federate({"train.rounds": 2, "train.evaluate-every": 5})
+    assert f"hashes {summary['model_sha256']}\n" in done.stdout
+    assert "part of a Ray already" in done.stdout
+    assert "still there True" in done.stdout
+
+
+class _Killing(Observer):
+    """Kills one of Ray's own processes in the middle of the run."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.killed = name, False
+
+    def on_round(self, record: RoundRecord) -> None:
+        if record.round >= 40 and not self.killed:
+            # Ours only: other tests have a Ray of their own.
+            command = ["pgrep", "-P", str(os.getpid()), "-x", self.name]
+            mine = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+            self.killed = bool(mine)
+            for process in mine:
+                os.kill(int(process), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_ray_that_is_lost_is_started_anew(tmp_path: Path, name: str) -> None:
+    overrides = {"train.rounds": 60, "train.evaluate-every": 20, "train.strategy": "nested"}
+    killing = _Killing(name)
+    run = fedmaestro.run(overrides=overrides, out=tmp_path / "run", actors=2, observers=[killing])
+    assert killing.killed, "the run was over before an actor was up: the test shows nothing"
+    assert {record.failed for record in run.rounds} == {0}
+    here = fedmaestro.run(overrides=overrides, out=tmp_path / "here", actors=0)
+    assert run.summary["model_sha256"] == here.summary["model_sha256"]
 
 
 def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fedmaestro
-from fedmaestro.flower import client_app, federation
+from fedmaestro.flower import client_app, tiered_strategy
 
 FLEET = """
 [tiers.a]
@@ -56,7 +56,7 @@ def test_a_tensor_is_decoded_and_encoded_once_per_message(
 
     for name in calls:
         replacement = counted(name)
-        for module in (client_app, federation):
+        for module in (client_app, tiered_strategy):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
     _, _, grid = federate({"train.rounds": 1, "train.evaluate-every": 1, "train.devices-per-round": 20})

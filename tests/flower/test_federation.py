@@ -20,8 +20,8 @@ from fedmaestro.errors import UserError
 from fedmaestro.extend import given
 from fedmaestro.flower import federation
 from fedmaestro.flower.client_app import JOB, SUBMODEL, to_arrays, to_state
-from fedmaestro.flower.federation import TieredStrategy
 from fedmaestro.flower.run import Run
+from fedmaestro.flower.tiered_strategy import TieredStrategy
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.rounds import device as host
 from fedmaestro.rounds.environment import forget, open_environment
