@@ -148,7 +148,7 @@ def test_top_level_folders() -> None:
     ).stdout.split("\0")
     folders = {path.split("/")[0] for path in listed if "/" in path}
     visible = {folder for folder in folders if not folder.startswith(".")}
-    assert visible - {"docs", "examples"} == set(CODE_FOLDERS)
+    assert visible - {"docs", "examples", "benchmarks"} == set(CODE_FOLDERS)
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

@@ -41,8 +41,9 @@ def test_every_example_belongs_to_exactly_one_device(
     again = partition(labels, seed=seed, **arguments)
     assert partition_fingerprint(again) == partition_fingerprint(parts)
     if num_devices > 1:
-        other = partition(labels, seed=seed + 1, **arguments)
-        assert partition_fingerprint(other) != partition_fingerprint(parts)
+        # One other seed may agree by chance: two devices of one class each have two partitions in all.
+        others = [partition(labels, seed=seed + i, **arguments) for i in range(1, 21)]
+        assert any(partition_fingerprint(other) != partition_fingerprint(parts) for other in others)
 
 
 def test_iid_shares_are_equal_and_mixed() -> None:
