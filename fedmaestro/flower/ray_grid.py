@@ -148,6 +148,9 @@ class RayGrid(DirectGrid):
         """Take note of a host that has come or gone."""
         with self._arrived:
             (self._live.add if live else self._live.discard)(number)
+            if not self._live:
+                # Perhaps Ray is lost. It would try to recover what it stored, and end this process where it cannot.
+                self._shared.clear()
             self._last_live = time.monotonic()
             self._arrived.notify_all()
 
@@ -208,8 +211,8 @@ class _Host:
         import ray
 
         actor, self._actor, self._ready = self._actor, None, False
-        if actor is not None and ray.is_initialized():
-            with contextlib.suppress(Exception):  # it may be gone already
+        if actor is not None:
+            with self.grid.runtime.used(), contextlib.suppress(Exception):  # it may be gone already
                 ray.kill(actor)
 
     def drop(self, abandoned: set[str]) -> None:
@@ -227,9 +230,10 @@ class _Host:
             return True
         starts = self._starts = runtime.starts
         try:
-            self._actor, self._greeted = self._create(), None
-            _check_versions(ray.get(self._actor.start.remote(), timeout=START_SECONDS), self.number)
-            self._greet()
+            with runtime.used():
+                self._actor, self._greeted = self._create(), None
+                _check_versions(ray.get(self._actor.start.remote(), timeout=START_SECONDS), self.number)
+                self._greet()
         except UserError:
             raise
         except Exception as error:
@@ -275,9 +279,10 @@ class _Host:
 
         self._job = job
         try:
-            self._greet()
-            shared = {name: [self.grid.stored(x)] for name, x in job.message.content.array_records.items()}
-            reply: Message = ray.get(self._actor.work.remote(without(job.message, list(shared)), shared))
+            with self.grid.runtime.used():
+                self._greet()
+                shared = {name: [self.grid.stored(x)] for name, x in job.message.content.array_records.items()}
+                reply: Message = ray.get(self._actor.work.remote(without(job.message, list(shared)), shared))
         except UserError:
             raise
         except Exception as error:

@@ -34,6 +34,9 @@ SOCKET_PATH = 107
 SESSION = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """What Ray puts behind its temporary folder."""
 
+USED_SECONDS = 90.0
+"""How long those that wait for a lost Ray may take to find out."""
+
 RESTARTS = 3
 """How often a Ray of our own is started anew after it was lost."""
 
@@ -54,6 +57,8 @@ class RayRuntime:
     def __init__(self, actors: int | None, address: str | None = None) -> None:
         self._wanted, self._address = actors, address
         self._ready, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._using = threading.Condition()
+        self._users, self._restarting = 0, False
         self._thread: threading.Thread | None = None
         self.error: UserError | None = None
         self.own = self.attached = False
@@ -90,8 +95,37 @@ class RayRuntime:
         if self.error is not None:
             raise self.error
 
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Ask Ray for something: it is not exchanged meanwhile. A thread that asks a Ray that ends ends the process."""
+        with self._using:
+            while self._restarting:
+                self._using.wait()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._using:
+                self._users -= 1
+                self._using.notify_all()
+
+    @contextmanager
+    def _unused(self) -> Iterator[bool]:
+        """Keep everybody out; gives whether they are, in time."""
+        with self._using:
+            self._restarting = True
+            out = self._using.wait_for(lambda: not self._users, USED_SECONDS)
+        try:
+            yield out
+        finally:
+            with self._using:
+                self._restarting = False
+                self._using.notify_all()
+
     def restart(self, starts: int) -> bool:
         """Start a Ray of our own anew after it was lost; return whether there is one again.
+
+        The caller is not inside of ``used``.
 
         Args:
             starts: of the Ray that was lost; one that was started since then is left alone.
@@ -103,11 +137,14 @@ class RayRuntime:
                 if starts > RESTARTS:
                     return False
                 log.warning("Ray was lost and is started anew")
-                self._end()
-                self._over.clear()
-                self._ready.clear()
-                self._start()
-            self._ready.wait()
+                with self._unused() as out:
+                    if not out:
+                        return False
+                    self._end()
+                    self._over.clear()
+                    self._ready.clear()
+                    self._start()
+                    self._ready.wait()
             return self.error is None
 
     def close(self) -> None:
@@ -195,7 +232,8 @@ def free_cpus() -> int:
 
     # What a task has taken itself may show among the free ones for a moment.
     context = ray.get_runtime_context()
-    own = context.get_assigned_resources().get("CPU", 0) if context.worker.mode == ray.WORKER_MODE else 0
+    in_task = context.worker.mode == ray.WORKER_MODE
+    own = context.get_assigned_resources().get("CPU", 0) if in_task else 0  # type: ignore[no-untyped-call]
     total = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
     free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
     return max(0, int(min(free, total - own)))
