@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,20 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("FEDMAESTRO_DATA_DIR", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _rows_of_a_test_go_with_it() -> Iterator[None]:
+    """Take what a test registered out of the tables: one process runs many files, in any order."""
+    yield
+    if (extend := sys.modules.get("fedmaestro.extend")) is None:
+        return
+    from fedmaestro.runs.code import NO_CODE, activate
+
+    activate(NO_CODE)
+    for kind, name in list(extend._session):
+        extend.KINDS[kind].rows.pop(name, None)
+    extend._session.clear()
 
 
 @pytest.fixture(scope="session")

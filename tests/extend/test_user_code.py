@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ from fedmaestro.runs.start import code_of
 from fedmaestro.runs.starter import write_starter
 
 Federate = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    yield
-    activate(NO_CODE)
-    for kind, name in list(extend._session):
-        extend.KINDS[kind].rows.pop(name, None)
-    extend._session.clear()
 
 
 @pytest.fixture

@@ -87,22 +87,17 @@ def test_history_goes_into_the_checkpoint_and_a_resumed_run_selects_the_same(
         return [int(i) for i in candidates[np.argsort(np.nan_to_num(history.loss[candidates]))][: this.wanted]]
 
     extend.selection("by-loss")(by_loss)
-    try:
-        overrides = {"train.selection": "by-loss", "train.rounds": 4}
-        whole, folder, _ = federate(overrides)
-        checkpoint = load_checkpoint(folder.checkpoint)
-        assert checkpoint is not None
-        times = checkpoint.tensors["history", "times"]
-        assert int(times.sum()) == 40
-        assert not np.isnan(seen[-1]).all()
-        for name in ("uniform", "oort"):
-            first, folder, _ = federate({"train.selection": name, "train.rounds": 4})
-            assert first["failed"] == 0
-        assert first["model_sha256"] != whole["model_sha256"]
-    finally:
-        extend.forget_loaded()
-        extend._session.pop(("selection", "by-loss"), None)
-        SELECTIONS.pop("by-loss", None)
+    overrides = {"train.selection": "by-loss", "train.rounds": 4}
+    whole, folder, _ = federate(overrides)
+    checkpoint = load_checkpoint(folder.checkpoint)
+    assert checkpoint is not None
+    times = checkpoint.tensors["history", "times"]
+    assert int(times.sum()) == 40
+    assert not np.isnan(seen[-1]).all()
+    for name in ("uniform", "oort"):
+        first, folder, _ = federate({"train.selection": name, "train.rounds": 4})
+        assert first["failed"] == 0
+    assert first["model_sha256"] != whole["model_sha256"]
 
 
 def test_devices_without_examples_are_never_asked(federate: Federate) -> None:

@@ -1,7 +1,7 @@
 """Networks as users have them: each trains in a federation, and every tier learns more than chance."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,10 @@ from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.shape import Input
 from fedmaestro.models.static_norm import StaticNorm
 from fedmaestro.rounds.environment import Environment
-from fedmaestro.runs.code import NO_CODE, activate
 from fedmaestro.submodel import num_elements, state_of
 
 Federate = Callable[..., Any]
 Shape = tuple[int, ...]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    yield
-    activate(NO_CODE)
-    for kind, name in list(extend._session):
-        extend.KINDS[kind].rows.pop(name, None)
-    extend._session.clear()
 
 
 def _conv(i: int, o: int, **more: Any) -> nn.Sequential:

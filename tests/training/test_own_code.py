@@ -1,6 +1,5 @@
 """Maestro on one machine with a model, data and a task of the user's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmaestro
-from fedmaestro import extend
 from fedmaestro.errors import UserError
-from fedmaestro.runs.code import NO_CODE, activate
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    yield
-    activate(NO_CODE)
-    for kind, name in list(extend._session):
-        extend.KINDS[kind].rows.pop(name, None)
-    extend._session.clear()
 
 
 class Net(nn.Module):
