@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import select
 import signal
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.workloads import WORKLOADS
 
 WARM_UP = 2
+LONGEST_SECONDS = 330
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,6 +60,9 @@ class Contender:
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
+        # A line at a time is what comes, so nothing waits in the reader's buffer.
+        if not select.select([self._process.stdout], [], [], LONGEST_SECONDS)[0]:
+            raise RuntimeError(f"contender {self.name} did not answer for {LONGEST_SECONDS} s")
         if not (line := self._process.stdout.readline().strip()):
             raise RuntimeError(f"contender {self.name} ended (BENCHMARKS_VERBOSE=1 shows why)")
         return line

@@ -22,6 +22,10 @@ import torch
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.rounds.environment import Environment, open_environment
+from fedmaestro.runs.start import code_of
+
+LONGEST_SECONDS = 300
+"""That a round may take."""
 
 ROUNDS = 100_000
 """More than anybody waits for."""
@@ -57,12 +61,18 @@ def experiment(settings: dict[str, Any], data_dir: str) -> Any:
     return load_config(None, {**settings, **never})
 
 
+def environment(settings: dict[str, Any], data_dir: str) -> Environment:
+    """Return the opened experiment."""
+    config = experiment(settings, data_dir)
+    return open_environment(config, code=code_of(config))
+
+
 # Bare PyTorch: as many processes as actors, each trains its devices one after the other.
 
 
 def _bare_worker(settings: dict[str, Any], data_dir: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
-    env = open_environment(experiment(settings, data_dir))
+    env = environment(settings, data_dir)
     models: dict[Any, torch.nn.Module] = {}
     outbox.put("ready")
     while (devices := inbox.get()) is not None:
@@ -101,8 +111,8 @@ def bare(settings: dict[str, Any], data_dir: str, workers: int) -> None:
     for process in processes:
         process.start()
     for _ in processes:
-        outbox.get()
-    env = open_environment(experiment(settings, data_dir))
+        outbox.get(timeout=LONGEST_SECONDS)
+    env = environment(settings, data_dir)
     server = start(env)
 
     def work(number: int) -> None:
@@ -113,7 +123,7 @@ def bare(settings: dict[str, Any], data_dir: str, workers: int) -> None:
         for inbox, share in zip(inboxes, shares, strict=True):
             inbox.put(share)
         for _ in inboxes:
-            outbox.get()
+            outbox.get(timeout=LONGEST_SECONDS)
 
     serve(work)
 
@@ -156,7 +166,7 @@ def fedmaestro(settings: dict[str, Any], data_dir: str, workers: int) -> None:
 @cache
 def _flower_client(settings: str, data_dir: str) -> tuple[Environment, dict[Any, torch.nn.Module]]:
     torch.set_num_threads(1)
-    return open_environment(experiment(json.loads(settings), data_dir)), {}
+    return environment(json.loads(settings), data_dir), {}
 
 
 def flower(settings: dict[str, Any], data_dir: str, workers: int) -> None:
@@ -170,7 +180,7 @@ def flower(settings: dict[str, Any], data_dir: str, workers: int) -> None:
 
     warnings.simplefilter("ignore")
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    env = open_environment(experiment(settings, data_dir))
+    env = environment(settings, data_dir)
     train = env.config.train
     devices = len(env.parts)
     strategy = FedAvg(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 ONE_TIER = str(Path(__file__).parent / "one_tier.toml")
+LINEAR = str(Path(__file__).parent / "linear.py")
 
 Settings = dict[str, Any]
 
@@ -49,7 +50,12 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "cnn-10": Workload(_mnist("cnn"), about="small CNN, 10 devices a round"),
     "linear-100": Workload(
-        _mnist("mlp") | {"train.devices-per-round": 100, "data.devices": 1000, "model.keep-dense": "first-conv head"},
+        _mnist("linear")
+        | {"use": LINEAR, "data.name": "cifar10", "train.devices-per-round": 100, "data.devices": 1000},
+        about="linear model, 100 devices of 50 examples a round",
+    ),
+    "mlp-100": Workload(
+        _mnist("mlp") | {"train.devices-per-round": 100, "data.devices": 1000},
         about="small MLP, 100 devices of 60 examples a round",
     ),
     "lenet-10-tiers": Workload(_mnist("lenet") | FIVE, flower=False, about="LeNet, five tiers, 10 devices a round"),

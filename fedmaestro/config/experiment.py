@@ -66,6 +66,12 @@ class DataConfig(Table):
     alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: smaller is more skewed")
     classes_per_device: Positive = Field(2, description="for partition = pathological")
     min_examples: int = Field(1, ge=0, description="fewest examples of a device, for partition = dirichlet or quantity")
+    share_examples: int = Field(
+        0,
+        ge=0,
+        description="examples that each device draws of its own from all training examples, for fleets larger than the "
+        "data; 0: an example belongs to one device",
+    )
     device_test: float = Field(
         0.0,
         ge=0,

@@ -7,13 +7,8 @@ something that the cache does not have.
 """
 
 from fedmaestro.data.load import DATASETS, DatasetRow, ImageDataset, data_folder, load_dataset, normalize
-from fedmaestro.data.partition import (
-    PARTITIONS,
-    cached_partition,
-    class_counts,
-    partition,
-    partition_fingerprint,
-)
+from fedmaestro.data.partition import PARTITIONS, cached_partition, class_counts, partition
+from fedmaestro.data.parts import DealtParts, Parts
 from fedmaestro.data.sources import TRANSLATION
 from fedmaestro.data.translation import TranslationDataset, TranslationSplit, load_translation
 
@@ -22,7 +17,9 @@ __all__ = [
     "PARTITIONS",
     "TRANSLATION",
     "DatasetRow",
+    "DealtParts",
     "ImageDataset",
+    "Parts",
     "TranslationDataset",
     "TranslationSplit",
     "cached_partition",
@@ -32,5 +29,4 @@ __all__ = [
     "load_translation",
     "normalize",
     "partition",
-    "partition_fingerprint",
 ]

@@ -1,11 +1,13 @@
 """Which device holds which training examples.
 
-Schemes that go by labels take the examples in a seeded random order: flwr-datasets' partitioners, which deal IID and
-pathological shares, cut without shuffling. Dirichlet shares are drawn here, to the same result as flwr-datasets' (same
-generator, same draws), in a fraction of its time: it took 103 s to find that 10,000 devices are too many.
+Schemes that go by labels take the examples in a seeded random order: flwr-datasets' partitioner, which deals
+pathological shares, cuts without shuffling. IID and Dirichlet shares are dealt here, to the same result as
+flwr-datasets' (same generator, same draws), in a fraction of its time: it took 103 s to find that 10,000 devices are
+too many.
+
+With ``share_examples`` each device draws its own examples from all of them, so fleets can be larger than the data.
 """
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,11 +20,10 @@ import numpy.typing as npt
 
 from fedmaestro import rng
 from fedmaestro.data import cache
+from fedmaestro.data.parts import DealtParts, DrawnParts, Indices, Parts
 from fedmaestro.errors import UserError, check_name
 
-Indices = npt.NDArray[np.int64]
-
-_FORMAT = 1  # part of the cache key: raise it when the same arguments give other partitions
+_FORMAT = 2  # part of the cache key: raise it when the same arguments give other partitions
 _DRAWS = 11  # of a Dirichlet partition, until every device has enough
 
 
@@ -39,6 +40,7 @@ class Dealing:
         alpha: ``data.alpha``.
         classes_per_device: ``data.classes-per-device``.
         min_examples: ``data.min-examples``.
+        share_examples: ``data.share-examples``.
     """
 
     count: int
@@ -49,6 +51,7 @@ class Dealing:
     alpha: float = 0.5
     classes_per_device: int = 2
     min_examples: int = 1
+    share_examples: int = 0
 
     @property
     def classes(self) -> Indices:
@@ -61,6 +64,15 @@ class Dealing:
         generator = np.random.default_rng(self.seed)
         return generator.permutation(self.count), generator
 
+    def members(self) -> list[Indices]:
+        """Return the examples of every class."""
+        values, counts = np.unique(self.classes, return_counts=True)
+        return np.split(np.argsort(self.classes, kind="stable"), np.cumsum(counts)[:-1]) if len(values) else []
+
+
+Draw = Callable[[np.random.Generator], Indices]
+"""``generator of a device -> its examples``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
@@ -69,6 +81,8 @@ class Partition:
     name: str
     deal: Callable[..., Sequence[Any]]
     """``(dealing) -> indices of each device``; of user code: ``(examples, devices, generator)``."""
+    draw: Callable[[Dealing], Draw] | None = None
+    """How a device draws its own where devices share examples; None: they cannot."""
     summary: str
     needs: str = ""
     """``labels`` or ``groups``; empty: neither."""
@@ -84,9 +98,10 @@ def partition(
     alpha: float = 0.5,
     classes_per_device: int = 2,
     min_examples: int = 1,
+    share_examples: int = 0,
     groups: Indices | None = None,
     count: int | None = None,
-) -> tuple[Indices, ...]:
+) -> Parts:
     """Deal the examples to devices, each to one at most; the result depends on the arguments only.
 
     "pathological" gives device i class i mod C first and draws the others ("first-deterministic" of
@@ -98,16 +113,19 @@ def partition(
     Args:
         labels: (N,) classes of the examples; None: they have none.
         scheme: a key of `PARTITIONS`.
-        num_devices: number of parts, at most N.
+        num_devices: number of parts, at most N unless ``min_examples`` is 0 or examples are shared.
         seed: non-negative.
         alpha: concentration of "dirichlet" and "quantity", > 0.
         classes_per_device: of "pathological", 1 to the number of classes.
         min_examples: every device has as many; "dirichlet" draws again up to 10 times to reach it.
+        share_examples: examples that each device draws from all, independently of the others; 0: none is shared.
+            "dirichlet" then draws a device's classes from its own Dirichlet draw (Hsu et al., 2019, arXiv 1909.06335).
         groups: (N,) users of the examples, for "natural".
         count: N, where there are neither labels nor groups.
 
     Returns:
-        One sorted index array per device, disjoint; of the built-in schemes, together 0 … N - 1.
+        One sorted index array per device; unless they are shared, disjoint, and of the built-in schemes together
+        0 … N - 1.
 
     Raises:
         UserError: an argument is out of range, or no such partition was found.
@@ -123,27 +141,33 @@ def partition(
         alpha=alpha,
         classes_per_device=classes_per_device,
         min_examples=min_examples,
+        share_examples=share_examples,
     )
     _check(dealing, scheme)
     row = PARTITIONS[scheme]
+    if share_examples:
+        assert row.draw is not None
+        about = f"{scheme} {alpha} {classes_per_device} {dealing.count}"
+        return DrawnParts(num_devices, share_examples, row.draw(dealing), seed, about)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each repeated draw warns; the last one is our error
         if row.built_in:
-            parts = [np.sort(np.asarray(part, np.int64)) for part in row.deal(dealing)]
+            dealt = row.deal(dealing)
+            parts = dealt if isinstance(dealt, DealtParts) else DealtParts.of_lists(dealt)
         else:
             parts = _checked(row, row.deal(dealing, num_devices, rng.generator(seed, "partition")), dealing)
-    smallest = min(len(part) for part in parts)
+    smallest = int(parts.sizes.min())
     if smallest < min_examples:
         raise UserError(
             f"data.min-examples = {min_examples}: a device of the {scheme!r} partition got {smallest}: "
             f"lower data.min-examples or data.devices (now {num_devices})"
         )
     if row.built_in:
-        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(dealing.count))
-    return tuple(parts)
+        assert np.array_equal(np.sort(parts.indices), np.arange(dealing.count))
+    return parts
 
 
-def _checked(row: Partition, returned: Any, dealing: Dealing) -> list[Indices]:
+def _checked(row: Partition, returned: Any, dealing: Dealing) -> DealtParts:
     """Return what user code has dealt, sorted; UserError unless it is a partition."""
     where = f"data.partition = {row.name!r}"
     try:
@@ -157,7 +181,7 @@ def _checked(row: Partition, returned: Any, dealing: Dealing) -> list[Indices]:
         raise UserError(f"{where} returned indices outside of 0 … {dealing.count - 1}")
     if len(np.unique(dealt)) < len(dealt):
         raise UserError(f"{where} gives an example to more than one device, or twice to one")
-    return parts
+    return DealtParts.of_lists(parts)
 
 
 def _check(dealing: Dealing, scheme: str) -> None:
@@ -166,6 +190,7 @@ def _check(dealing: Dealing, scheme: str) -> None:
     for setting, value, lowest in (
         ("data.devices", dealing.devices, 1),
         ("data.min-examples", dealing.min_examples, 0),
+        ("data.share-examples", dealing.share_examples, 0),
         ("data.classes-per-device", dealing.classes_per_device, 1),
         ("seed", dealing.seed, 0),
     ):
@@ -182,8 +207,12 @@ def _check(dealing: Dealing, scheme: str) -> None:
             f"data.partition = {scheme!r} goes by users, and the data name none: return groups from the dataset's "
             "function, or use another partition"
         )
+    if dealing.share_examples:
+        _check_sharing(dealing, row)
+        return
     if dealing.devices > dealing.count and (dealing.min_examples or scheme == "natural"):
-        raise UserError(f"data.devices = {dealing.devices}: more than the {dealing.count} training examples")
+        more = "" if scheme == "natural" else ": lower it, or let devices share examples with data.share-examples"
+        raise UserError(f"data.devices = {dealing.devices}: more than the {dealing.count} training examples{more}")
     if dealing.devices * dealing.min_examples > dealing.count:
         raise UserError(
             f"data.min-examples = {dealing.min_examples}: {dealing.devices} devices (data.devices) would need "
@@ -191,16 +220,80 @@ def _check(dealing: Dealing, scheme: str) -> None:
         )
 
 
-def _iid(dealing: Dealing) -> list[Indices]:
-    from flwr_datasets.partitioner import IidPartitioner
+def _check_sharing(dealing: Dealing, row: Partition) -> None:
+    size = dealing.share_examples
+    if row.draw is None:
+        able = ", ".join(name for name, other in PARTITIONS.items() if other.draw is not None)
+        raise UserError(f"data.share-examples = {size}: devices of partition {row.name!r} share none: use {able}")
+    if size > dealing.count:
+        raise UserError(f"data.share-examples = {size}: more than the {dealing.count} training examples")
+    if size < dealing.min_examples:
+        raise UserError(f"data.share-examples = {size}: fewer than data.min-examples = {dealing.min_examples}")
 
+
+def _runs(of: Indices, ends: npt.NDArray[np.integer], devices: int, owners: Indices) -> None:
+    """Give the examples ``of`` to devices, a run to each: ``ends (devices - 1,)`` are where the runs end."""
+    owners[of] = np.repeat(np.arange(devices), np.diff(ends, prepend=0, append=len(of)))
+
+
+def _iid(dealing: Dealing) -> DealtParts:
     order, _ = dealing.order()
-    if dealing.devices > dealing.count:
-        return np.array_split(order, dealing.devices)
-    return _parts(IidPartitioner(num_partitions=dealing.devices), {"index": order})
+    owners = np.empty(dealing.count, np.int64)
+    base, more = divmod(dealing.count, dealing.devices)
+    _runs(order, np.cumsum(base + (np.arange(dealing.devices) < more))[:-1], dealing.devices, owners)
+    return DealtParts.of_owners(owners, dealing.devices)
 
 
-def _dirichlet(dealing: Dealing) -> list[Indices]:
+def _draw_iid(dealing: Dealing) -> Draw:
+    return lambda generator: generator.choice(dealing.count, dealing.share_examples, replace=False)
+
+
+def _draw_dirichlet(dealing: Dealing) -> Draw:
+    """Draw each device's classes at shares from its own ``Dirichlet(α C p)``, with ``p`` the classes' shares of all."""
+    members, size = dealing.members(), dealing.share_examples
+    counts = np.array([len(of) for of in members])
+    strengths = np.maximum(dealing.alpha * len(members) * counts / dealing.count, 1e-12)
+
+    def draw(generator: np.random.Generator) -> Indices:
+        with np.errstate(all="ignore"):
+            shares = generator.dirichlet(strengths)
+        if not np.isfinite(shares).all():
+            shares = np.eye(len(members))[generator.integers(len(members))]
+        wanted = np.minimum(generator.multinomial(size, shares), counts)
+        drawn = np.concatenate(
+            [generator.choice(of, n, replace=False) for of, n in zip(members, wanted, strict=True) if n]
+        )
+        if (lacking := size - len(drawn)) > 0:  # a class has fewer examples than the device would take of it
+            others = np.setdiff1d(np.arange(dealing.count), drawn, assume_unique=True)
+            drawn = np.concatenate([drawn, generator.choice(others, lacking, replace=False)])
+        return drawn
+
+    return draw
+
+
+def _draw_pathological(dealing: Dealing) -> Draw:
+    members, size, classes = dealing.members(), dealing.share_examples, dealing.classes_per_device
+    if classes > len(members):
+        raise UserError(f"data.classes-per-device = {classes}: the data has {len(members)} classes")
+    base, more = divmod(size, classes)
+    least = min(len(of) for of in members)
+    if not base or base + (more > 0) > least:
+        raise UserError(
+            f"data.share-examples = {size}: that makes {base + (more > 0)} of each of {classes} classes "
+            f"(data.classes-per-device), and it must be 1 to {least}"
+        )
+
+    def draw(generator: np.random.Generator) -> Indices:
+        chosen = generator.choice(len(members), classes, replace=False)
+        wanted = base + (np.arange(classes) < more)
+        return np.concatenate(
+            [generator.choice(members[c], n, replace=False) for c, n in zip(chosen, wanted, strict=True)]
+        )
+
+    return draw
+
+
+def _dirichlet(dealing: Dealing) -> DealtParts:
     """Split each class by shares from ``Dirichlet(α, …, α)`` (Yurochkin et al., ICML 2019; Hsu et al., 2019)."""
     order, _ = dealing.order()
     labels = dealing.classes[order]
@@ -212,8 +305,10 @@ def _dirichlet(dealing: Dealing) -> list[Indices]:
         # Sizes first: most draws that fail would only be dealt to be thrown away.
         counts = np.diff(ends, axis=1, prepend=0, append=np.array([[len(of)] for of in members]))
         if counts.sum(axis=0).min() >= dealing.min_examples:
-            pieces = [np.split(of, at) for of, at in zip(members, ends, strict=True)]
-            return [np.concatenate([piece[device] for piece in pieces]) for device in range(dealing.devices)]
+            owners = np.empty(dealing.count, np.int64)
+            for of, at in zip(members, ends, strict=True):
+                _runs(of, at, dealing.devices, owners)
+            return DealtParts.of_owners(owners, dealing.devices)
     raise _no_draw(dealing)
 
 
@@ -263,28 +358,32 @@ def _balanced(dealing: Dealing) -> list[Indices]:
     return [np.array(part, np.int64) for part in parts]
 
 
-def _quantity(dealing: Dealing) -> list[Indices]:
+def _quantity(dealing: Dealing) -> DealtParts:
     """Deal shares of ``Dirichlet(α, …, α)`` of all examples, whatever their class (Li et al., arXiv 2102.02079)."""
     order, _ = dealing.order()
     generator = rng.generator(dealing.seed, "quantity")
     free = dealing.count - dealing.devices * dealing.min_examples
     [shares] = _shares(generator, dealing, 1)
     ends = np.round(np.cumsum(shares) * free).astype(int)[:-1] + dealing.min_examples * np.arange(1, dealing.devices)
-    return np.split(order, ends)
+    owners = np.empty(dealing.count, np.int64)
+    _runs(order, ends, dealing.devices, owners)
+    return DealtParts.of_owners(owners, dealing.devices)
 
 
-def _natural(dealing: Dealing) -> list[Indices]:
+def _natural(dealing: Dealing) -> DealtParts:
     """Make every user a device; with fewer devices than users, each gets as many whole users, drawn by the seed."""
     assert dealing.groups is not None
-    users = np.unique(dealing.groups)
+    users, user_of = np.unique(dealing.groups, return_inverse=True)
     if dealing.devices > len(users):
         raise UserError(
             f"data.devices = {dealing.devices}: the data have {len(users)} users: lower it, or leave it out"
         )
-    if dealing.devices == len(users):
-        return [np.nonzero(dealing.groups == user)[0] for user in users]
-    drawn = rng.generator(dealing.seed, "users").permutation(users)
-    return [np.nonzero(np.isin(dealing.groups, some))[0] for some in np.array_split(drawn, dealing.devices)]
+    device_of = np.arange(len(users))
+    if dealing.devices < len(users):
+        drawn = rng.generator(dealing.seed, "users").permutation(len(users))
+        base, more = divmod(len(users), dealing.devices)
+        _runs(drawn, np.cumsum(base + (np.arange(dealing.devices) < more))[:-1], dealing.devices, device_of)
+    return DealtParts.of_owners(device_of[user_of], dealing.devices)
 
 
 def _pathological(dealing: Dealing) -> list[Indices]:
@@ -316,10 +415,17 @@ def _pathological(dealing: Dealing) -> list[Indices]:
 PARTITIONS: dict[str, Partition] = {
     row.name: row
     for row in (
-        Partition(name="iid", deal=_iid, summary="equal random shares: sizes differ by one at most", built_in=True),
+        Partition(
+            name="iid",
+            deal=_iid,
+            draw=_draw_iid,
+            summary="equal random shares: sizes differ by one at most",
+            built_in=True,
+        ),
         Partition(
             name="dirichlet",
             deal=_dirichlet,
+            draw=_draw_dirichlet,
             summary="each class is split by a Dirichlet(alpha) draw: a small alpha makes devices unlike",
             needs="labels",
             built_in=True,
@@ -334,6 +440,7 @@ PARTITIONS: dict[str, Partition] = {
         Partition(
             name="pathological",
             deal=_pathological,
+            draw=_draw_pathological,
             summary="each device holds examples of exactly classes-per-device classes",
             needs="labels",
             built_in=True,
@@ -385,8 +492,8 @@ def cached_partition(
     groups: Indices | None = None,
     count: int | None = None,
     **arguments: Any,
-) -> tuple[Indices, ...]:
-    """Return `partition`, drawn once and then read from the cache; that of user code is dealt anew.
+) -> Parts:
+    """Return `partition`, dealt once and then read from the cache; that of user code is dealt anew.
 
     Args:
         fingerprint: of the data that the labels are of.
@@ -397,31 +504,23 @@ def cached_partition(
     """
     scheme = str(arguments["scheme"])
     check_name("data.partition", scheme, PARTITIONS)
-    if not PARTITIONS[scheme].built_in:
+    if not PARTITIONS[scheme].built_in or arguments.get("share_examples"):
         return partition(labels, groups=groups, count=count, **arguments)
     name = f"{scheme}-{cache.key(_FORMAT, fingerprint, arguments)}"
 
     def build(folder: Path) -> None:
         parts = partition(labels, groups=groups, count=count, **arguments)
-        np.save(folder / "indices.npy", np.concatenate(parts))
-        np.save(folder / "ends.npy", np.cumsum([len(part) for part in parts]))
+        assert isinstance(parts, DealtParts)
+        np.save(folder / "indices.npy", parts.indices.astype(np.int64))
+        np.save(folder / "ends.npy", parts.ends)
 
     return cache.fetch(cache.cache_root() / "partitions" / name, build, _read)
 
 
-def _read(folder: Path) -> tuple[Indices, ...]:
-    return tuple(np.split(np.load(folder / "indices.npy"), np.load(folder / "ends.npy")[:-1]))
+def _read(folder: Path) -> DealtParts:
+    return DealtParts(np.load(folder / "indices.npy"), np.load(folder / "ends.npy"))
 
 
 def class_counts(labels: Indices, parts: Sequence[Indices], num_classes: int) -> Indices:
     """Return (devices, classes): how many examples of each class each device holds."""
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
-
-
-def partition_fingerprint(parts: Sequence[Indices]) -> str:
-    """Return the sha256 hex of the parts: equal for equal parts in the same order, on every platform."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part.astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """How many devices of a round hold each factor column, in expectation."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -9,17 +8,16 @@ from torch import Tensor
 from fedmaestro.fleet.plan import Plan
 
 
-def expected_holders(plan: Plan, tier_of: Sequence[int], devices_per_round: int) -> dict[str, Tensor]:
+def expected_holders(plan: Plan, devices_of: Mapping[int, int], devices_per_round: int) -> dict[str, Tensor]:
     """Return how many devices of a round hold each column, in expectation: ``(R,)`` by LoD layer.
 
     Args:
         plan: what each tier trains, and how often its devices can be reached.
-        tier_of: tier of every device, as an index into the fleet.
+        devices_of: devices of each tier, by its index in the fleet.
         devices_per_round: devices whose work a round waits for; fewer where fewer can be reached.
     """
-    counts = Counter(tier_of)
     trained = [
-        (counts[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
+        (devices_of[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
         for tier in plan.tiers
         if tier.trains is not None
     ]

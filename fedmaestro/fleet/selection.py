@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,36 +19,67 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the server knows of every device, by number: each array is ``(devices,)``. Kept in the checkpoint."""
+    """What the server knows of the devices. Kept in the checkpoint, where it grows with those that took part only.
 
-    loss: Numbers
-    """Mean training loss of the last round that it took part in; nan before the first."""
-    last_round: Ids
-    """That round; 0 before the first."""
-    times: Ids
-    """Rounds that it took part in."""
+    Selections read ``loss``, ``last_round`` and ``times``, each ``(devices,)`` by number.
+    """
+
+    devices: int
+    """How many the fleet has."""
+    known: Ids
+    """Those that took part, ascending: ``(n,)`` as the rest."""
+    losses: Numbers
+    rounds: Ids
+    counts: Ids
 
     @staticmethod
     def empty(devices: int) -> "History":
         """Return what is known before the first round."""
-        zeros = np.zeros(devices, np.int64)
-        return History(loss=np.full(devices, np.nan), last_round=zeros, times=zeros.copy())
+        none = np.empty(0, np.int64)
+        return History(devices=devices, known=none, losses=np.empty(0), rounds=none, counts=none)
+
+    @cached_property
+    def loss(self) -> Numbers:
+        """Mean training loss of the last round that a device took part in; nan before the first."""
+        dense = np.full(self.devices, np.nan)
+        dense[self.known] = self.losses
+        return dense
+
+    @cached_property
+    def last_round(self) -> Ids:
+        """That round; 0 before the first."""
+        dense = np.zeros(self.devices, np.int64)
+        dense[self.known] = self.rounds
+        return dense
+
+    @cached_property
+    def times(self) -> Ids:
+        """Rounds that a device took part in."""
+        dense = np.zeros(self.devices, np.int64)
+        dense[self.known] = self.counts
+        return dense
 
     def after(self, server_round: int, losses: Mapping[int, float]) -> "History":
         """Return the history after a round: the training loss of every device that took part."""
-        loss, last, times = self.loss.copy(), self.last_round.copy(), self.times.copy()
-        for device, value in losses.items():
-            loss[device], last[device], times[device] = value, server_round, times[device] + 1
-        return History(loss=loss, last_round=last, times=times)
+        now = np.array(sorted(losses), np.int64)
+        known = np.union1d(self.known, now)
+        before, at = np.searchsorted(known, self.known), np.searchsorted(known, now)
+        loss, last, times = np.empty(len(known)), np.zeros(len(known), np.int64), np.zeros(len(known), np.int64)
+        loss[before], last[before], times[before] = self.losses, self.rounds, self.counts
+        loss[at], last[at] = [losses[device] for device in now.tolist()], server_round
+        times[at] += 1
+        return History(devices=self.devices, known=known, losses=loss, rounds=last, counts=times)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps."""
-        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
+        arrays = {"known": self.known, "loss": self.losses, "last_round": self.rounds, "times": self.counts}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     @staticmethod
-    def of_tensors(tensors: Mapping[str, Tensor]) -> "History":
-        """Return what ``tensors`` made."""
-        return History(**{name: tensor.numpy().copy() for name, tensor in tensors.items()})
+    def of_tensors(tensors: Mapping[str, Tensor], devices: int) -> "History":
+        """Return what ``tensors`` made of the history of so many devices."""
+        known, losses, rounds, counts = (tensors[x].numpy().copy() for x in ("known", "loss", "last_round", "times"))
+        return History(devices=devices, known=known, losses=losses, rounds=rounds, counts=counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +120,10 @@ def selected(row: Selection, this: Round, candidates: Ids, history: History, see
     if not this.wanted:
         return []
     chosen = [int(i) for i in row.select(this, candidates, history, rng.generator(seed, "sample", this.number))]
-    if len(set(chosen)) != this.wanted or len(chosen) != this.wanted or not set(chosen) <= set(candidates.tolist()):
+    # Candidates ascend.
+    places = np.minimum(np.searchsorted(candidates, chosen), len(candidates) - 1)
+    right = bool((candidates[places] == chosen).all())
+    if len(set(chosen)) != this.wanted or len(chosen) != this.wanted or not right:
         raise UserError(
             f"train.selection={row.name!r} must return {this.wanted} different candidates in round {this.number}, "
             f"returned {chosen[:10]}{'…' if len(chosen) > 10 else ''}"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmaestro import rng
@@ -171,8 +173,8 @@ def _parse_tier(file: str, name: str, table: Any) -> Tier:
         raise UserError(f"{file}: tiers.{name}.{key}: {reason_of(first)}, got {first['input']!r}") from None
 
 
-def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> tuple[int, ...]:
-    """Return the tier index of every device: counts by largest remainder of the shares, order by ``seed``.
+def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return each device's tier index ``(devices,)``: counts by largest remainder of the shares, order by ``seed``.
 
     Raises:
         UserError: a tier that would get no device.
@@ -185,8 +187,7 @@ def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> tuple[in
             f"data.devices={num_devices} leaves no device for tier {empty.name!r} "
             f"(share {empty.share:g}): use at least {needed} devices or another fleet"
         )
-    indices = [i for i, count in enumerate(counts) for _ in range(count)]
-    return tuple(int(i) for i in rng.generator(seed, "tiers").permutation(indices))
+    return rng.generator(seed, "tiers").permutation(np.repeat(np.arange(len(tiers)), counts))
 
 
 def _counts(tiers: Sequence[Tier], num_devices: int) -> list[int]:

@@ -249,7 +249,7 @@ def tier_figures(env: Environment, plan: Plan) -> dict[str, TierFigures]:
     """Return the figures of each tier's submodel under ``plan``, largest first."""
     return {
         tier.tier.name: TierFigures(
-            devices=env.tier_of.count(tier.index),
+            devices=env.devices_of[tier.index],
             ranks=tier.serves.size.describe(),
             params=tier.serves.cost.params,
             macs_per_example=tier.serves.cost.macs_per_example,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -215,12 +216,12 @@ class TieredStrategy(FlowerStrategy):
         """Return messages that evaluate every tier's submodel on what its devices are tested on."""
         nodes, tests = _dealt(sorted(grid.get_node_ids())), self.env.device_tests.examples
         self._device_parts = {}
-        for tier in self.server.plan.tiers if tests else ():
-            devices = [d for d, index in enumerate(self.env.tier_of) if index == tier.index and len(tests[d])]
-            for some in _chunks(devices, [len(tests[d]) for d in devices]):
+        for tier in self.server.plan.tiers if len(tests) else ():
+            devices = np.nonzero((self.env.tier_of == tier.index) & (tests.sizes > 0))[0].tolist()
+            for some in _chunks(devices, tests.sizes[devices].tolist()):
                 job = {"round": server_round, "devices": some}
                 message = self._message(MessageType.EVALUATE, next(nodes), tier.serves, tier, job)
-                self._device_parts[id(message)] = _Part(message, tier, sum(len(tests[d]) for d in some))
+                self._device_parts[id(message)] = _Part(message, tier, int(tests.sizes[some].sum()))
         return [part.message for part in self._device_parts.values()]
 
     def device_values(self, server_round: int) -> dict[int, dict[str, float]]:

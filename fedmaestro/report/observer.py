@@ -1,5 +1,7 @@
 """The observer that draws a run's partition and writes its plots and page."""
 
+import numpy as np
+
 from fedmaestro.data import class_counts
 from fedmaestro.report.page import write_run_report
 from fedmaestro.report.partition_plot import plot_partition
@@ -7,6 +9,9 @@ from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import Observer
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.records import Summary
+
+SHOWN = 1000
+"""Devices whose partition is drawn, spread over the fleet: no more can be told apart."""
 
 
 class RunReporter(Observer):
@@ -31,10 +36,13 @@ def _draw_partition(env: Environment, folder: RunFolder) -> None:
     if env.task.labels is None or picture.with_suffix(".png").exists():
         return
     folder.plots.mkdir(parents=True, exist_ok=True)
+    devices = len(env.parts)
+    shown = np.unique(np.linspace(0, devices - 1, min(devices, SHOWN)).astype(int)).tolist()
     plot_partition(
-        class_counts(env.task.labels, env.parts, env.task.num_classes),
+        class_counts(env.task.labels, [env.parts[device] for device in shown], env.task.num_classes),
         picture,
-        tiers=[env.tier(device).tier.name for device in range(len(env.parts))],
+        tiers=[env.tier(device).tier.name for device in shown],
         tier_order=[tier.tier.name for tier in env.plan.tiers],
         title=f"{env.task.name}: examples of each device by class",
+        devices=devices,
     )

@@ -24,6 +24,7 @@ def plot_partition(
     tiers: Sequence[str] | None = None,
     title: str = "",
     tier_order: Sequence[str] | None = None,
+    devices: int | None = None,
 ) -> tuple[Path, Path]:
     """Draw the partition as a heat map, with examples per device above and a strip of tiers below.
 
@@ -36,6 +37,7 @@ def plot_partition(
         tiers: The tier of each device.
         title: Shown above.
         tier_order: Tiers largest first, for the colours of the accuracy plot; default: by first appearance.
+        devices: How many there are, where these are some of them, spread evenly.
 
     Returns:
         The paths of the PNG and of the SVG.
@@ -49,6 +51,9 @@ def plot_partition(
         ids = sorted(range(len(ranks)), key=ranks.__getitem__)  # stable: by id within a tier
         counts, tiers = counts[ids], [tiers[device] for device in ids]
         x_label = "Devices, grouped by tier (in the order of their ids within a tier)"
+    if devices is not None and devices > len(counts):
+        grouped = ", grouped by tier" if "grouped" in x_label else ""
+        x_label = f"{len(counts):,} of {devices:,} devices, spread evenly{grouped}"
     with plot_style():
         figure = _figure(counts, tiers, order, x_label)
         figure.suptitle(title, fontsize=11.5, fontweight="bold")

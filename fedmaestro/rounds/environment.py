@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fedmaestro import rng
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.config.base import describe
 from fedmaestro.config.experiment import PREFIXES, ExperimentConfig
-from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder, partition_fingerprint
+from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder
+from fedmaestro.data.parts import NO_PARTS, DealtParts, Indices, Parts, SplitParts
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.learned import Rederivation
 from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
@@ -31,8 +31,8 @@ from fedmaestro.tasks.task import Task
 class DeviceTests:
     """Examples that devices are tested on, one by one; none of a federation that does not do that."""
 
-    examples: tuple[np.ndarray, ...] = ()
-    """Sorted indices of every device."""
+    examples: Parts = NO_PARTS
+    """Of every device."""
     held_out: bool = False
     """Whether they are training examples that nobody trains on, and not test examples."""
 
@@ -44,10 +44,10 @@ class Environment:
     config: ExperimentConfig
     method: Method
     task: Task
-    parts: tuple[np.ndarray, ...]
-    """Sorted training indices of every device."""
-    tier_of: tuple[int, ...]
-    """Tier of every device, as an index into the fleet."""
+    parts: Parts
+    """Training examples of every device."""
+    tier_of: Indices
+    """``(devices,)``: tier of every device, as an index into the fleet."""
     device_tests: DeviceTests
     """What every device is tested on, besides the test set."""
     plan: Plan
@@ -62,12 +62,12 @@ class Environment:
 
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
-        return self.plan.by_index(self.tier_of[device])
+        return self.plan.by_index(int(self.tier_of[device]))
 
     @cached_property
-    def examples(self) -> list[int]:
-        """Training examples of every device."""
-        return [len(part) for part in self.parts]
+    def devices_of(self) -> dict[int, int]:
+        """How many devices each tier has, by its index."""
+        return dict(enumerate(np.bincount(self.tier_of, minlength=len(self.plan.tiers)).tolist()))
 
     @property
     def rederivation(self) -> Rederivation:
@@ -89,9 +89,9 @@ class Environment:
     def fingerprint(self) -> str:
         """Hash of data, partition, fleet and the user's code: whoever differs in it would train something else."""
         tiers = [(plan.tier.model_dump_json(), plan.serves.size.describe()) for plan in self.plan.tiers]
-        parts = partition_fingerprint(self.parts)
+        devices = f"{self.parts.fingerprint} {hashlib.sha256(self.tier_of.astype('<i8').tobytes()).hexdigest()}"
         code = f" {self.code.fingerprint}" if self.code else ""
-        return hashlib.sha256(f"{self.task.fingerprint} {parts} {self.tier_of} {tiers}{code}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.task.fingerprint} {devices} {tiers}{code}".encode()).hexdigest()
 
 
 def open_environment(
@@ -166,6 +166,7 @@ def open_environment(
             alpha=data.alpha,
             classes_per_device=data.classes_per_device,
             min_examples=data.min_examples,
+            share_examples=data.share_examples,
         )
     parts, device_tests = _device_tests(config, task, parts)
     return Environment(
@@ -180,23 +181,20 @@ def open_environment(
     )
 
 
-def _device_tests(
-    config: ExperimentConfig, task: Task, parts: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], DeviceTests]:
+def _device_tests(config: ExperimentConfig, task: Task, parts: Parts) -> tuple[Parts, DeviceTests]:
     """Return what devices train on and what they are tested on."""
     if share := config.data.device_test:
-        kept, held = [], []
-        for device, part in enumerate(parts):
-            order = rng.generator(config.seed, "device-test", device).permutation(part)
-            count = min(round(share * len(part)), len(part) - 1) if len(part) else 0
-            held.append(np.sort(order[:count]))
-            kept.append(np.sort(order[count:]))
-        return tuple(kept), DeviceTests(examples=tuple(held), held_out=True)
+        kept, held = (SplitParts(parts, share, config.seed, held=held) for held in (False, True))
+        return kept, DeviceTests(examples=held, held_out=True)
     if task.groups is None or task.test_groups is None or config.data.partition != "natural":
         return parts, DeviceTests()
-    owner = {int(user): device for device, part in enumerate(parts) for user in np.unique(task.groups[part])}
-    of = np.array([owner.get(int(user), -1) for user in task.test_groups])
-    return parts, DeviceTests(examples=tuple(np.nonzero(of == device)[0] for device in range(len(parts))))
+    assert isinstance(parts, DealtParts)
+    users, first = np.unique(task.groups, return_index=True)
+    device_of = np.empty(len(task.groups), np.int64)
+    device_of[parts.indices] = np.repeat(np.arange(len(parts)), parts.sizes)
+    place = np.minimum(np.searchsorted(users, task.test_groups), len(users) - 1)
+    owners = np.where(users[place] == task.test_groups, device_of[first[place]], -1)
+    return parts, DeviceTests(examples=DealtParts.of_owners(owners, len(parts)))
 
 
 def _check_correction(config: ExperimentConfig, method: Method) -> None:

@@ -5,10 +5,11 @@ clock before any training; devices that would be too late are not trained at all
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from fedmaestro import rng
 from fedmaestro.fleet.clock import close_round, device_timing
@@ -49,8 +50,8 @@ class Schedule:
 def schedule_round(
     *,
     plan: Plan,
-    tier_of: Sequence[int],
-    examples: Sequence[int],
+    tier_of: npt.ArrayLike,
+    examples: npt.ArrayLike,
     seed: int,
     server_round: int,
     devices_per_round: int,
@@ -82,50 +83,47 @@ def schedule_round(
     Returns:
         The schedule; without groups when no device is available.
     """
-    tiers = [plan.by_index(index) for index in tier_of]
+    tiers, counts = np.asarray(tier_of, np.int64), np.asarray(examples, np.int64)
     reachable = rng.generator(seed, "availability", server_round).random(len(tiers))
-    candidates = [
-        device
-        for device, tier in enumerate(tiers)
-        if tier.trains is not None and reachable[device] < tier.tier.availability and examples[device]
-    ]
-    costs = {
-        device: replace(
+    seconds = np.full(len(tiers), np.nan)
+    downloads = dict.fromkeys((tier.index for tier in plan.tiers), 0)
+    # Fleets may have a million devices: whole arrays, by tier.
+    for tier in plan.tiers:
+        if (submodel := tier.trains) is None:
+            continue
+        cost = replace(
             submodel.cost,
             upload_bytes=upload_bytes(submodel),
             download_bytes=submodel.cost.download_bytes + more_download_bytes(submodel),
         )
-        for device in candidates
-        if (submodel := tiers[device].trains) is not None
-    }
-    seconds = np.full(len(tiers), np.nan)
-    for d in candidates:
-        seconds[d] = device_timing(tiers[d].tier, costs[d], examples[d] * local_epochs, tiers[d].step_macs).total
+        downloads[tier.index] = cost.download_bytes
+        able = np.nonzero((tiers == tier.index) & (reachable < tier.tier.availability) & (counts > 0))[0]
+        sizes, which = np.unique(counts[able], return_inverse=True)
+        takes = [device_timing(tier.tier, cost, n * local_epochs, tier.step_macs).total for n in sizes.tolist()]
+        seconds[able] = np.array(takes)[which]
+    candidates = np.nonzero(~np.isnan(seconds))[0]
     this = Round(
         number=server_round,
         wanted=min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates)),
-        tiers=np.asarray(tier_of, np.int64),
-        examples=np.asarray(examples, np.int64),
+        tiers=tiers,
+        examples=counts,
         seconds=seconds,
     )
     known = History.empty(len(tiers)) if history is None else history
-    sampled = selected(selection, this, np.asarray(candidates, np.int64), known, seed)
+    sampled = selected(selection, this, candidates, known, seed)
     outcome = close_round([float(seconds[d]) for d in sampled], devices_per_round, deadline_seconds)
+    finished = np.array([sampled[i] for i in outcome.finished], np.int64)
     return Schedule(
-        groups=_groups(plan, sorted(sampled[i] for i in outcome.finished), tier_of, examples, local_epochs),
+        groups=tuple(
+            Group(
+                tier=tier,
+                devices=tuple(members.tolist()),
+                work=tuple(tier.step_macs * local_epochs * n for n in counts[members].tolist()),
+            )
+            for tier in plan.tiers
+            if len(members := np.sort(finished[tiers[finished] == tier.index]))
+        ),
         dropped=tuple(sampled[i] for i in outcome.dropped),
-        download_bytes=sum(costs[d].download_bytes for d in sampled),
+        download_bytes=sum(downloads[int(tiers[d])] for d in sampled),
         virtual_seconds=outcome.seconds,
     )
-
-
-def _groups(
-    plan: Plan, devices: Sequence[int], tier_of: Sequence[int], examples: Sequence[int], local_epochs: int
-) -> tuple[Group, ...]:
-    """Group devices by tier."""
-    groups = []
-    for tier in plan.tiers:
-        if members := tuple(d for d in devices if tier_of[d] == tier.index):
-            work = tuple(tier.step_macs * local_epochs * examples[d] for d in members)
-            groups.append(Group(tier=tier, devices=members, work=work))
-    return tuple(groups)

@@ -67,7 +67,7 @@ def start(env: Environment) -> ServerState:
     """Return the server's state at the start of a run."""
     seed = rng.derived_seed(env.config.seed, "init")
     models = storage.stored(env.plan, env.plan.architecture.initial_state(seed))
-    holders = expected_holders(env.plan, env.tier_of, env.config.train.devices_per_round)
+    holders = expected_holders(env.plan, env.devices_of, env.config.train.devices_per_round)
     for owner in models:
         for link in env.method.server:
             # A model of its own is held by all of its devices.
@@ -152,7 +152,7 @@ def _scheduled(
     return schedule_round(
         plan=server.plan,
         tier_of=env.tier_of,
-        examples=env.examples,
+        examples=env.parts.sizes,
         seed=env.config.seed,
         server_round=server_round,
         devices_per_round=train.devices_per_round,
@@ -190,7 +190,7 @@ def with_controls(env: Environment, server: ServerState, new: Mapping[int, State
     for tier in server.plan.tiers:
         if tier.trains is not None:
             for name, shape in tier.trains.shapes.items():
-                add_to_leading_block(holders[name], env.tier_of.count(tier.index), shape)
+                add_to_leading_block(holders[name], env.devices_of[tier.index], shape)
     change = {name: torch.zeros_like(whole[name], dtype=torch.float64) for name in whole}
     for device in sorted(new):
         known = server.controls.get(device, {})
@@ -326,7 +326,7 @@ def device_facts(env: Environment, values: Mapping[int, Mapping[str, float]]) ->
     main = env.task.main
     facts: dict[str, dict[str, float | None]] = {}
     for tier in env.plan.tiers:
-        own = [values[d][main.name] for d, index in enumerate(env.tier_of) if index == tier.index and d in values]
+        own = [of_device[main.name] for d, of_device in values.items() if env.tier_of[d] == tier.index]
         known = np.sort([x for x in own if math.isfinite(x)])
         if len(known):
             worst = known if main.higher_is_better else known[::-1]
@@ -407,7 +407,8 @@ def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
         memory.setdefault(owner or None, {}).setdefault(step_name, {}).setdefault(slot, {})[name] = tensor
     counts = below(checkpoint.tensors, "updates")
     updates = {layer: counts[layer,] for layer in plan.full.size.ranks or {} if counts}
-    history = History.of_tensors({name: tensor for (name,), tensor in below(checkpoint.tensors, "history").items()})
+    known = {name: tensor for (name,), tensor in below(checkpoint.tensors, "history").items()}
+    history = History.of_tensors(known, len(env.parts))
     controls: dict[int, State] = {}
     for (device, name), tensor in below(checkpoint.tensors, "controls").items():
         controls.setdefault(int(device), {})[name] = tensor

@@ -18,7 +18,7 @@ from fedmaestro.runs.folder import write_atomically
 Key = tuple[str, ...]
 """Where a tensor belongs, for example ``("memory", "optimizer", "momentum", "fc1.u")``; parts may hold anything."""
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ def test_the_servers_control_variate_is_the_mean_over_holders() -> None:
     for name, tensor in again.control.items():
         torch.testing.assert_close(tensor, torch.ones_like(tensor), msg="what has not changed moves nothing: " + name)
     one = with_controls(env, server, {0: new[0]})
-    holders = env.tier_of.count(env.tier_of[0])
+    holders = env.devices_of[int(env.tier_of[0])]
     bias = one.control["fc3.bias"]
     torch.testing.assert_close(bias, torch.full_like(bias, 1 / 20), msg=f"all 20 hold it, not only {holders}")
 

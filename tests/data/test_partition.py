@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from fedmaestro.data import (
     PARTITIONS,
+    DealtParts,
     ImageDataset,
     cached_partition,
     class_counts,
     partition,
-    partition_fingerprint,
 )
 from fedmaestro.errors import UserError
 
@@ -39,11 +39,11 @@ def test_every_example_belongs_to_exactly_one_device(
             assert len(np.unique(labels[part])) == k
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     again = partition(labels, seed=seed, **arguments)
-    assert partition_fingerprint(again) == partition_fingerprint(parts)
+    assert again.fingerprint == parts.fingerprint
     if num_devices > 1:
         # One other seed may agree by chance: two devices of one class each have two partitions in all.
         others = [partition(labels, seed=seed + i, **arguments) for i in range(1, 21)]
-        assert any(partition_fingerprint(other) != partition_fingerprint(parts) for other in others)
+        assert any(other.fingerprint != parts.fingerprint for other in others)
 
 
 def test_iid_shares_are_equal_and_mixed() -> None:
@@ -132,12 +132,12 @@ def test_cached_partition_is_the_partition_drawn_once(
     monkeypatch.setenv("FEDMAESTRO_CACHE", str(tmp_path))
     first = cached_partition(digits.fingerprint, digits.train_labels, **arguments)
     direct = partition(digits.train_labels, **arguments)
-    assert partition_fingerprint(first) == partition_fingerprint(direct)
+    assert first.fingerprint == direct.fingerprint
     module = importlib.import_module("fedmaestro.data.partition")  # the package's attribute is the function
     with monkeypatch.context() as patch:
         patch.setattr(module, "partition", lambda *_, **__: pytest.fail("drawn again"))
         second = cached_partition(digits.fingerprint, digits.train_labels, **arguments)
-    assert partition_fingerprint(second) == partition_fingerprint(direct)
+    assert second.fingerprint == direct.fingerprint
     assert all(part.dtype == np.int64 for part in second)
 
 
@@ -170,7 +170,7 @@ def test_class_counts() -> None:
 def test_fingerprint_tells_boundaries_and_order_apart() -> None:
     a, b = np.array([0, 1]), np.array([2])
     variants = [(a, b), (b, a), (np.array([0]), np.array([1, 2])), (a, b, b[:0])]
-    assert len({partition_fingerprint(parts) for parts in variants}) == len(variants)
+    assert len({DealtParts.of_lists(parts).fingerprint for parts in variants}) == len(variants)
 
 
 def test_real_mnist_at_scale(shared_data: Path, session_cache: Path) -> None:
@@ -181,3 +181,61 @@ def test_real_mnist_at_scale(shared_data: Path, session_cache: Path) -> None:
     assert sum(len(part) for part in parts) == 60000
     with pytest.raises(UserError, match=r"data\.alpha = 0\.1: no draw gave each of 1000 devices at least 10"):
         partition(data.train_labels, scheme="dirichlet", num_devices=1000, seed=0, alpha=0.1, min_examples=10)
+
+
+@pytest.mark.parametrize("scheme", [name for name, row in PARTITIONS.items() if row.draw is not None])
+@settings(max_examples=20)
+@given(size=st.integers(2, 120), seed=st.integers(0, 2**32), alpha=st.floats(1e-3, 100.0))
+def test_devices_that_share_draw_their_own_examples(scheme: str, size: int, seed: int, alpha: float) -> None:
+    """A device's examples depend on its number and the seed only, however many devices there are."""
+    arguments = {"scheme": scheme, "seed": seed, "alpha": alpha, "share_examples": size}
+    few, many = (partition(LABELS, num_devices=devices, **arguments) for devices in (5, 1_000_000))  # type: ignore[arg-type]
+    assert len(many) == 1_000_000
+    assert many.sizes.nbytes == 0 or many.sizes.base is not None
+    for device in (0, 4):
+        part = few[device]
+        assert len(part) == size == few.sizes[device]
+        assert (np.diff(part) > 0).all()
+        assert part.min() >= 0
+        assert part.max() < len(LABELS)
+        np.testing.assert_array_equal(part, many[device])
+        if scheme == "pathological":
+            assert len(np.unique(LABELS[part])) == 2
+    assert few.fingerprint != many.fingerprint
+
+
+def test_shared_dirichlet_is_skewed_by_alpha() -> None:
+    def mean_top_share(alpha: float) -> float:
+        parts = partition(LABELS, scheme="dirichlet", num_devices=200, seed=1, alpha=alpha, share_examples=50)
+        return float(class_counts(LABELS, parts, 10).max(axis=1).mean() / 50)
+
+    # Of Dirichlet(α, …, α) over 10 classes the largest share is near 1 for α → 0 and 0.1 for α → ∞.
+    assert mean_top_share(0.01) > 0.85
+    assert mean_top_share(100.0) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheme": "quantity"}, r"data\.share-examples = 20: devices of partition 'quantity' share none: use iid, "),
+        ({"share_examples": 601}, r"data\.share-examples = 601: more than the 600 training examples"),
+        ({"min_examples": 21}, r"data\.share-examples = 20: fewer than data\.min-examples = 21"),
+        ({"share_examples": -1}, r"data\.share-examples = -1: must be at least 0"),
+        ({"scheme": "pathological", "share_examples": 130}, r"130: that makes 65 of each of 2 classes"),
+        (
+            {"scheme": "pathological", "classes_per_device": 11},
+            r"data\.classes-per-device = 11: the data has 10 classes",
+        ),
+    ],
+)
+def test_sharing_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    arguments = {"scheme": "iid", "num_devices": 10**6, "seed": 0, "share_examples": 20, **change}
+    with pytest.raises(UserError, match=message):
+        partition(LABELS, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_fleet_larger_than_the_data_says_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"let devices share examples with data\.share-examples"):
+        partition(LABELS, scheme="iid", num_devices=601, seed=0)
+    parts = partition(LABELS, scheme="dirichlet", num_devices=100_000, seed=0, min_examples=0)
+    assert parts.sizes.sum() == len(LABELS)

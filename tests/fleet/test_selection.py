@@ -108,7 +108,7 @@ def test_devices_without_examples_are_never_asked(federate: Federate) -> None:
     from fedmaestro.rounds.environment import open_environment
 
     env = open_environment(load_config(None, overrides))
-    empty = {device for device, count in enumerate(env.examples) if not count}
+    empty = {device for device, count in enumerate(env.parts.sizes) if not count}
     assert empty
     jobs = [message.content.config_records["job"] for message in grid.sent if message.metadata.message_type == "train"]
     asked = {device for job in jobs for device in job["devices"]}

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -54,8 +55,12 @@ def test_holders_are_the_sampled_devices_that_train_a_column(
 ) -> None:
     plan = plan_of(submodel, availability)
     tier_of = assign_tiers(TIERS, 100, 3)
-    for figures in segments(plan, expected_holders(plan, tier_of, 10)).values():
+    for figures in segments(plan, expected_holders(plan, devices_of(tier_of), 10)).values():
         assert figures == pytest.approx(expected)
+
+
+def devices_of(tier_of: np.ndarray) -> dict[int, int]:
+    return dict(enumerate(np.bincount(tier_of).tolist()))
 
 
 def initial() -> State:
@@ -69,7 +74,7 @@ def singular_values(state: State, layer: str) -> torch.Tensor:
 def test_singular_values_start_at_the_square_of_the_share() -> None:
     plan = plan_of()
     state = initial()
-    new = start_tails(state, expected_holders(plan, assign_tiers(TIERS, 100, 3), 10), 4.0)
+    new = start_tails(state, expected_holders(plan, devices_of(assign_tiers(TIERS, 100, 3)), 10), 4.0)
     for layer in plan.full.size.ranks or {}:
         low, mid, high, flagship = ((tier.serves.size.ranks or {})[layer] for tier in reversed(plan.tiers))
         widths = (low, mid - low, high - mid, flagship - high)
@@ -114,14 +119,14 @@ def test_holders_are_what_the_schedule_draws(submodel: str, availability: float)
         )
         for group in drawn.groups:
             counts[: (group.submodel.size.ranks or {})[layer]] += len(group.devices)
-    expected = expected_holders(plan, tier_of, devices)[layer]
+    expected = expected_holders(plan, devices_of(tier_of), devices)[layer]
     torch.testing.assert_close(counts.double() / rounds, expected, rtol=0.1, atol=0.1)
 
 
 def test_without_a_threshold_and_in_layers_of_other_models_nothing_changes() -> None:
     state = initial()
     plan = plan_of()
-    holders = expected_holders(plan, assign_tiers(TIERS, 100, 3), 10)
+    holders = expected_holders(plan, devices_of(assign_tiers(TIERS, 100, 3)), 10)
     separate = {f"flagship/{name}": tensor for name, tensor in state.items()}
     for before, new in ((state, start_tails(state, holders, 0.0)), (separate, start_tails(separate, holders, 4.0))):
         assert all(torch.equal(tensor, new[name]) for name, tensor in before.items())
