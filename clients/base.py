@@ -1,8 +1,7 @@
 """What a local objective sees of a device, and what a row of the table of objectives is."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmaestro.fleet.rule import Passes
-from fedmaestro.submodel import Shapes, leading_block
+from fedmaestro.submodel import Shapes, State, leading_block, state_of
 from fedmaestro.tasks.goal import CLASSIFICATION, Goal
 
 X = Tensor | tuple[Tensor, ...]
@@ -32,6 +31,9 @@ class Prefixes:
         goal: what is learnt.
         classes: bool ``(num_classes,)``, the classes of the device; None: all of them count.
         offsets: ``(num_classes,)``, what ``label_loss`` adds to the logits; None: nothing.
+        state: the tensors of the model's state, which share its memory. Found once: walking through the modules takes
+            a good part of the time that a small model trains.
+        parameters: the model's.
     """
 
     model: nn.Module
@@ -40,6 +42,13 @@ class Prefixes:
     goal: Goal = CLASSIFICATION
     classes: Tensor | None = None
     offsets: Tensor | None = None
+    state: State = field(default_factory=dict)
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.state:
+            object.__setattr__(self, "state", state_of(self.model))
+            object.__setattr__(self, "parameters", dict(self.model.named_parameters()))
 
     def of_device(self, labels: Tensor, *, masked: bool, logit_adjustment: float) -> "Prefixes":
         """Return the same models with what a device's ``labels (N,)`` say.
@@ -59,17 +68,13 @@ class Prefixes:
         """Number of nested models, the own one included."""
         return 1 + len(self.smaller)
 
-    @cached_property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
-
     def __call__(self, x: X, level: int = 0) -> Tensor:
         """Return the outputs of a level: logits ``(B, classes)`` of images, say."""
         inputs = x if isinstance(x, tuple) else (x,)
         if level == 0:
             return self.goal.outputs(self.model(*inputs))
         template, shapes = self.smaller[level - 1]
-        views = {name: leading_block(self._parameters[name], shape) for name, shape in shapes.items()}
+        views = {name: leading_block(self.parameters[name], shape) for name, shape in shapes.items()}
         return self.goal.outputs(functional_call(template, views, inputs))
 
     def label_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -60,13 +60,17 @@ def num_elements(shapes: Mapping[str, Shape]) -> int:
 
 
 @torch.no_grad()
-def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load(model: nn.Module | State, state: Mapping[str, Tensor]) -> None:
     """Copy ``state`` into the tensors of ``model`` in place (a resident model keeps its buffers and layout).
+
+    Args:
+        model: the module, or what ``state_of`` says of it.
+        state: what it is to hold.
 
     Raises:
         ValueError: other names or shapes; nothing is copied then.
     """
-    own = state_of(model)
+    own = state_of(model) if isinstance(model, nn.Module) else model
     if own.keys() != state.keys():
         raise ValueError(f"state and model differ in {sorted(own.keys() ^ state.keys())}")
     if wrong := [name for name, tensor in own.items() if tensor.shape != state[name].shape]:

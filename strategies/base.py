@@ -108,7 +108,8 @@ class Reduction(Generic[S]):
 
 
 def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:  # noqa: ARG001
-    return {name: tensor.double() * weight for name, tensor in submodel.items()}
+    # One pass over a copy; the tensors may be the resident model's own.
+    return {name: tensor.to(torch.float64, copy=True).mul_(weight) for name, tensor in submodel.items()}
 
 
 def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001

@@ -169,15 +169,20 @@ def _read(folder: Path, name: str, row: DatasetRow) -> ImageDataset:
     meta = json.loads((folder / _META).read_bytes())
     return ImageDataset(
         name=name,
-        train_images=np.load(folder / "train_images.npy", mmap_mode="r"),
+        train_images=_mapped(folder / "train_images.npy"),
         train_labels=np.load(folder / "train_labels.npy"),
-        test_images=np.load(folder / "test_images.npy", mmap_mode="r"),
+        test_images=_mapped(folder / "test_images.npy"),
         test_labels=np.load(folder / "test_labels.npy"),
         num_classes=row.num_classes,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         fingerprint=meta["fingerprint"],
     )
+
+
+def _mapped(file: Path) -> "np.ndarray":
+    # As a plain array: np.memmap does some Python for every view.
+    return np.asarray(np.load(file, mmap_mode="r"))
 
 
 def normalize(
