@@ -30,6 +30,10 @@ from fedmaestro.flower.ray_runtime import RayRuntime, group_cpus
 
 log = logging.getLogger("fedmaestro")
 
+STORED_BYTES = 2**20
+"""Tensors of a message go into Ray's object store from this size on; smaller ones go with the message, which is faster
+than telling store, raylet and host about them."""
+
 START_SECONDS = 60.0
 """How long an actor may take to start before others are expected to do its work."""
 
@@ -281,7 +285,11 @@ class _Host:
         try:
             with self.grid.runtime.used():
                 self._greet()
-                shared = {name: [self.grid.stored(x)] for name, x in job.message.content.array_records.items()}
+                shared = {
+                    name: [self.grid.stored(record)]
+                    for name, record in job.message.content.array_records.items()
+                    if sum(len(array.data) for array in record.values()) > STORED_BYTES
+                }
                 reply: Message = ray.get(self._actor.work.remote(without(job.message, list(shared)), shared))
         except UserError:
             raise

@@ -5,18 +5,25 @@ was measured. The closed form of ``fleet.cost`` says how the tiers' work compare
 what hosts took for it.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
 
 from fedmaestro.fleet.plan import Submodel, TierPlan
 from fedmaestro.rounds.schedule import Group
 from fedmaestro.rounds.tree import Span
 
 PIECES = 3
-"""A round's work is cut so finely that each worker gets this many cohorts: whoever is slower takes fewer of them."""
+"""A long round's work is cut so finely that each worker gets this many cohorts: whoever is slower takes fewer."""
 
-SHORTEST_SECONDS = 0.02
-"""Cohorts are not cut finer than this without need: a message costs some 2 ms."""
+SHORT_SECONDS = 0.15
+"""Cohorts are not cut finer than this for that: a message costs some 5 ms of all processes together."""
+
+SHORTEST_SECONDS = 0.01
+"""Nor finer than this for workers to end together."""
+
+EVEN = 1.05
+"""What workers may take, against equal shares of the work, before cohorts are cut finer for them to end together."""
 
 GUESS = 1e-9
 """Seconds per MAC before anything was measured."""
@@ -91,14 +98,40 @@ def cut(
         other_seconds: what the workers have to do besides.
     """
     cohorts = [Cohort(group=group, span=Span(0, len(group.devices))) for group in groups]
-    total = other_seconds + sum(map(seconds, cohorts))
-    longest = max(total / (PIECES * max(workers, 1)), SHORTEST_SECONDS)
-    done: list[Cohort] = []
+    total, workers = other_seconds + sum(map(seconds, cohorts)), max(workers, 1)
+    longest = max(total / (PIECES * workers), SHORT_SECONDS)
+    # The longest first; the rest of the key makes the order that of the devices, not that of the cutting.
+    heap: list[tuple[float, int, Span, Cohort]] = []
+
+    def put(cohort: Cohort) -> None:
+        heappush(heap, (-seconds(cohort), cohort.group.tier.index, cohort.span, cohort))
+
     while cohorts:
         cohort = cohorts.pop()
         size = len(cohort.span)
         if size > 1 and (seconds(cohort) > longest or (limit is not None and size > limit)):
-            cohorts += [Cohort(group=cohort.group, span=half) for half in cohort.span.halves]
+            cohorts += _halves(cohort)
         else:
-            done.append(cohort)
-    return sorted(done, key=lambda cohort: (-seconds(cohort), cohort.group.tier.index, cohort.span))
+            put(cohort)
+    # Then the longest that can be cut, until workers who take them in this order end together.
+    whole: list[tuple[float, int, Span, Cohort]] = []
+    while heap and _span([-x for x, *_ in sorted(heap + whole)], other_seconds, workers) > EVEN * total / workers:
+        entry = heappop(heap)
+        if len(entry[-1].span) > 1 and -entry[0] > SHORTEST_SECONDS:
+            for half in _halves(entry[-1]):
+                put(half)
+        else:
+            whole.append(entry)
+    return [cohort for *_, cohort in sorted(heap + whole, key=lambda entry: entry[:3])]
+
+
+def _halves(cohort: Cohort) -> list[Cohort]:
+    return [Cohort(group=cohort.group, span=half) for half in cohort.span.halves]
+
+
+def _span(seconds: Sequence[float], other: float, workers: int) -> float:
+    """Return how long ``workers`` take for the jobs in this order, and for other work that fills what is left."""
+    ends = [0.0] * workers
+    for job in seconds:
+        heapreplace(ends, ends[0] + job)
+    return max(max(ends), (sum(seconds) + other) / workers)
