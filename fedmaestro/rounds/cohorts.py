@@ -16,7 +16,7 @@ from fedmaestro.rounds.tree import Span
 PIECES = 3
 """A long round's work is cut so finely that each worker gets this many cohorts: whoever is slower takes fewer."""
 
-SHORT_SECONDS = 0.15
+SHORT_SECONDS = 0.3
 """Cohorts are not cut finer than this for that: a message costs some 5 ms of all processes together."""
 
 SHORTEST_SECONDS = 0.01

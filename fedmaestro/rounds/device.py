@@ -28,7 +28,7 @@ from fedmaestro.rounds.storage import Owner
 from fedmaestro.rounds.tree import Join, Span, reduced
 from fedmaestro.runs.code import located
 from fedmaestro.strategies.base import SUMS, AnyAggregation, AnyPartial, Parts
-from fedmaestro.submodel import Signature, State, load, state_of
+from fedmaestro.submodel import Signature, State, load
 from fedmaestro.tasks.goal import Goal
 from fedmaestro.tasks.task import Batch, Score, Task, evaluate
 
