@@ -39,7 +39,7 @@ class Workload:
     about: str = field(default="", kw_only=True)
 
 
-FIVE = {"fleet.file": "", "fleet.preset": "five-tiers", "train.objective": "default"}
+FIVE = {"fleet.file": "", "fleet.preset": "five-tiers"}
 
 WORKLOADS: dict[str, Workload] = {
     "lenet-10": Workload(_mnist("lenet"), about="LeNet, 10 devices a round"),

@@ -3,22 +3,22 @@
 Both ends of the conversation are here: what a message to a host holds, what the host does with it, and what its reply
 means. Handlers hold no state between messages; models and data stay resident per process (Ray actor or SuperNode).
 
-Tensors travel as Flower Arrays under their own names: their bytes are what the closed form of ``fleet.cost`` predicts,
-and each Array adds the 128 bytes of NumPy's header.
+Tensors travel as Flower Arrays (``arrays``): their bytes are what the closed form of ``fleet.cost`` predicts, and each
+adds the 128 bytes of NumPy's header.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedmaestro.clients.scaffold import Control
 from fedmaestro.fleet.plan import Plan
+from fedmaestro.flower.arrays import to_arrays, to_state
 from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_devices, evaluate_part, train_cohort
 from fedmaestro.rounds.environment import Environment, environment_of
 from fedmaestro.runs.code import received
@@ -30,20 +30,6 @@ app = ClientApp()
 DESCRIBE = f"{MessageType.QUERY}.describe"
 CONTROL, CONTROLS = "control", "controls"
 JOB, SUBMODEL, PROBES, METRICS, FAILURES, SUMS = "job", "submodel", "probes", "metrics", "failures", "sums"
-
-
-def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return the record of a state; each tensor is copied once."""
-    return ArrayRecord({name: Array(tensor.detach().contiguous().numpy()) for name, tensor in state.items()})
-
-
-def to_state(arrays: ArrayRecord) -> State:
-    """Return the state of a record."""
-    return {name: torch.from_numpy(_writable(array.numpy())) for name, array in arrays.items()}
-
-
-def _writable(array: np.ndarray) -> np.ndarray:
-    return array if array.flags.writeable else array.copy()
 
 
 def message(
@@ -64,13 +50,7 @@ def message(
         more: other records of tensors, by their names.
         job: what to do, by the parameters of the handler's function; ``ranks`` names the plan where it has changed.
     """
-    about = {
-        "experiment": env.config.model_dump_json(by_alias=True),
-        "fingerprint": env.fingerprint,
-        "data": env.task.fingerprint,
-        **env.shipped_code,
-    }
-    content = RecordDict({JOB: ConfigRecord({**about, **job})})
+    content = RecordDict({JOB: ConfigRecord({**env.about, **job})})
     if submodel is not None:
         content[SUBMODEL] = submodel
     content.update(more or {})
@@ -192,10 +172,10 @@ def evaluate(message: Message, _context: Context) -> Message:
         }
         return Message(RecordDict({METRICS: MetricRecord(rows)}), reply_to=message)
     part = evaluate_part(env, plan, job["tier"], state, job["first"], job["last"])
-    sums = {f"{metric}/{name}": Array(x.numpy()) for metric, own in part.sums.items() for name, x in own.items()}
+    sums = to_arrays({f"{metric}/{name}": x for metric, own in part.sums.items() for name, x in own.items()})
     seconds = time.perf_counter() - began
     numbers = MetricRecord({"loss-sum": part.loss_sum, "examples": part.examples, "seconds": seconds})
-    return Message(RecordDict({METRICS: numbers, SUMS: ArrayRecord(sums)}), reply_to=message)
+    return Message(RecordDict({METRICS: numbers, SUMS: sums}), reply_to=message)
 
 
 def read_device_values(reply: Message) -> dict[int, dict[str, float]]:
@@ -215,7 +195,7 @@ def read_score(reply: Message) -> Score:
     """Return what ``evaluate`` replied."""
     metrics: dict[str, Any] = dict(reply.content.metric_records[METRICS])
     sums: dict[str, State] = {}
-    for key, array in reply.content.array_records[SUMS].items():
+    for key, tensor in to_state(reply.content.array_records[SUMS]).items():
         metric, _, name = key.partition("/")
-        sums.setdefault(metric, {})[name] = torch.from_numpy(_writable(array.numpy()))
+        sums.setdefault(metric, {})[name] = tensor
     return Score(metrics["examples"], metrics["loss-sum"], sums)

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -33,6 +34,9 @@ log = logging.getLogger("fedmaestro")
 STORED_BYTES = 2**20
 """Tensors of a message go into Ray's object store from this size on; smaller ones go with the message, which is faster
 than telling store, raylet and host about them."""
+
+SPARE = 2
+"""Messages to each host that must be left for one to be sent ahead: the last ones go to whoever is free first."""
 
 START_SECONDS = 60.0
 """How long an actor may take to start before others are expected to do its work."""
@@ -141,6 +145,19 @@ class RayGrid(DirectGrid):
                 self._arrived.wait()
             return None
 
+    def spare_job(self) -> Job | None:
+        """Return a message for a host that is busy, if there are more than the others will ask for now."""
+        with self._arrived:
+            return self._todo.popleft() if len(self._todo) > SPARE * self.workers and not self.closed else None
+
+    def give_back(self, jobs: Sequence[Job]) -> None:
+        """Let other hosts work on messages that one was lost with before it began with them."""
+        with self._arrived:
+            self._todo.extendleft(
+                job for job in reversed(jobs) if job.message.metadata.message_id not in self._abandoned
+            )
+            self._arrived.notify_all()
+
     def pause(self, seconds: float) -> None:
         """Wait, but not beyond the grid's end."""
         deadline = time.monotonic() + seconds
@@ -191,7 +208,7 @@ class _Host:
         self._ready = False
         self._starts = 0
         self._greeted: Greeting | None = None
-        self._job: Job | None = None
+        self._flying: deque[tuple[Job, Any]] = deque()
         self._said = False
 
     def serve(self) -> None:
@@ -204,6 +221,8 @@ class _Host:
                 if (job := self.grid.next_job()) is None:
                     return
                 self._work(job)
+                while self._flying:
+                    self._work(None)
         except UserError as error:
             self.grid.fail(error)
         except Exception as error:
@@ -221,8 +240,7 @@ class _Host:
 
     def drop(self, abandoned: set[str]) -> None:
         """End the actor if it works on what nobody waits for any more."""
-        job = self._job
-        if job is not None and job.message.metadata.message_id in abandoned:
+        if any(job.message.metadata.message_id in abandoned for job, _ in list(self._flying)):
             self.kill()
 
     def _start(self) -> bool:
@@ -276,32 +294,44 @@ class _Host:
             return
         self.grid.pause(AGAIN_SECONDS)
 
-    def _work(self, job: Job) -> None:
+    def _work(self, job: Job | None) -> None:
+        """Send ``job``, and one more if there are many; take the reply to what was sent first."""
         import ray
 
-        from fedmaestro.flower.ray_host import without
-
-        self._job = job
         try:
             with self.grid.runtime.used():
                 self._greet()
-                shared = {
-                    name: [self.grid.stored(record)]
-                    for name, record in job.message.content.array_records.items()
-                    if sum(len(array.data) for array in record.values()) > STORED_BYTES
-                }
-                reply: Message = ray.get(self._actor.work.remote(without(job.message, list(shared)), shared))
+                if job is not None:
+                    self._send(job)
+                # The actor need not wait for this process between two messages.
+                if len(self._flying) < 2 and (more := self.grid.spare_job()) is not None:
+                    self._send(more)
+                reply: Message = ray.get(self._flying[0][1])
         except UserError:
             raise
         except Exception as error:
-            if self.grid.closed:
-                return
-            self._lost()
-            self.grid.failed(job, self.number, one_line(error))
+            flying = [job for job, _ in self._flying]
+            self._flying.clear()
+            if not self.grid.closed:
+                self._lost()
+                self.grid.give_back(flying[1:])
+                for failed in flying[:1]:
+                    self.grid.failed(failed, self.number, one_line(error))
             return
-        finally:
-            self._job = None
-        self.grid.answered(job, self.number, reply)
+        done, _ = self._flying.popleft()
+        self.grid.answered(done, self.number, reply)
+
+    def _send(self, job: Job) -> None:
+        from fedmaestro.flower.ray_host import without
+
+        # In the list before it is sent: whatever goes wrong, it is not forgotten.
+        self._flying.append((job, None))
+        shared = {
+            name: [self.grid.stored(record)]
+            for name, record in job.message.content.array_records.items()
+            if sum(len(array.data) for array in record.values()) > STORED_BYTES
+        }
+        self._flying[-1] = job, self._actor.work.remote(without(job.message, list(shared)), shared)
 
     def _greet(self) -> None:
         """Let the host answer the grid's greeting, if it has not."""

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.learned import tails
 from fedmaestro.fleet.plan import Submodel, TierPlan, encode_ranks
+from fedmaestro.flower.arrays import to_arrays, to_state
 from fedmaestro.flower.client_app import (
     CONTROL,
     CONTROLS,
@@ -27,8 +28,6 @@ from fedmaestro.flower.client_app import (
     read_device_values,
     read_score,
     seconds_of,
-    to_arrays,
-    to_state,
 )
 from fedmaestro.flower.direct_grid import reason_of
 from fedmaestro.rounds import storage

@@ -60,6 +60,16 @@ class Environment:
         """What messages say of the user's code."""
         return shipped(self.code)
 
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What every message says of the experiment."""
+        return {
+            "experiment": self.config.model_dump_json(by_alias=True),
+            "fingerprint": self.fingerprint,
+            "data": self.task.fingerprint,
+            **self.shipped_code,
+        }
+
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
         return self.plan.by_index(int(self.tier_of[device]))

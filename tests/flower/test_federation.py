@@ -19,7 +19,8 @@ from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
 from fedmaestro.extend import given
 from fedmaestro.flower import federation
-from fedmaestro.flower.client_app import JOB, SUBMODEL, to_arrays, to_state
+from fedmaestro.flower.arrays import to_arrays, to_state
+from fedmaestro.flower.client_app import JOB, SUBMODEL
 from fedmaestro.flower.run import Run
 from fedmaestro.flower.tiered_strategy import TieredStrategy
 from fedmaestro.interrupt import InterruptedRunError

@@ -12,7 +12,8 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
-from fedmaestro.flower.client_app import JOB, SUBMODEL, to_state
+from fedmaestro.flower.arrays import to_state
+from fedmaestro.flower.client_app import JOB, SUBMODEL
 from fedmaestro.flower.run import Run
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import ServerState, from_checkpoint
