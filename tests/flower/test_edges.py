@@ -64,6 +64,7 @@ def test_a_tensor_is_decoded_and_encoded_once_per_message(
     train, evaluate = kinds.count("train"), kinds.count("evaluate")
     assert train >= 4
     assert evaluate >= 4
-    assert calls["to_state"] == 2 * train + evaluate, "on the host, and of what it replied"
+    assert calls["to_state"] == 2 * train + 2 * evaluate, "on the host, and of what it replied"
     sizes = 5
-    assert calls["to_arrays"] <= train + 3 * sizes, "of a reply, and of what is sent once per size and phase"
+    replies = train + evaluate
+    assert calls["to_arrays"] <= replies + 3 * sizes, "of a reply, and of what is sent once per size and phase"
