@@ -108,6 +108,9 @@ class Objective:
     """Which levels ``loss`` runs: budgets and virtual time count them all."""
     summary: str
     source: str
+    choices: Callable[[int], int] | None = None
+    """``levels -> n``, if ``loss`` draws nothing from its generator but one ``generator.integers(n)`` in a step (0: not
+    even that); None: it may draw anything, so that devices cannot be stacked (``rounds.stacked``)."""
     masked: bool = False
     """Whether ``loss`` reads ``Prefixes.classes``: for classification only."""
 

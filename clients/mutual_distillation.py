@@ -28,6 +28,7 @@ MUTUAL_DISTILLATION = Objective(
     name="mutual-distillation",
     loss=loss,
     passes=OWN_AND_SMALLER,
+    choices=lambda levels: levels - 1,
     summary="cross-entropy of the own submodel and one random smaller one, on labels and on each other's soft targets",
     source="deep mutual learning (1706.00384), tiers as the two networks",
 )

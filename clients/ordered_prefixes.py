@@ -24,6 +24,7 @@ ORDERED_PREFIXES = Objective(
     name="ordered-prefixes",
     loss=loss,
     passes=Passes(expected=lambda levels: [1 / levels] * levels),
+    choices=lambda levels: levels,
     summary="cross-entropy of one random tier prefix ≤ own in each step",
     source="ordered dropout of FjORD (2102.13451), tiers as levels",
 )

@@ -23,6 +23,7 @@ PAIRED_PREFIXES = Objective(
     name="paired-prefixes",
     loss=loss,
     passes=OWN_AND_SMALLER,
+    choices=lambda levels: levels - 1,
     summary="cross-entropy of the own submodel plus that of one random smaller one",
     source="universally slimmable networks (1903.05134), tiers as levels",
 )

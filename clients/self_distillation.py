@@ -23,6 +23,7 @@ SELF_DISTILLATION = Objective(
     name="self-distillation",
     loss=loss,
     passes=OWN_AND_SMALLER,
+    choices=lambda levels: levels - 1,
     summary="cross-entropy of the own submodel, and of one random smaller one against its soft targets",
     source="FjORD (2102.13451), Maestro (2308.14929)",
 )

@@ -155,6 +155,14 @@ class TrainConfig(Table):
         description="devices of one tier per message at most; 1 is classic Flower; auto: as the hosts are busy; the "
         "result is the same",
     )
+    stack: Annotated[Positive | None, AUTO] = Field(
+        1,
+        description="devices of one tier that train as one stacked model, for accelerators and small models; 1: one "
+        "after the other; auto: measured once at the start of the run",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what local passes compute in; bfloat16: PyTorch's autocast, for accelerators"
+    )
     local_epochs: Positive = Field(2, description="passes of a device over its examples in a round")
     batch_size: Positive = Field(16, description="examples per local SGD step")
     optimizer: str = Field("sgd", description="local optimiser (`fedmaestro list optimizers`), fresh in every round")
@@ -279,8 +287,13 @@ class ExperimentConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Refuse changes of ranks that come too late."""
-        ranks = self.ranks
+        """Refuse changes of ranks that come too late, and cohorts that are smaller than a stack."""
+        ranks, train = self.ranks, self.train
+        if train.cohort_size is not None and train.stack != 1 and train.cohort_size < (train.stack or 0):
+            raise UserError(
+                f"train.cohort-size={train.cohort_size} is below train.stack={train.stack}: devices of a stack are in "
+                "one message: raise train.cohort-size, leave it out, or lower train.stack"
+            )
         learned = {"ranks.rule": ranks.rule} if ranks.rule == "learned" else {}
         for key, value in {**learned, "ranks.shrink-threshold": ranks.shrink_threshold}.items():
             if value and ranks.shrink_every >= self.train.rounds:

@@ -22,7 +22,7 @@ _MAGIC, _PREFIX = b"\x93NUMPY\x01\x00", 10
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Return the record of a state; each tensor is copied once."""
-    return ArrayRecord({name: _encoded(tensor.detach().contiguous().numpy()) for name, tensor in state.items()})
+    return ArrayRecord({name: _encoded(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
 
 
 def to_state(arrays: Mapping[str, Array]) -> State:

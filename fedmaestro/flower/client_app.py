@@ -98,7 +98,17 @@ def train(message: Message, _context: Context) -> Message:
     env, plan, job = _opened(message)
     start = to_state(message.content.array_records[SUBMODEL])
     controls = _controls(message.content, job["devices"]) if CONTROL in message.content.array_records else None
-    result = train_cohort(env, plan, job["tier"], job["devices"], start, job["round"], job.get("tails", ()), controls)
+    result = train_cohort(
+        env,
+        plan,
+        job["tier"],
+        job["devices"],
+        start,
+        job["round"],
+        job.get("tails", ()),
+        controls,
+        stack=job["stack"],
+    )
     rows = result.reports
     metrics: dict[str, Any] = {
         "seconds": result.seconds,

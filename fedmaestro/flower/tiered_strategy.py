@@ -118,6 +118,7 @@ class TieredStrategy(FlowerStrategy):
             lambda cohort: self._pace.seconds(("train", cohort.submodel), cohort.work),
             workers=len(nodes),
             limit=self.env.config.train.cohort_size,
+            stack=self.server.stack,
             other_seconds=sum(self._pace.seconds(part.kind, part.work) for x in other if (part := parts.get(id(x)))),
         )
         messages = [
@@ -128,7 +129,7 @@ class TieredStrategy(FlowerStrategy):
         return [message for message, _ in messages]
 
     def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
-        job: dict[str, Any] = {"round": server_round, "devices": list(cohort.devices)}
+        job: dict[str, Any] = {"round": server_round, "devices": list(cohort.devices), "stack": self.server.stack}
         if self.env.config.train.group_lasso and None in self.server.models:
             lacking = tails(self.server.models[None], cohort.submodel.size.ranks or {})
             job["tails"] = [x for tail in lacking for x in tail]

@@ -86,6 +86,7 @@ def cut(
     *,
     workers: int,
     limit: int | None = None,
+    stack: int = 1,
     other_seconds: float = 0.0,
 ) -> list[Cohort]:
     """Return a round's cohorts, the longest first: then workers that take the next one end together.
@@ -95,6 +96,7 @@ def cut(
         seconds: what a cohort will take.
         workers: how many messages are worked on at once.
         limit: largest number of devices; None: there is none.
+        stack: devices that train as one model: nodes of so many are not cut.
         other_seconds: what the workers have to do besides.
     """
     cohorts = [Cohort(group=group, span=Span(0, len(group.devices))) for group in groups]
@@ -109,7 +111,7 @@ def cut(
     while cohorts:
         cohort = cohorts.pop()
         size = len(cohort.span)
-        if size > 1 and (seconds(cohort) > longest or (limit is not None and size > limit)):
+        if size > stack and (seconds(cohort) > longest or (limit is not None and size > limit)):
             cohorts += _halves(cohort)
         else:
             put(cohort)
@@ -117,7 +119,7 @@ def cut(
     whole: list[tuple[float, int, Span, Cohort]] = []
     while heap and _span([-x for x, *_ in sorted(heap + whole)], other_seconds, workers) > EVEN * total / workers:
         entry = heappop(heap)
-        if len(entry[-1].span) > 1 and -entry[0] > SHORTEST_SECONDS:
+        if len(entry[-1].span) > stack and -entry[0] > SHORTEST_SECONDS:
             for half in _halves(entry[-1]):
                 put(half)
         else:

@@ -3,58 +3,36 @@
 Models stay resident per process and are reused, one per size of a plan; the environment is cached (``environment_of``).
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedmaestro import rng
-from fedmaestro.clients import Objective
 from fedmaestro.clients.base import Prefixes
-from fedmaestro.clients.optimizers import OPTIMIZERS, LocalOptimizer
 from fedmaestro.clients.scaffold import Control
-from fedmaestro.errors import DivergedError
 from fedmaestro.fleet.plan import Plan, Submodel, smaller_levels
-from fedmaestro.lod import group_lasso
-from fedmaestro.lod.suffix import Tail
 from fedmaestro.rounds import spectrum, storage
 from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.placement import placed
+from fedmaestro.rounds.stacked import Stacks, best_size, train_stack, why_not
 from fedmaestro.rounds.storage import Owner
+from fedmaestro.rounds.training import augmenting, local_training, train_device
 from fedmaestro.rounds.tree import Join, Span, reduced
 from fedmaestro.runs.code import located
 from fedmaestro.strategies.base import SUMS, AnyAggregation, AnyPartial, Parts
 from fedmaestro.submodel import Signature, State, load
 from fedmaestro.tasks.goal import Goal
-from fedmaestro.tasks.task import Batch, Score, Task, evaluate
+from fedmaestro.tasks.task import Score, evaluate
+from fedmaestro.threads import one_thread
 
-
-@dataclass(frozen=True, kw_only=True)
-class LocalTraining:
-    """The local optimiser, and what is added to an objective."""
-
-    epochs: int
-    batch_size: int
-    optimizer: LocalOptimizer = OPTIMIZERS["sgd"]
-    lr: float
-    momentum: float
-    weight_decay: float
-    clip_norm: float = 0.0
-    """Largest L2 norm of a step's gradient; 0: no clipping."""
-    logit_adjustment: float = 0.0
-    """τ of ``clients.base.logit_offsets``; 0: the plain cross-entropy."""
-    proximal: float = 0.0
-    """μ of FedProx (Li et al., MLSys 2020, equation 2); 0: none."""
-    group_lasso: float = 0.0
-    """Weight of ``lod.group_lasso`` of all columns that the device holds; 0: none."""
-    tails: Mapping[str, Tail] = field(default_factory=dict)
-    """For the group lasso, by layer: what the columns behind the device's prefix add to its suffix norms."""
-    frozen: frozenset[str] = frozenset()
-    """Parameters that stay as they were sent."""
+log = logging.getLogger("fedmaestro")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,33 +82,6 @@ def join(aggregation: AnyAggregation) -> Join[Node]:
     return add
 
 
-def local_training(
-    env: Environment,
-    server_round: int,
-    tails: Mapping[str, Tail] | None = None,
-    frozen: frozenset[str] = frozenset(),
-) -> LocalTraining:
-    """Return the local optimiser's settings of a round (from 1 on)."""
-    train = env.config.train
-    factor = env.method.schedule.factor(server_round, train.rounds, train.lr_final_factor)
-    if train.warmup_rounds:
-        factor *= min(1.0, server_round / (train.warmup_rounds + 1))
-    return LocalTraining(
-        epochs=train.local_epochs,
-        batch_size=train.batch_size,
-        optimizer=env.method.optimizer,
-        lr=train.lr * factor,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
-        logit_adjustment=env.method.logit_adjustment,
-        proximal=env.method.proximal,
-        group_lasso=train.group_lasso,
-        tails=tails or {},
-        frozen=frozen,
-    )
-
-
 def train_cohort(
     env: Environment,
     plan: Plan,
@@ -140,6 +91,7 @@ def train_cohort(
     server_round: int,
     tails: Sequence[float] = (),
     controls: Mapping[int, Control] | None = None,
+    stack: int = 1,
 ) -> CohortResult:
     """Train ``devices``, all of one tier, from the submodel ``start`` and add up their results along the tree.
 
@@ -154,6 +106,7 @@ def train_cohort(
         server_round: from 1 on.
         tails: for the group lasso, what the submodel lacks: two numbers for each LoD layer (``lod.suffix.Tail``).
         controls: the control variates of each device; None: there are none.
+        stack: devices that train as one stacked model at most (``rounds.stacked``).
     """
     began = time.perf_counter()
     submodel = plan.by_name(tier_name).trains
@@ -171,45 +124,69 @@ def train_cohort(
     reports: list[DeviceReport] = []
     failures: dict[int, str] = {}
     new_controls: dict[int, State] = {}
+    where, augments = placed(), env.config.data.augment != "none"
 
-    def leaf(position: int) -> Node | None:
-        device = devices[position]
-        part = env.parts[device]
-        batch = env.task.plain(part)
-        generator = rng.generator(env.config.seed, "train", server_round, device)
+    def trained(position: int) -> tuple[State, float]:
+        device, batch = devices[position], env.task.plain(env.parts[devices[position]]).to(where)
         control = None if controls is None else controls[device]
         # Dropout, and whatever else an own model draws. ``torch.manual_seed`` takes 1 ms: it keeps a stack trace for
         # every kind of accelerator that is not there.
-        torch.default_generator.manual_seed(rng.derived_seed(env.config.seed, "device-dropout", server_round, device))
-        try:
-            loss = train_device(
-                prefixes,
-                start,
-                env.method.objective,
-                batch,
-                settings,
-                generator,
-                padding=env.task.padding,
-                augmented=partial_batch(env.task, part) if env.config.data.augment != "none" else None,
-                control=control,
-            )
-        except Exception as error:
-            failures[device] = located(error)
-            return None
+        seed = rng.derived_seed(env.config.seed, "device-dropout", server_round, device)
+        torch.default_generator.manual_seed(seed)
+        if where.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        loss = train_device(
+            prefixes,
+            start,
+            env.method.objective,
+            batch,
+            settings,
+            rng.generator(env.config.seed, "train", server_round, device),
+            padding=env.task.padding,
+            augmented=augmenting(env.task, env.parts[device], where) if augments else None,
+            control=control,
+        )
         if control is not None:
             steps = settings.epochs * math.ceil(len(batch) / settings.batch_size)
             new_controls[device] = control.after(start, prefixes.model, steps, settings.lr)
-        state = prefixes.state
+        return prefixes.state, loss
+
+    def trained_together(positions: Sequence[int]) -> list[tuple[State, float]]:
+        chosen = [devices[position] for position in positions]
+        states, losses = train_stack(
+            prefixes,
+            start,
+            env.method.objective,
+            [env.task.plain(env.parts[device]).to(where) for device in chosen],
+            settings,
+            [rng.generator(env.config.seed, "train", server_round, device) for device in chosen],
+            augmented=(lambda i, generator: env.task.batch(env.parts[chosen[i]], generator).to(where))
+            if augments
+            else None,
+        )
+        return [({name: x[i] for name, x in states.items()}, loss) for i, loss in enumerate(losses)]
+
+    stacks = Stacks(Span(0, len(devices)), stack, trained, trained_together)
+    if stacks.size > 1 and (reason := why_not(prefixes, env.method.objective, settings, env.task.padding, controls)):
+        stacks.give_up(reason)
+
+    def leaf(position: int) -> Node | None:
+        device, count = devices[position], int(env.parts.sizes[devices[position]])
+        try:
+            state, loss = stacks(position)
+        except Exception as error:
+            failures[device] = located(error)
+            return None
         sent = {name: tensor for name, tensor in state.items() if name not in frozen}
-        reports.append(DeviceReport(device=device, examples=len(batch.targets), loss=loss))
+        reports.append(DeviceReport(device=device, examples=count, loss=loss))
         probes = spectrum.probe(state, ends) if ends else {}
         if probes:
-            weight = aggregation.weigh(sent, len(batch.targets))
+            weight = aggregation.weigh(sent, count)
             probes = {name: weight * x.double() for name, x in probes.items()}
         if alone:
             uploads.append(sent)
             return Node(partial=empty, probes=probes)
-        return Node(partial=aggregation.add(empty, sent, len(batch.targets), start=start), probes=probes)
+        return Node(partial=aggregation.add(empty, sent, count, start=start), probes=probes)
 
     node = reduced(Span(0, len(devices)), leaf, join(aggregation))
     parts: Parts = {}
@@ -224,6 +201,40 @@ def train_cohort(
         failures=failures,
         seconds=time.perf_counter() - began,
     )
+
+
+def measured_stack(env: Environment, models: storage.Models) -> int:
+    """Return how many devices to stack, as measured here with the largest tier's submodel and the device that has most.
+
+    Args:
+        env: the experiment.
+        models: the server's, at the start of the run.
+
+    Returns:
+        1 where nothing is gained, or where devices cannot be stacked.
+    """
+    plan = env.plan
+    tier = next(tier for tier in plan.tiers if tier.trains is not None)
+    assert tier.trains is not None
+    prefixes, settings = resident_prefixes(env, plan, tier.trains), local_training(env, 1)
+    objective, start = env.method.objective, storage.download(plan, models, tier.trains)
+    if (reason := why_not(prefixes, objective, settings, env.task.padding)) is not None:
+        log.info("train.stack: 1: %s", reason)
+        return 1
+    part = env.parts[int(np.argmax(env.parts.sizes))]
+    settings = replace(settings, epochs=1, frozen=env.method.frozen(start, 1))
+    batch = env.task.plain(part[: 2 * settings.batch_size]).to(placed())
+
+    def generators(count: int) -> list[np.random.Generator]:
+        return [rng.generator(env.config.seed, "stack", i) for i in range(count)]
+
+    with one_thread():
+        chosen = best_size(
+            lambda: train_device(prefixes, start, objective, batch, settings, generators(1)[0]),
+            lambda size: train_stack(prefixes, start, objective, [batch] * size, settings, generators(size)),
+        )
+    log.info("train.stack: %d, as measured here", chosen)
+    return chosen
 
 
 def read_node(
@@ -268,96 +279,11 @@ def sizes_of(env: Environment, plan: Plan, server_round: int) -> dict[Owner, lis
     return sizes
 
 
-def train_device(
-    prefixes: Prefixes,
-    start: State,
-    objective: Objective,
-    examples: Batch,
-    settings: LocalTraining,
-    generator: np.random.Generator,
-    *,
-    padding: int | None = None,
-    augmented: Callable[[np.random.Generator], Batch] | None = None,
-    control: Control | None = None,
-) -> float:
-    """Train a device's model in place from ``start``; ``prefixes.model`` then holds the result.
-
-    Args:
-        prefixes: the resident model and its smaller levels.
-        start: the submodel that the server sent.
-        objective: what a step minimises.
-        examples: all of the device.
-        settings: epochs, batch size and SGD parameters; the last batch of an epoch may be smaller.
-        generator: order of the examples and whatever the objective draws.
-        padding: token that fills up short sequences; None: there are none.
-        augmented: makes the examples of an epoch anew; None: they are as they are.
-        control: control variates that correct every step; None: none do.
-
-    Returns:
-        The mean loss of a step, weighted by examples; without the group lasso and the proximal term, so that runs of
-        any weight compare, but with the logit adjustment, whose strengths do not.
-
-    Raises:
-        DivergedError: the loss or a parameter is not finite.
-    """
-    model = prefixes.model
-    if not model.training:
-        model.train()
-    load(prefixes.state, start)
-    count = len(examples)
-    prefixes = prefixes.of_device(examples.targets, masked=objective.masked, logit_adjustment=settings.logit_adjustment)
-    for name, parameter in prefixes.parameters.items():
-        parameter.requires_grad_(name not in settings.frozen)
-    trained = {name: parameter for name, parameter in prefixes.parameters.items() if parameter.requires_grad}
-    parameters = list(trained.values())
-    optimizer = settings.optimizer.make(parameters, settings.lr, settings.momentum, settings.weight_decay)
-    anchor = [start[name] for name in trained] if settings.proximal else []
-    total = torch.zeros(())
-    for _ in range(settings.epochs):
-        order = torch.from_numpy(generator.permutation(count))
-        if augmented is not None:
-            examples = augmented(generator)
-        for indices in torch.split(order, settings.batch_size):
-            batch = examples.take(indices, padding)
-            optimizer.zero_grad(set_to_none=True)
-            loss = objective.loss(prefixes, batch.x, batch.targets, generator)
-            penalised = _penalised(loss, model, settings)
-            if settings.proximal:
-                distance = sum(((x - y) ** 2).sum() for x, y in zip(parameters, anchor, strict=True))
-                penalised = penalised + settings.proximal / 2 * distance
-            penalised.backward()  # type: ignore[no-untyped-call]
-            if control is not None:
-                control.correct(model)
-            if settings.clip_norm:
-                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimizer.step()
-            total += loss.detach() * len(indices)
-    mean = float(total) / (settings.epochs * count)
-    if not np.isfinite(mean):
-        raise DivergedError(f"the training loss is {mean}")
-    # Sums take a sixth of the time of a look at every number, and are not finite where one of them is not.
-    if parameters and not math.isfinite(sum(float(x.sum()) for x in prefixes.state.values() if x.is_floating_point())):
-        for name, parameter in prefixes.parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise DivergedError(f"parameter {name} is not finite after training")
-    return mean
-
-
-def partial_batch(task: Task, part: np.ndarray) -> Callable[[np.random.Generator], Batch]:
-    """Return what augments a device's examples."""
-    return lambda generator: task.batch(part, generator)
-
-
-def _penalised(loss: Tensor, model: nn.Module, settings: LocalTraining) -> Tensor:
-    """Return ``loss`` plus the weighted group lasso of ``model``; ``loss`` itself where there is none."""
-    return loss + settings.group_lasso * group_lasso(model, settings.tails) if settings.group_lasso else loss
-
-
 def evaluate_part(env: Environment, plan: Plan, tier_name: str, state: State, first: int, last: int) -> Score:
     """Evaluate a tier's submodel on test examples ``first … last - 1``."""
     model = _resident_model(plan, plan.by_name(tier_name).serves)
     load(model, state)
-    return evaluate(model, env.task, env.task.scored("test", first, last), seed=env.config.seed)
+    return evaluate(model, env.task, env.task.scored("test", first, last), placed(), env.config.seed)
 
 
 def evaluate_devices(
@@ -369,7 +295,7 @@ def evaluate_devices(
     tests = env.device_tests
     batch_of = env.task.plain if tests.held_out else env.task.tested
     batches = {device: [batch_of(tests.examples[device])] for device in devices if len(tests.examples[device])}
-    return {device: evaluate(model, env.task, batch, seed=env.config.seed) for device, batch in batches.items()}
+    return {device: evaluate(model, env.task, batch, placed(), env.config.seed) for device, batch in batches.items()}
 
 
 def resident_prefixes(env: Environment, plan: Plan, submodel: Submodel) -> Prefixes:
@@ -408,7 +334,7 @@ def _resident_model(plan: Plan, submodel: Submodel) -> nn.Module:
         if len(plan.architecture.input_shape) == 3:
             # A LeNet step takes 2.9 instead of 4.1 ms in this layout.
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        models[submodel] = model
+        models[submodel] = model.to(placed())
     return models[submodel]
 
 

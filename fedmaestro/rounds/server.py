@@ -26,7 +26,16 @@ from fedmaestro.fleet.selection import History
 from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.rounds import spectrum, storage
 from fedmaestro.rounds.cohorts import Cohort
-from fedmaestro.rounds.device import CohortResult, DeviceReport, Node, join, read_node, sent_back, sizes_of
+from fedmaestro.rounds.device import (
+    CohortResult,
+    DeviceReport,
+    Node,
+    join,
+    measured_stack,
+    read_node,
+    sent_back,
+    sizes_of,
+)
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.schedule import Schedule, schedule_round
 from fedmaestro.rounds.storage import Models, Owner
@@ -61,6 +70,8 @@ class ServerState:
     """SCAFFOLD's control variate of the server; a tensor that is not there is zero."""
     controls: Mapping[int, State] = field(default_factory=dict)
     """Those of the devices that have trained."""
+    stack: int = 1
+    """Devices of a tier that train as one stacked model at most."""
 
 
 def start(env: Environment) -> ServerState:
@@ -74,7 +85,8 @@ def start(env: Environment) -> ServerState:
             models[owner] = link.start(models[owner], holders if owner is None else {})
     updates = no_updates(env.plan) if env.rederivation.active else {}
     history = History.empty(len(env.parts))
-    return ServerState(round=-1, models=models, updates=updates, plan=env.plan, history=history)
+    stack = measured_stack(env, models) if env.config.train.stack is None else env.config.train.stack
+    return ServerState(round=-1, models=models, updates=updates, plan=env.plan, history=history, stack=stack)
 
 
 def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPartial], server_round: int) -> ServerState:
@@ -391,7 +403,9 @@ def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
     tensors |= {("controls", str(d), name): x for d, state in server.controls.items() for name, x in state.items()}
     tensors |= {("history", name): tensor for name, tensor in server.history.tensors().items()}
     ranks = "" if server.plan is env.plan else encode_ranks(server.plan)
-    return Checkpoint(number=server.round, tensors=tensors, facts={"ranks": ranks}, fingerprint=env.fingerprint)
+    return Checkpoint(
+        number=server.round, tensors=tensors, facts={"ranks": ranks, "stack": server.stack}, fingerprint=env.fingerprint
+    )
 
 
 def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
@@ -421,4 +435,5 @@ def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
         history=history,
         control={name: tensor for (name,), tensor in below(checkpoint.tensors, "control").items()},
         controls=controls,
+        stack=int(checkpoint.facts["stack"]),
     )

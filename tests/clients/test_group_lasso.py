@@ -12,7 +12,7 @@ from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Prefixes
 from fedmaestro.lod.suffix import tail_of
-from fedmaestro.rounds.device import LocalTraining, train_device
+from fedmaestro.rounds.training import LocalTraining, train_device
 from fedmaestro.submodel import State
 
 ONE_STEP = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0)

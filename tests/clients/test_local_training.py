@@ -19,10 +19,10 @@ from fedmaestro.clients.scaffold import Control
 from fedmaestro.config.experiment import load_config
 from fedmaestro.data.own import convert
 from fedmaestro.errors import UserError
-from fedmaestro.rounds.device import LocalTraining, local_training, train_device
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import start as start_of
 from fedmaestro.rounds.server import with_controls
+from fedmaestro.rounds.training import LocalTraining, local_training, train_device
 from fedmaestro.tasks.augment import augmented
 from fedmaestro.tasks.own import own_task
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes, logit_offsets
-from fedmaestro.rounds.device import LocalTraining, train_device
+from fedmaestro.rounds.training import LocalTraining, train_device
 from fedmaestro.submodel import shapes_of
 
 SETTINGS = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0, logit_adjustment=1.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.rounds.device import LocalTraining, train_device
+from fedmaestro.rounds.training import LocalTraining, train_device
 from fedmaestro.submodel import State
 
 MASKED, OWN = OBJECTIVES["masked-cross-entropy"], OBJECTIVES["own-prefix"]

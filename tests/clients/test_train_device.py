@@ -12,7 +12,7 @@ from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes
 from fedmaestro.errors import DivergedError
-from fedmaestro.rounds.device import LocalTraining, train_device
+from fedmaestro.rounds.training import LocalTraining, train_device
 from fedmaestro.submodel import State, shapes_of
 
 SETTINGS = LocalTraining(epochs=2, batch_size=8, lr=0.2, momentum=0.9, weight_decay=0.0)

@@ -1,0 +1,171 @@
+"""A device's local training, without Flower, and what a round says of it."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmaestro.clients import Objective
+from fedmaestro.clients.base import Prefixes
+from fedmaestro.clients.optimizers import OPTIMIZERS, LocalOptimizer
+from fedmaestro.clients.scaffold import Control
+from fedmaestro.errors import DivergedError
+from fedmaestro.lod import group_lasso
+from fedmaestro.lod.suffix import Tail
+from fedmaestro.rounds.environment import Environment
+from fedmaestro.submodel import State, load
+from fedmaestro.tasks.task import Batch, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """The local optimiser, and what is added to an objective."""
+
+    epochs: int
+    batch_size: int
+    optimizer: LocalOptimizer = OPTIMIZERS["sgd"]
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float = 0.0
+    """Largest L2 norm of a step's gradient; 0: no clipping."""
+    logit_adjustment: float = 0.0
+    """τ of ``clients.base.logit_offsets``; 0: the plain cross-entropy."""
+    proximal: float = 0.0
+    """μ of FedProx (Li et al., MLSys 2020, equation 2); 0: none."""
+    group_lasso: float = 0.0
+    """Weight of ``lod.group_lasso`` of all columns that the device holds; 0: none."""
+    tails: Mapping[str, Tail] = field(default_factory=dict)
+    """For the group lasso, by layer: what the columns behind the device's prefix add to its suffix norms."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that stay as they were sent."""
+    mixed: bool = False
+    """Whether passes compute in bfloat16 where PyTorch's autocast does; parameters and steps stay in float32."""
+
+    def passes(self, where: torch.device) -> AbstractContextManager[object]:
+        """Return the context of forward passes on ``where``."""
+        return torch.autocast(where.type, torch.bfloat16) if self.mixed else nullcontext()
+
+
+def local_training(
+    env: Environment,
+    server_round: int,
+    tails: Mapping[str, Tail] | None = None,
+    frozen: frozenset[str] = frozenset(),
+) -> LocalTraining:
+    """Return the local optimiser's settings of a round (from 1 on)."""
+    train = env.config.train
+    factor = env.method.schedule.factor(server_round, train.rounds, train.lr_final_factor)
+    if train.warmup_rounds:
+        factor *= min(1.0, server_round / (train.warmup_rounds + 1))
+    return LocalTraining(
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        optimizer=env.method.optimizer,
+        lr=train.lr * factor,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        logit_adjustment=env.method.logit_adjustment,
+        proximal=env.method.proximal,
+        group_lasso=train.group_lasso,
+        tails=tails or {},
+        frozen=frozen,
+        mixed=train.precision == "bfloat16",
+    )
+
+
+def train_device(
+    prefixes: Prefixes,
+    start: State,
+    objective: Objective,
+    examples: Batch,
+    settings: LocalTraining,
+    generator: np.random.Generator,
+    *,
+    padding: int | None = None,
+    augmented: Callable[[np.random.Generator], Batch] | None = None,
+    control: Control | None = None,
+) -> float:
+    """Train a device's model in place from ``start``; ``prefixes.model`` then holds the result.
+
+    Args:
+        prefixes: the resident model and its smaller levels.
+        start: the submodel that the server sent.
+        objective: what a step minimises.
+        examples: all of the device.
+        settings: epochs, batch size and SGD parameters; the last batch of an epoch may be smaller.
+        generator: order of the examples and whatever the objective draws.
+        padding: token that fills up short sequences; None: there are none.
+        augmented: makes the examples of an epoch anew; None: they are as they are.
+        control: control variates that correct every step; None: none do.
+
+    Returns:
+        The mean loss of a step, weighted by examples; without the group lasso and the proximal term, so that runs of
+        any weight compare, but with the logit adjustment, whose strengths do not.
+
+    Raises:
+        DivergedError: the loss or a parameter is not finite.
+    """
+    model, where = prefixes.model, examples.targets.device
+    if not model.training:
+        model.train()
+    load(prefixes.state, start)
+    count = len(examples)
+    prefixes = prefixes.of_device(examples.targets, masked=objective.masked, logit_adjustment=settings.logit_adjustment)
+    for name, parameter in prefixes.parameters.items():
+        parameter.requires_grad_(name not in settings.frozen)
+    trained = {name: parameter for name, parameter in prefixes.parameters.items() if parameter.requires_grad}
+    parameters = list(trained.values())
+    optimizer = settings.optimizer.make(parameters, settings.lr, settings.momentum, settings.weight_decay)
+    anchor = [start[name].to(where) for name in trained] if settings.proximal else []
+    total = torch.zeros((), device=where)
+    for _ in range(settings.epochs):
+        order = torch.from_numpy(generator.permutation(count)).to(where)
+        if augmented is not None:
+            examples = augmented(generator)
+        for indices in torch.split(order, settings.batch_size):
+            batch = examples.take(indices, padding)
+            optimizer.zero_grad(set_to_none=True)
+            with settings.passes(where):
+                loss = objective.loss(prefixes, batch.x, batch.targets, generator)
+            penalised = _penalised(loss, model, settings)
+            if settings.proximal:
+                distance = sum(((x - y) ** 2).sum() for x, y in zip(parameters, anchor, strict=True))
+                penalised = penalised + settings.proximal / 2 * distance
+            penalised.backward()  # type: ignore[no-untyped-call]
+            if control is not None:
+                control.correct(model)
+            if settings.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            total += loss.detach() * len(indices)
+    mean = float(total) / (settings.epochs * count)
+    check_finite(prefixes.state, mean)
+    return mean
+
+
+def check_finite(state: State, loss: float) -> None:
+    """Raise DivergedError where the mean loss of a device, or one of its tensors after training, is not finite."""
+    if not math.isfinite(loss):
+        raise DivergedError(f"the training loss is {loss}")
+    # Sums take a sixth of the time of a look at every number, and are not finite where one of them is not.
+    if math.isfinite(sum(float(x.sum()) for x in state.values() if x.is_floating_point())):
+        return
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"parameter {name} is not finite after training")
+
+
+def augmenting(task: Task, part: np.ndarray, where: torch.device) -> Callable[[np.random.Generator], Batch]:
+    """Return what augments a device's examples."""
+    return lambda generator: task.batch(part, generator).to(where)
+
+
+def _penalised(loss: Tensor, model: nn.Module, settings: LocalTraining) -> Tensor:
+    """Return ``loss`` plus the weighted group lasso of ``model``; ``loss`` itself where there is none."""
+    return loss + settings.group_lasso * group_lasso(model, settings.tails) if settings.group_lasso else loss
