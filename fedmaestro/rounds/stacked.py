@@ -154,13 +154,11 @@ def train_stack(
     ]
     offsets, classes = _stacked([x.offsets for x in devices]), _stacked([x.classes for x in devices])
     counts = [len(batch) for batch in examples]
-    firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     assert objective.choices is not None
     choices = objective.choices(prefixes.levels)
     totals = torch.zeros(len(examples), device=stack.where)
-    inputs, targets = _joined(examples)
 
-    def step(chosen: list[int], rows: np.ndarray, draw: int) -> None:
+    def step(chosen: list[int], batches: Sequence[Batch], draw: int) -> None:
         def loss(
             trained: State, x: tuple[Tensor, ...], y: Tensor, offset: Tensor | None, own: Tensor | None
         ) -> tuple[Tensor, Tensor]:
@@ -176,20 +174,20 @@ def train_stack(
                 return value + settings.proximal / 2 * distance, value
             return value, value
 
-        flat = torch.from_numpy(rows.reshape(-1)).to(targets.device)
-        x = tuple(t[flat].reshape(*rows.shape, *t.shape[1:]) for t in inputs)
-        y = targets[flat].reshape(*rows.shape, *targets.shape[1:])
+        x = tuple(torch.stack(parts) for parts in zip(*(batch.inputs for batch in batches), strict=True))
+        y = torch.stack([batch.targets for batch in batches])
         whole = len(chosen) == len(examples)
         of = [t if t is None or whole else t[chosen] for t in (offsets, classes)]
         dims = (0, 0, 0, *(None if t is None else 0 for t in of))
         gradients, (_, losses) = vmap(grad_and_value(loss, has_aux=True), in_dims=dims)(stack.of(chosen), x, y, *of)
         stack.move(chosen, gradients)
-        totals[chosen] += losses.detach() * rows.shape[1]
+        totals[chosen] += losses.detach() * len(batches[0])
 
     for _ in range(settings.epochs):
-        orders = [generator.permutation(count) for generator, count in zip(generators, counts, strict=True)]
+        pairs = zip(generators, counts, strict=True)
+        orders = [torch.from_numpy(generator.permutation(count)).to(stack.where) for generator, count in pairs]
         if augmented is not None:
-            inputs, targets = _joined([augmented(i, generator) for i, generator in enumerate(generators)])
+            examples = [augmented(i, generator) for i, generator in enumerate(generators)]
         for first in range(0, max(counts), settings.batch_size):
             groups: dict[tuple[int, int], list[int]] = defaultdict(list)
             for i, (generator, count) in enumerate(zip(generators, counts, strict=True)):
@@ -197,8 +195,7 @@ def train_stack(
                     draw = int(generator.integers(choices)) if choices else 0
                     groups[min(settings.batch_size, count - first), draw].append(i)
             for (size, draw), chosen in sorted(groups.items()):
-                rows = np.stack([firsts[i] + orders[i][first : first + size] for i in chosen])
-                step(chosen, rows, draw)
+                step(chosen, [examples[i].take(orders[i][first : first + size]) for i in chosen], draw)
     steps = settings.epochs * np.array(counts)
     return stack.state(), (totals.cpu().numpy() / steps).tolist()
 
@@ -272,11 +269,6 @@ class _Drawn:
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     known = [x for x in tensors if x is not None]
     return torch.stack(known) if len(known) == len(tensors) else None
-
-
-def _joined(examples: Sequence[Batch]) -> tuple[tuple[Tensor, ...], Tensor]:
-    inputs = tuple(torch.cat(parts) for parts in zip(*(batch.inputs for batch in examples), strict=True))
-    return inputs, torch.cat([batch.targets for batch in examples])
 
 
 def best_size(alone: Callable[[], object], stacked: Callable[[int], object]) -> int:
