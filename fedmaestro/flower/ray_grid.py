@@ -27,7 +27,7 @@ from fedmaestro.flower.direct_grid import (
     NoHostsError,
 )
 from fedmaestro.flower.identity import SERVER_NODE
-from fedmaestro.flower.ray_runtime import RayRuntime, group_cpus
+from fedmaestro.flower.ray_runtime import RayRuntime, in_group
 
 log = logging.getLogger("fedmaestro")
 
@@ -277,7 +277,8 @@ class _Host:
         grid = self.grid
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
         if not grid.runtime.own:
-            options["scheduling_strategy"] = "SPREAD" if group_cpus() is None else "DEFAULT"
+            # In a thread of ours, Ray does not know of the group of the task that has started it.
+            options["scheduling_strategy"] = "SPREAD" if grid.runtime.group is None else in_group(grid.runtime.group)
         own_app = [] if grid.client_app is default_client_app else [ray.put(grid.client_app)]
         return ray.remote(RayHost).options(**options).remote(own_app, self.number, grid.workers, sys.path)
 

@@ -67,6 +67,8 @@ class RayRuntime:
         self.error: UserError | None = None
         self.own = self.attached = False
         self.actors = actors or 0
+        self.group: Any | None = None
+        """The placement group that hosts belong to."""
         self.starts = 0
         """How often a Ray of our own was started: what it held is lost with each."""
 
@@ -205,7 +207,7 @@ class RayRuntime:
 
         here = ray.get_runtime_context().gcs_address
         total = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-        bundles = group_cpus()
+        self.group, bundles = current_group(), group_cpus()
         if self._wanted is not None and self._wanted > total:
             raise UserError(
                 f"--actors {self._wanted}: the Ray cluster at {here} has {total} CPUs: ask for fewer, or add nodes"
@@ -249,11 +251,23 @@ def free_cpus() -> int:
     return max(0, int(min(free, total - own)))
 
 
-def group_cpus() -> int | None:
-    """Return the CPUs that the placement group of this task (a Ray Tune trial) has besides its own; None: no group."""
+def current_group() -> Any | None:
+    """Return the placement group of the task or actor (a Ray Tune trial) that this is; None: there is none."""
     from ray.util import get_current_placement_group
 
-    if (group := get_current_placement_group()) is None:
+    return get_current_placement_group()
+
+
+def in_group(group: Any) -> Any:
+    """Return the scheduling strategy of an actor in a placement group."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(group)
+
+
+def group_cpus() -> int | None:
+    """Return the CPUs that the placement group has besides this task's own; None: there is no group."""
+    if (group := current_group()) is None:
         return None
     return int(sum(bundle.get("CPU", 0) for bundle in group.bundle_specs[1:]))
 
