@@ -168,11 +168,13 @@ class RayGrid(DirectGrid):
     def is_live(self, number: int, *, live: bool) -> None:
         """Take note of a host that has come or gone."""
         with self._arrived:
+            if live or number in self._live:
+                # Not at every try to start one in vain: nobody would ever have waited long enough.
+                self._last_live = time.monotonic()
             (self._live.add if live else self._live.discard)(number)
             if not self._live:
                 # Perhaps Ray is lost. It would try to recover what it stored, and end this process where it cannot.
                 self._shared.clear()
-            self._last_live = time.monotonic()
             self._arrived.notify_all()
 
     def stored(self, record: ArrayRecord) -> Any:
