@@ -50,6 +50,12 @@ _Track = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="TRACKER", help="Also write to a tracker (`fedmaestro list trackers`)."),
 ]
+_Gpus = Annotated[
+    float,
+    typer.Option(
+        min=0.0, help="GPUs of each actor, also parts of one (0.25); with --actors 0, of this process; 0: the CPU."
+    ),
+]
 _Actors = Annotated[
     int | None,
     typer.Option(help="Ray actors working in parallel, one per free CPU by default; 0: this process, without Ray."),
@@ -68,6 +74,7 @@ def run(
     data_dir: _DataDir = None,
     out: _Out = None,
     actors: _Actors = None,
+    gpus_per_actor: _Gpus = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     ray_address: _RayAddress = None,
     track: _Track = None,
@@ -90,6 +97,7 @@ def run(
                 data_dir=data_dir,
                 out=out,
                 actors=actors,
+                gpus_per_actor=gpus_per_actor,
                 resume=resume,
                 ray_address=ray_address,
                 observers=[display, *trackers],
@@ -125,6 +133,7 @@ def compare(
     data_dir: _DataDir = None,
     out: _Out = None,
     actors: _Actors = None,
+    gpus_per_actor: _Gpus = 0.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
     ] = False,
@@ -154,6 +163,7 @@ def compare(
                 data_dir=data_dir,
                 out=out,
                 actors=actors,
+                gpus_per_actor=gpus_per_actor,
                 resume=resume,
                 ray_address=ray_address,
                 observers=[display, *trackers],

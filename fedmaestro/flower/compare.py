@@ -127,6 +127,7 @@ def compare(
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
     actors: int | None = None,
+    gpus_per_actor: float = 0.0,
     resume: bool = False,
     ray_address: str | None = None,
     observers: Sequence[ComparisonObserver] = (),
@@ -152,6 +153,7 @@ def compare(
         data_dir: folder of local data.
         out: the comparison's folder; a new one under ``runs/`` by default.
         actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
+        gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
         resume: go on with the comparison in ``out``; strategies and seeds may be added.
         ray_address: a running Ray cluster.
         observers: are told about the progress.
@@ -206,7 +208,9 @@ def compare(
     interrupted = False
     if todo:
         try:
-            simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
+            simulate(
+                server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
+            )
         except InterruptedRunError:
             interrupted = True
     results = write()

@@ -277,12 +277,17 @@ class _Host:
         from fedmaestro.flower.ray_host import RayHost
 
         grid = self.grid
-        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
+        gpus = grid.runtime.gpus
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         if not grid.runtime.own:
             # In a thread of ours, Ray does not know of the group of the task that has started it.
             options["scheduling_strategy"] = "SPREAD" if grid.runtime.group is None else in_group(grid.runtime.group)
         own_app = [] if grid.client_app is default_client_app else [ray.put(grid.client_app)]
-        return ray.remote(RayHost).options(**options).remote(own_app, self.number, grid.workers, sys.path)
+        return (
+            ray.remote(RayHost)
+            .options(**options)
+            .remote(own_app, self.number, grid.workers, sys.path, "cuda" if gpus else "cpu")
+        )
 
     def _cannot_start(self, error: Exception, starts: int) -> None:
         import ray

@@ -23,11 +23,11 @@ KEPT = 8
 class RayHost:
     """The actor."""
 
-    def __init__(self, client_app: Any, number: int, count: int, paths: Sequence[str]) -> None:
+    def __init__(self, client_app: Any, number: int, count: int, paths: Sequence[str], where: str = "cpu") -> None:
         # What the driver can import must be importable here: an app of the user's, too.
         sys.path += [path for path in paths if path not in sys.path]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self._app, self._number, self._count = client_app, number, count
+        self._app, self._number, self._count, self._where = client_app, number, count, where
         self._records: OrderedDict[str, ArrayRecord] = OrderedDict()
 
     def start(self) -> dict[str, str]:
@@ -35,7 +35,9 @@ class RayHost:
         from fedmaestro.flower.client_app import app
         from fedmaestro.flower.direct_grid import HostCall
         from fedmaestro.flower.identity import SERVER_NODE, take_identity
+        from fedmaestro.rounds.placement import place
 
+        place(self._where)
         node = SERVER_NODE + 1 + self._number
         take_identity(node)
         self._call = HostCall(ray.get(self._app[0]) if self._app else app, self._number, self._count)

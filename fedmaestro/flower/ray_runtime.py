@@ -56,10 +56,11 @@ class RayRuntime:
     Args:
         actors: how many hosts it is for; None: one per CPU that it has free.
         address: of a cluster; None: the one that this process is in, or else one of our own.
+        gpus: of each actor.
     """
 
-    def __init__(self, actors: int | None, address: str | None = None) -> None:
-        self._wanted, self._address = actors, address
+    def __init__(self, actors: int | None, address: str | None = None, gpus: float = 0.0) -> None:
+        self._wanted, self._address, self.gpus = actors, address, gpus
         self._ready, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._using = threading.Condition()
         self._users, self._restarting = 0, False
@@ -83,11 +84,15 @@ class RayRuntime:
         elif self._address is None:
             self.own = True
             self.actors = self._wanted or available_cpus()
+            if self.gpus:
+                self.actors = check_gpus(self.gpus, self._wanted)
             self._start()
             return
         else:
             self._connect(self._address)
         self.actors = self._counted()
+        if self.gpus:
+            self.actors = min(self.actors, check_gpus(self.gpus, self._wanted, cluster=True))
         self._ready.set()
 
     @property
@@ -228,6 +233,31 @@ class RayRuntime:
                 )
             time.sleep(0.2)
         return self._wanted or free
+
+
+def check_gpus(each: float, actors: int | None, *, cluster: bool = False) -> int:
+    """Return how many actors there is room for: ``actors``, or as many as CPUs and GPUs allow.
+
+    Args:
+        each: GPUs of one actor.
+        actors: how many are wanted; None: as many as there is room for.
+        cluster: whether the GPUs are those of the Ray cluster that this process has joined, or this machine's.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    import ray
+    import torch
+
+    total = float(ray.cluster_resources().get("GPU", 0)) if cluster else float(torch.cuda.device_count())  # type: ignore[no-untyped-call]
+    room = int(total / each + 1e-9)
+    if room < (actors or 1):
+        where = "the Ray cluster" if cluster else "this machine"
+        raise UserError(
+            f"--gpus-per-actor {each:g}: {where} has {total:g} GPUs that PyTorch and Ray see, room for {room} actors: "
+            "lower it, or leave it out to train on the CPU"
+        )
+    return actors or (room if cluster else min(room, available_cpus()))
 
 
 def joined() -> bool:

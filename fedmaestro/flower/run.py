@@ -85,6 +85,7 @@ def run(
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
     actors: int | None = None,
+    gpus_per_actor: float = 0.0,
     resume: bool = False,
     ray_address: str | None = None,
     observers: Sequence[Observer] = (),
@@ -111,6 +112,7 @@ def run(
         out: run folder (``out``); a new one under ``runs/`` by default.
         actors: Ray actors that work in parallel, one per free CPU by default; 0: all work is done in this process. They
             change the speed, not the result.
+        gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
         resume: go on with the run in ``out`` from its checkpoint; without ``experiment`` its own configuration is used.
         ray_address: a running Ray cluster; by default the Ray that this process is in, or one of our own.
         observers: are told about the progress.
@@ -143,7 +145,7 @@ def run(
         Federation(grid, env, folder, stop, [_Retiring(grid), *told], resume=resume).run()
 
     try:
-        simulate(server, client_app, actors=actors, stop=stop, ray_address=ray_address)
+        simulate(server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address)
     except InterruptedRunError:
         # Before the first round: there is nothing to keep.
         raise KeyboardInterrupt from None

@@ -21,8 +21,9 @@ from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.direct_grid import LocalGrid
 from fedmaestro.flower.identity import supported
 from fedmaestro.flower.ray_grid import RayGrid
-from fedmaestro.flower.ray_runtime import RayRuntime, free_cpus, joined
+from fedmaestro.flower.ray_runtime import RayRuntime, check_gpus, free_cpus, joined
 from fedmaestro.interrupt import interrupt_sets
+from fedmaestro.rounds.placement import placed_on
 
 log = logging.getLogger("fedmaestro")
 
@@ -41,16 +42,23 @@ def checked_actors(actors: int | None) -> int | None:
 
 
 @contextmanager
-def hosts(client_app: ClientApp, *, actors: int | None = None, ray_address: str | None = None) -> Iterator[Grid]:
+def hosts(
+    client_app: ClientApp,
+    *,
+    actors: int | None = None,
+    ray_address: str | None = None,
+    gpus_per_actor: float = 0.0,
+) -> Iterator[Grid]:
     """Open a grid with its hosts, and close it at the end.
 
     Args:
         client_app: the hosts' app.
         actors: Ray actors; 0: none, work is done in this process; None: one per free CPU.
         ray_address: a running Ray cluster; None: the Ray that this process is in, ``RAY_ADDRESS``, or one of our own.
+        gpus_per_actor: GPUs of each actor, or of this process; 0: the CPU.
 
     Raises:
-        UserError: the Ray cluster cannot be reached or has no place.
+        UserError: the Ray cluster cannot be reached or has no place; there are not as many GPUs.
     """
     if ray_address and joined():
         raise UserError(
@@ -58,13 +66,17 @@ def hosts(client_app: ClientApp, *, actors: int | None = None, ray_address: str 
             "ray.shutdown() before"
         )
     if actors == 0 or (actors is None and joined() and free_cpus() < 1):
-        yield LocalGrid(client_app)
+        if gpus_per_actor:
+            check_gpus(gpus_per_actor, 1)
+        with placed_on("cuda" if gpus_per_actor else "cpu"):
+            yield LocalGrid(client_app)
         return
     threads = torch.get_num_threads()
-    runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None)
+    runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None, gpus_per_actor)
     runtime.open()
     # Another app may do to its process what it likes: it must not be this one.
-    help_out = runtime.own and client_app is default_client_app
+    # Nor may it work on a CPU what others work on a GPU: that rounds differently.
+    help_out = runtime.own and client_app is default_client_app and not gpus_per_actor
     grid = RayGrid(runtime, client_app, help_out=help_out)
     try:
         yield grid
@@ -78,6 +90,7 @@ def simulate(
     client_app: ClientApp,
     *,
     actors: int | None,
+    gpus_per_actor: float = 0.0,
     stop: threading.Event,
     ray_address: str | None = None,
 ) -> None:
@@ -93,7 +106,8 @@ def simulate(
         log.warning("this version of Flower runs hosts by its own engine, slower and less forgiving (%s)", reason)
         _by_flower(server, client_app, actors=actors or os.cpu_count() or 1, stop=stop)
         return
-    with hosts(client_app, actors=actors, ray_address=ray_address) as grid, interrupt_sets(stop):
+    opened = hosts(client_app, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor)
+    with opened as grid, interrupt_sets(stop):
         server(grid)
 
 
