@@ -6,6 +6,7 @@ type and shape.
 """
 
 import io
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -35,9 +36,9 @@ def to_state(arrays: Mapping[str, Array]) -> State:
 
 
 def _encoded(values: np.ndarray) -> Array:
-    header = _header(values.dtype.str, values.shape)
+    header, dtype = _header(values.dtype, values.shape)
     data = b"".join((header, values.reshape(-1).view(np.uint8).data))
-    return Array(str(values.dtype), tuple(values.shape), _STYPE, data)
+    return Array(dtype, values.shape, _STYPE, data)
 
 
 def _decoded(array: Array) -> np.ndarray:
@@ -46,17 +47,17 @@ def _decoded(array: Array) -> np.ndarray:
         start = _PREFIX + int.from_bytes(data[8:_PREFIX], "little")
         dtype, shape, is_plain = _parsed(data[:start])
         if is_plain:
-            count = int(np.prod(shape, dtype=np.int64))
-            return np.frombuffer(data, dtype, count, start).reshape(shape).copy()
+            return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape).copy()
     values = array.numpy()
     return values if values.flags.writeable else values.copy()
 
 
 @lru_cache(maxsize=1024)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> tuple[bytes, str]:
+    """Return the header, and the name of the type."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return file.getvalue()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return file.getvalue(), str(dtype)
 
 
 @lru_cache(maxsize=1024)
