@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmaestro.errors import DivergedError, UserError, check_name
+from fedmaestro.places import place_caches
 
 if TYPE_CHECKING:
     from fedmaestro.config.base import Settings
@@ -491,6 +492,7 @@ def _described(schema: type["Settings"]) -> Table:
 
 def main() -> None:
     """Entry point: user errors are one line on standard error and exit code 2."""
+    place_caches()
     try:
         app()
     except UserError as error:

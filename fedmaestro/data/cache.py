@@ -4,6 +4,9 @@ Law: whatever is visible under an entry's own name was written completely. A fol
 temporary name beside its final place and takes its name in one rename, together with a manifest of its files'
 lengths and checksums. A crash leaves only a temporary folder, which a later build removes. Of two processes that
 build one entry, one wins and both succeed.
+
+An entry of data says their fingerprint in ``META``: a machine that does not have the files that it was made of finds it
+by that (``find``), also where another machine has packed it.
 """
 
 import contextlib
@@ -14,15 +17,22 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from fedmaestro.errors import UserError
 
 T = TypeVar("T")
 
 CACHE_VARIABLE = "FEDMAESTRO_CACHE"
+DATA = "datasets"
+"""Folder of the entries of data."""
+META = "meta.json"
+"""Of an entry of data: says its fingerprint, and what else is no array."""
 _MANIFEST = "manifest.json"
 _STAGING_PREFIX = ".tmp-"
 _STALE_SECONDS = 24 * 3600
@@ -84,6 +94,50 @@ def fetch(entry: Path, build: Callable[[Path], None], read: Callable[[Path], T])
 def read(entry: Path, read_entry: Callable[[Path], T]) -> T | None:
     """Return ``read_entry(entry)`` if the entry is there, complete and undamaged."""
     return _read_complete(entry, read_entry)
+
+
+def find(fingerprint: str, read_entry: Callable[[Path], T], cache_dir: str | Path | None = None) -> T | None:
+    """Return ``read_entry(entry)`` of a complete entry of data of this fingerprint, whatever it was made of."""
+    for meta in sorted((cache_root(cache_dir) / DATA).glob(f"*/{META}")):
+        with contextlib.suppress(OSError, ValueError):  # another process may be moving it away
+            if meta.parent.name.startswith(_STAGING_PREFIX):
+                continue
+            if json.loads(meta.read_bytes()).get("fingerprint") != fingerprint:
+                continue
+            if (found := read(meta.parent, read_entry)) is not None:
+                return found
+    return None
+
+
+Packed = Mapping[str, npt.NDArray[np.uint8]]
+"""The files of an entry by their names."""
+
+
+def pack(entry: Path) -> Packed:
+    """Return the files of a complete entry, for another machine; they are mapped, not read."""
+    return {path.name: np.asarray(np.memmap(path, np.uint8, "r")) for path in sorted(entry.iterdir())}
+
+
+def unpack(entry: Path, files: Packed) -> None:
+    """Make the entry that another machine has packed, unless it is there.
+
+    Raises:
+        UserError: the cache cannot be written, or a file is not what the manifest says.
+    """
+    sent = json.loads(files[_MANIFEST].tobytes())
+
+    def build(folder: Path) -> None:
+        for name, known in sent.items():
+            (folder / name).write_bytes(files[name])
+            if _checksum(folder / name) != known:
+                raise UserError(f"{name} of the cache entry {entry.name} was damaged on its way here: start again")
+
+    def is_sent(folder: Path) -> bool:
+        if json.loads((folder / _MANIFEST).read_bytes()) != sent:
+            raise ValueError("other files than were sent")
+        return True
+
+    fetch(entry, build, is_sent)
 
 
 def _read_complete(entry: Path, read: Callable[[Path], T]) -> T | None:

@@ -1,5 +1,6 @@
 """Image datasets as memory-mapped arrays, decoded once. Shapes: B, N examples, C channels, H, W pixels."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,6 @@ __all__ = ["DATASETS", "DatasetRow", "ImageDataset", "data_folder", "load_datase
 Progress = Callable[[int, int], None]
 
 _FORMAT = 1  # part of the cache key: raise it when what is stored, or a row of DATASETS, changes its meaning
-_META = "meta.json"
 _CHUNK = 4096
 
 
@@ -69,6 +69,8 @@ def load_dataset(
     data_dir: str | Path = "",
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    *,
+    fingerprint: str = "",
 ) -> ImageDataset:
     """Return the dataset ``name``, decoding it on the first call and mapping the cache's copy on later ones.
 
@@ -78,6 +80,7 @@ def load_dataset(
             "digits" comes from scikit-learn and ignores it.
         cache_dir: see `fedmaestro.data.cache.cache_root`.
         progress: called with (decoded, total) images while files are decoded; not when the cache has them.
+        fingerprint: of the data that another process has; without files here, the cache is searched for them.
 
     Raises:
         UserError: unknown name, missing or corrupt files, unreachable hub, or a cache that cannot be written.
@@ -87,8 +90,12 @@ def load_dataset(
     row = DATASETS[name]
     if not isinstance(row, DatasetRow) or name in (TRANSLATION, *FILE_KINDS):
         raise UserError(f"dataset {name!r} is no set of images")
+    if fingerprint and not has_files(row, data_dir):
+        found = cache.find(fingerprint, lambda folder: _read(folder, name, row), cache_dir)
+        if found is not None:
+            return found
     files = local_files(row, Path(data_dir).expanduser().absolute()) if row.hub and str(data_dir) else {}
-    entry = cache.cache_root(cache_dir) / "datasets" / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
+    entry = cache.cache_root(cache_dir) / cache.DATA / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
 
     def build(folder: Path) -> None:
         train, test = _decoded(row, files, progress)
@@ -96,6 +103,13 @@ def load_dataset(
         _store(folder, train, test)
 
     return cache.fetch(entry, build, lambda folder: _read(folder, name, row))
+
+
+def has_files(row: DatasetRow, data_dir: str | Path) -> bool:
+    """Return whether the files of a row are in ``data_dir``; an embedded one needs none."""
+    with contextlib.suppress(UserError):
+        return not row.hub or bool(str(data_dir) and local_files(row, Path(data_dir).expanduser().absolute()))
+    return False
 
 
 def _stamps(files: dict[str, list[Path]]) -> list[tuple[str, int, int]]:
@@ -145,7 +159,7 @@ def _store(folder: Path, train: "Arrays", test: "Arrays") -> None:
             np.save(folder / f"{split}_{kind}.npy", contiguous)
     mean, std = _channel_moments(train[0])
     meta = {"mean": mean, "std": std, "fingerprint": digest.hexdigest()}
-    (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+    (folder / cache.META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _channel_moments(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
@@ -166,7 +180,7 @@ def _channel_moments(images: npt.NDArray[np.uint8]) -> tuple[list[float], list[f
 
 
 def _read(folder: Path, name: str, row: DatasetRow) -> ImageDataset:
-    meta = json.loads((folder / _META).read_bytes())
+    meta = json.loads((folder / cache.META).read_bytes())
     return ImageDataset(
         name=name,
         train_images=_mapped(folder / "train_images.npy"),

@@ -585,18 +585,18 @@ def _fingerprint(dataset: OwnDataset) -> str:
 
 
 def _entry(fingerprint: str) -> Path:
-    return cache.cache_root() / "datasets" / f"own-{fingerprint[:32]}"
+    return cache.cache_root() / cache.DATA / f"own-{fingerprint[:32]}"
 
 
 def _store(folder: Path, dataset: OwnDataset) -> None:
     for name, array in _arrays(dataset).items():
         np.save(folder / f"{name}.npy", array)
     meta = {**_meta(dataset), "inputs": len(dataset.train.inputs), "fingerprint": dataset.fingerprint}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (folder / cache.META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _read(folder: Path, name: str) -> OwnDataset:
-    meta = json.loads((folder / "meta.json").read_bytes())
+    meta = json.loads((folder / cache.META).read_bytes())
 
     def load(array: str) -> Array:
         return np.load(folder / f"{array}.npy", mmap_mode="r")  # type: ignore[no-any-return]

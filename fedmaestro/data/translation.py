@@ -5,6 +5,7 @@ into words and punctuation marks by a regular expression; both languages share o
 at least three times in the training files: 9,712 entries (theirs, from another tokenizer, has 9,521).
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -29,7 +30,6 @@ SOURCE, TARGET = "de", "en"
 
 _FORMAT = 1  # part of the cache key: raise it when what is stored changes its meaning
 _FOLDER = "multi30k"
-_META = "meta.json"
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _ARRAYS = ("source", "source_lengths", "target", "target_lengths")
 
@@ -74,6 +74,7 @@ def load_translation(
     *,
     max_length: int = 32,
     min_count: int = 3,
+    fingerprint: str = "",
 ) -> TranslationDataset:
     """Return Multi30k, tokenising it on the first call and mapping the cache's copy on later ones.
 
@@ -83,6 +84,7 @@ def load_translation(
         max_length: training pairs with a sentence of more tokens, BOS and EOS included, are dropped (0.3 % at 32).
             Validation and test keep every pair at its full length: cut sentences would have another perplexity.
         min_count: tokens that are rarer in the training files become UNK.
+        fingerprint: of the data that another process has; without files here, the cache is searched for them.
 
     Raises:
         UserError: missing or corrupt files, files that are not parallel, or settings that leave no training pair.
@@ -90,6 +92,10 @@ def load_translation(
     """
     if max_length < 3 or min_count < 1:
         raise UserError(f"max_length={max_length} must be at least 3 and min_count={min_count} at least 1")
+    if fingerprint and not has_files(data_dir):
+        found = cache.find(fingerprint, lambda folder: _load(folder, max_length), cache_dir)
+        if found is not None:
+            return found
     if not str(data_dir):
         raise UserError(f"multi30k needs local files: pass --data-dir DATA_DIR with {_expected(Path('DATA_DIR'))}")
     paths = _paths(Path(data_dir).expanduser().absolute() / _FOLDER)
@@ -103,8 +109,15 @@ def load_translation(
         arrays = {f"{split}_{name}": a for split in SPLITS for name, a in _encode(pairs[split], vocabulary).items()}
         _store(folder, arrays, vocabulary)
 
-    entry = cache.cache_root(cache_dir) / "datasets" / f"{_FOLDER}-{key}"
+    entry = cache.cache_root(cache_dir) / cache.DATA / f"{_FOLDER}-{key}"
     return cache.fetch(entry, build, lambda folder: _load(folder, max_length))
+
+
+def has_files(data_dir: str | Path) -> bool:
+    """Return whether the files are in ``data_dir``."""
+    with contextlib.suppress(UserError):
+        return bool(str(data_dir) and _paths(Path(data_dir).expanduser().absolute() / _FOLDER))
+    return False
 
 
 def tokenize(sentence: str) -> list[str]:
@@ -183,11 +196,11 @@ def _store(folder: Path, arrays: dict[str, Ids], vocabulary: tuple[str, ...]) ->
         digest.update(array.data)
         np.save(folder / f"{name}.npy", array)
     meta = {"vocabulary": vocabulary, "fingerprint": digest.hexdigest()}
-    (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+    (folder / cache.META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _load(folder: Path, max_length: int) -> TranslationDataset:
-    meta = json.loads((folder / _META).read_bytes())
+    meta = json.loads((folder / cache.META).read_bytes())
     splits = {
         split: TranslationSplit(**{name: np.load(folder / f"{split}_{name}.npy", mmap_mode="r") for name in _ARRAYS})
         for split in SPLITS

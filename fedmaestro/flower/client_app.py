@@ -77,15 +77,16 @@ def describe(message: Message, context: Context) -> Message:
             "partition-id": int(context.node_config.get("partition-id", 0)),
             "num-partitions": int(context.node_config.get("num-partitions", 1)),
             "fingerprint": env.fingerprint,
+            "data": env.task.fingerprint,
         }
     )
     return Message(RecordDict({JOB: record}), reply_to=message)
 
 
-def read_description(reply: Message) -> tuple[int, str]:
-    """Return how many hosts there are, and the fingerprint of the data that this one sees."""
+def read_description(reply: Message) -> tuple[int, str, str]:
+    """Return how many hosts there are, and the fingerprints of the experiment and of the data that this one sees."""
     record: dict[str, Any] = dict(reply.content.config_records[JOB])
-    return int(record["num-partitions"]), str(record["fingerprint"])
+    return int(record["num-partitions"]), str(record["fingerprint"]), str(record["data"])
 
 
 @app.train()

@@ -9,6 +9,7 @@ same.
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -213,6 +214,12 @@ def compare(
             )
         except InterruptedRunError:
             interrupted = True
+        except UserError:
+            if not resume and not any(cell.folder.path.exists() for cell in cells):
+                (folder / "compare.toml").unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
     results = write()
     if interrupted and not any(row.seeds for row in results.strategies):
         raise KeyboardInterrupt

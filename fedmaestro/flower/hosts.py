@@ -112,10 +112,15 @@ def _check(reply: Message, env: Environment) -> int:
     host = reply.metadata.src_node_id
     if reply.has_error():
         raise UserError(f"host {host} cannot take part: {reason_of(reply)}")
-    count, fingerprint = read_description(reply)
+    count, fingerprint, data = read_description(reply)
+    if data != env.task.fingerprint:
+        raise UserError(
+            f"host {host} has other data of {env.task.name!r} than the server: give it the same files "
+            "(data.dir, FEDMAESTRO_DATA_DIR)"
+        )
     if fingerprint != env.fingerprint:
         raise UserError(
-            f"host {host} sees other data, another partition or another fleet than the server: "
-            "give all of them the same files and the same versions of the libraries"
+            f"host {host} makes another partition or another fleet of the same data than the server: "
+            "give it the same versions of the libraries and the same fleet file"
         )
     return count

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,6 +65,8 @@ class RayGrid(DirectGrid):
         self.runtime, self.client_app = runtime, client_app
         self._shared: dict[int, tuple[ArrayRecord, int, Any]] = {}
         self._storing = threading.Lock()
+        self._parcels: dict[str, tuple[Any, int]] = {}
+        self._supplying: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.closed = False
         self._ending: threading.Thread | None = None
         self._live: set[int] = set()
@@ -175,6 +177,7 @@ class RayGrid(DirectGrid):
             if not self._live:
                 # Perhaps Ray is lost. It would try to recover what it stored, and end this process where it cannot.
                 self._shared.clear()
+                self._parcels.clear()
             self._arrived.notify_all()
 
     def stored(self, record: ArrayRecord) -> Any:
@@ -187,6 +190,23 @@ class RayGrid(DirectGrid):
                 # The record is kept with it: an id is somebody else's once its object is gone.
                 known = self._shared[id(record)] = record, starts, ray.put(record)
             return known[2]
+
+    def parcel(self, fingerprint: str) -> tuple[Any, int] | None:
+        """Return the reference to a parcel in Ray's object store, and its size; None: this machine lacks it too."""
+        import ray
+
+        from fedmaestro.flower.parcel import pack
+
+        with self._storing:
+            known = self._parcels.get(fingerprint)
+            if known is None and (parcel := pack(fingerprint)) is not None:
+                known = self._parcels[fingerprint] = ray.put(parcel), parcel.size
+            return known
+
+    def supplying(self, node: str) -> threading.Lock:
+        """Return what lets the hosts of a node look one by one for what it lacks: the first of them is sent it."""
+        with self._storing:
+            return self._supplying[node]
 
     def _help_out(self) -> None:
         """Work in this process as long as no actor does."""
@@ -210,6 +230,8 @@ class _Host:
         self._ready = False
         self._starts = 0
         self._greeted: Greeting | None = None
+        self._node = self._place = ""
+        """Ray's id of the actor's node, and what people call it."""
         self._flying: deque[tuple[Job, Any]] = deque()
         self._said = False
 
@@ -222,6 +244,11 @@ class _Host:
                     continue
                 if (job := self.grid.next_job()) is None:
                     return
+                # An actor may be lost while it has nothing to do. One message finds that out; others that share its
+                # fate, as those of a lost node do, must not fail at the same message.
+                if not self._is_up() or (job.attempts and not self._answers()):
+                    self.grid.give_back([job])
+                    continue
                 self._work(job)
                 while self._flying:
                     self._work(None)
@@ -245,28 +272,47 @@ class _Host:
         if any(job.message.metadata.message_id in abandoned for job, _ in list(self._flying)):
             self.kill()
 
+    def _is_up(self) -> bool:
+        """Return whether there is an actor in the Ray of now that has answered the greeting of now."""
+        same = self._starts == self.grid.runtime.starts and self._greeted is self.grid.greeting
+        return self._ready and same
+
+    def _answers(self) -> bool:
+        """Return whether the actor does."""
+        import ray
+
+        try:
+            with self.grid.runtime.used():
+                ray.get(self._actor.node.remote(), timeout=START_SECONDS)
+        except Exception:
+            if not self.grid.closed:
+                self._lost()
+            return False
+        return True
+
     def _start(self) -> bool:
-        """Start an actor unless there is one; return whether there is."""
+        """Start an actor unless there is one, and let it answer the greeting; return whether it is up."""
         import ray
 
         runtime = self.grid.runtime
-        if self._ready and self._starts == runtime.starts:
-            return True
-        starts = self._starts = runtime.starts
         try:
             with runtime.used():
-                self._actor, self._greeted = self._create(), None
-                _check_versions(ray.get(self._actor.start.remote(), timeout=START_SECONDS), self.number)
+                if not self._ready or self._starts != runtime.starts:
+                    self._ready, self._starts = False, runtime.starts
+                    self._actor, self._greeted = self._create(), None
+                    _check_versions(ray.get(self._actor.start.remote(), timeout=START_SECONDS), self.number)
+                    self._node, self._place = ray.get(self._actor.node.remote())
                 self._greet()
         except UserError:
             raise
         except Exception as error:
             if not self.grid.closed:
                 self._lost()
-                self._cannot_start(error, starts)
+                self._cannot_start(error)
             return False
-        self._ready, self._said = True, False
-        self.grid.is_live(self.number, live=True)
+        if not self._ready:
+            self._ready, self._said = True, False
+            self.grid.is_live(self.number, live=True)
         return True
 
     def _create(self) -> Any:
@@ -289,16 +335,20 @@ class _Host:
             .remote(own_app, self.number, grid.workers, sys.path, "cuda" if gpus else "cpu")
         )
 
-    def _cannot_start(self, error: Exception, starts: int) -> None:
+    def _cannot_start(self, error: Exception) -> None:
         import ray
 
         reason = one_line(error)
         if isinstance(error, ray.exceptions.RuntimeEnvSetupError | ModuleNotFoundError) or "ModuleNotFound" in reason:
             raise UserError(f"host {self.number} cannot take part: {reason}: install the same version on every node")
+        died = isinstance(error, ray.exceptions.ActorDiedError)
         if not self._said:
             log.warning("host %d cannot be started (%s)", self.number, reason)
             self._said = True
-        if not self.grid._live and self.grid.runtime.restart(starts):
+            if died:
+                return
+        # A process that died says nothing of Ray itself.
+        if not died and not self.grid._live and self.grid.runtime.restart(self._starts):
             return
         self.grid.pause(AGAIN_SECONDS)
 
@@ -308,7 +358,6 @@ class _Host:
 
         try:
             with self.grid.runtime.used():
-                self._greet()
                 if job is not None:
                     self._send(job)
                 # The actor need not wait for this process between two messages.
@@ -322,8 +371,10 @@ class _Host:
             self._flying.clear()
             if not self.grid.closed:
                 self._lost()
-                self.grid.give_back(flying[1:])
-                for failed in flying[:1]:
+                # An actor begins with what was sent first; one of a Ray that is gone has not begun with anything.
+                begun = 1 if self._starts == self.grid.runtime.starts else 0
+                self.grid.give_back(flying[begun:])
+                for failed in flying[:begun]:
                     self.grid.failed(failed, self.number, one_line(error))
             return
         done, _ = self._flying.popleft()
@@ -343,17 +394,44 @@ class _Host:
 
     def _greet(self) -> None:
         """Let the host answer the grid's greeting, if it has not."""
-        import ray
-
         greeting = self.grid.greeting
-        if greeting is not None and self._greeted is not greeting:
-            hello = greeting.to(SERVER_NODE + 1 + self.number)
-            greeting.check(ray.get(self._actor.work.remote(hello, {})))
-            self._greeted = greeting
+        if greeting is None or self._greeted is greeting:
+            return
+        hello = greeting.to(SERVER_NODE + 1 + self.number)
+        try:
+            # The nodes of a Ray of our own are this machine.
+            if not self.grid.runtime.own:
+                self._supply(hello)
+            greeting.check(_answer(self._actor.work.remote(hello, {})))
+        except UserError as error:
+            raise error if self.grid.runtime.own else UserError(f"node {self._place}: {error}") from None
+        self._greeted = greeting
+
+    def _supply(self, message: Message) -> None:
+        """Send the host's node what the message names and the node lacks; its other hosts find it there then."""
+        with self.grid.supplying(self._node):
+            for fingerprint in _answer(self._actor.lacking.remote(message)):
+                # What this process lacks too, the host will say.
+                if (parcel := self.grid.parcel(fingerprint)) is not None:
+                    reference, size = parcel
+                    log.info("node %s is sent %.1f MB of data", self._place, size / 1e6)
+                    _answer(self._actor.take.remote([reference]))
 
     def _lost(self) -> None:
         self.kill()
         self.grid.is_live(self.number, live=False)
+
+
+def _answer(reference: Any) -> Any:
+    """Return what an actor's method returned; where that raised a UserError, raise it without Ray's traceback."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
 
 
 def _check_versions(theirs: dict[str, str], number: int) -> None:

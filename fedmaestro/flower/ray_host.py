@@ -6,15 +6,20 @@ The tensors that messages share (a tier's submodel) are put into Ray's object st
 import copy
 import os
 import platform
+import socket
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import ray
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedmaestro import __version__
+
+NODE_ID = 8
+"""Digits of Ray's id of a node that are shown: nodes of one machine have one name and one address."""
 
 KEPT = 8
 """Records that a host keeps: those of a round's tiers."""
@@ -43,6 +48,24 @@ class RayHost:
         self._call = HostCall(ray.get(self._app[0]) if self._app else app, self._number, self._count)
         return versions()
 
+    def node(self) -> tuple[str, str]:
+        """Return Ray's id of the node, and what people call it."""
+        node = ray.get_runtime_context().get_node_id()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return node, f"{socket.gethostname()} ({address}, {node[:NODE_ID]})"
+
+    def lacking(self, message: Message) -> list[str]:
+        """Return the fingerprints of what a message names and this node does not have."""
+        from fedmaestro.flower.parcel import lacking
+
+        return lacking(message)
+
+    def take(self, parcel: Sequence[Any]) -> None:
+        """Put a parcel into this node's cache: a list of one reference to it."""
+        from fedmaestro.flower.parcel import unpack
+
+        unpack(ray.get(parcel[0]))
+
     def work(self, message: Message, shared: Mapping[str, Sequence[Any]]) -> Message:
         """Return the app's reply.
 
@@ -67,7 +90,9 @@ class RayHost:
 
 def versions() -> dict[str, str]:
     """Return the versions that must be the same on all machines."""
-    return {"FedMaestro": __version__, "Python": platform.python_version(), "Ray": ray.__version__}
+    # PyTorch without what a build adds to its number (+cpu).
+    libraries = {name: version(name).partition("+")[0] for name in ("torch", "numpy", "flwr", "ray")}
+    return {"FedMaestro": __version__, "Python": platform.python_version(), **libraries}
 
 
 def without(message: Message, names: Sequence[str]) -> Message:

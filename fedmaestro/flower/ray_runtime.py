@@ -4,8 +4,11 @@ Ray takes some seconds to start, so that happens beside everything else. Its pro
 started them (``PR_SET_PDEATHSIG``): that thread therefore lives as long as Ray is needed.
 """
 
+import contextlib
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,8 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import writable
 
 log = logging.getLogger("fedmaestro")
+
+PROBE = """
+import ray, sys
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    print(" ".join(str(error).split()))
+    sys.exit(1)
+"""
+"""Prints what Ray has against an address, on one line."""
 
 PROBE_SECONDS = 30
 """How long a Ray cluster may take to accept a first connection."""
@@ -34,6 +48,12 @@ SOCKET_PATH = 107
 SESSION = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """What Ray puts behind its temporary folder."""
 
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+"""Temporary folders for where the one in use is too long."""
+
+REASON = 100
+"""Characters of what Ray says of an error: its messages span many lines."""
+
 USED_SECONDS = 90.0
 """How long those that wait for a lost Ray may take to find out."""
 
@@ -41,13 +61,24 @@ INLINE_BYTES = 16 * 2**20
 """Replies of a Ray of our own up to this size go straight to this process. Through the object store, as Ray has it for
 all above 100 kB, each costs 5 ms more of two busy cores: store, raylet and both processes talk about it first."""
 
+LEAVE_SECONDS = 20.0
+"""How long the end waits for a Ray that is still starting; it then ends by itself, or with this process."""
+
 RESTARTS = 3
 """How often a Ray of our own is started anew after it was lost."""
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""What a container may use: so many microseconds of CPU time in so many microseconds."""
 
 
 def available_cpus() -> int:
     """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return cpus
+    return max(1, min(cpus, quota // period))
 
 
 class RayRuntime:
@@ -55,16 +86,22 @@ class RayRuntime:
 
     Args:
         actors: how many hosts it is for; None: one per CPU that it has free.
-        address: of a cluster; None: the one that this process is in, or else one of our own.
+        address: of a cluster; None or "local": the one that this process is in, or else one of our own.
+        setting: where the address comes from, for messages.
         gpus: of each actor.
     """
 
-    def __init__(self, actors: int | None, address: str | None = None, gpus: float = 0.0) -> None:
-        self._wanted, self._address, self.gpus = actors, address, gpus
+    def __init__(
+        self, actors: int | None, address: str | None = None, setting: str = "--ray-address", gpus: float = 0.0
+    ) -> None:
+        self._wanted, self._setting, self.gpus = actors, setting, gpus
+        self._address = None if address == "local" else address
         self._ready, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._using = threading.Condition()
         self._users, self._restarting = 0, False
         self._thread: threading.Thread | None = None
+        self._temporary = ""
+        self._session: Path | None = None
         self.error: UserError | None = None
         self.own = self.attached = False
         self.actors = actors or 0
@@ -77,22 +114,33 @@ class RayRuntime:
         """Join a Ray, or begin to start one; return at once then.
 
         Raises:
-            UserError: it cannot be reached, has other versions, no free CPU, or fewer than ``actors``.
+            UserError: it cannot be reached, has other versions, no free CPU, or fewer than ``actors``; this machine has
+                fewer, or no temporary folder for Ray.
         """
         if joined():
             self.attached = True
         elif self._address is None:
             self.own = True
             self.actors = self._wanted or available_cpus()
+            if self.actors > (cpus := available_cpus()):
+                raise UserError(
+                    f"--actors {self.actors}: this process has {_cpus(cpus)}, of which each actor needs one: "
+                    f"use --actors {cpus} or fewer, or --actors 0 to work in this process"
+                )
             if self.gpus:
                 self.actors = check_gpus(self.gpus, self._wanted)
+            self._temporary = str(temporary_folder() / "ray")
             self._start()
             return
         else:
             self._connect(self._address)
-        self.actors = self._counted()
-        if self.gpus:
-            self.actors = min(self.actors, check_gpus(self.gpus, self._wanted, cluster=True))
+        try:
+            self.actors = self._counted()
+            if self.gpus:
+                self.actors = min(self.actors, check_gpus(self.gpus, self._wanted, cluster=True))
+        except UserError:
+            self.close()
+            raise
         self._ready.set()
 
     @property
@@ -158,10 +206,19 @@ class RayRuntime:
                     self._ready.wait()
             return self.error is None
 
+    def give_up(self) -> None:
+        """Let nobody wait any longer for a Ray that has not started."""
+        if not self._ready.is_set():
+            self.error = UserError("Ray has not started in time")
+            self._ready.set()
+
     def close(self) -> None:
         """Leave a Ray that was there before as it is; end one of our own."""
         if self.own:
-            self._end()
+            self._end(None if self._session else LEAVE_SECONDS)
+            # A Ray that was lost, or could not start, keeps its logs.
+            if self._session is not None:
+                forget_session(self._session)
         elif not self.attached:
             import ray
 
@@ -169,41 +226,51 @@ class RayRuntime:
 
     def _start(self) -> None:
         self.starts += 1
-        temporary = short_folder()
-        self._thread = threading.Thread(target=self._serve, args=(temporary,), name="ray", daemon=True)
+        self._session = None
+        self._thread = threading.Thread(target=self._serve, name="ray", daemon=True)
         self._thread.start()
 
-    def _serve(self, temporary: str | None) -> None:
+    def _serve(self) -> None:
         try:
             with _worker_environment():
-                _init(
+                self._session = _init(
                     address="local",
                     num_cpus=self.actors,
                     include_dashboard=False,
-                    _temp_dir=temporary,
+                    _temp_dir=self._temporary,
                     _system_config={"max_direct_call_object_size": INLINE_BYTES},
                 )
-        except Exception as error:
-            self.error = UserError(f"cannot start Ray on this machine: {_first_line(error)}")
+        except BaseException as error:  # whatever it is: somebody waits
+            self.error = UserError(
+                f"cannot start Ray on this machine ({shortened(error)}; its logs are below {self._temporary}): give it "
+                "what it lacks, or use --actors 0 to work in this process"
+            )
         self._ready.set()
         self._over.wait()
         import ray
 
         ray.shutdown()
 
-    def _end(self) -> None:
+    def _end(self, timeout: float | None = None) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
 
     def _connect(self, address: str) -> None:
         try:
             check_reachable(address)
             _init(address=address)
         except Exception as error:
+            # Ray's own words, in which it compares the cluster with this process.
+            if len(found := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))) == 2:
+                theirs, ours = (f"Ray {ray} and Python {python}" for ray, python in found)
+                raise UserError(
+                    f"the Ray cluster of {self._setting} {address!r} runs {theirs}, this process {ours}: install the "
+                    "same versions on every node"
+                ) from None
             raise UserError(
-                f"cannot reach the Ray cluster at {address!r} ({_first_line(error)}): start it with `ray start "
-                "--head`, or unset RAY_ADDRESS and --ray-address to simulate on this machine"
+                f"cannot reach the Ray cluster of {self._setting} {address!r} ({shortened(error)}): start one with "
+                f"`ray start --head`, or do without {self._setting} to simulate on this machine"
             ) from None
 
     def _counted(self) -> int:
@@ -215,7 +282,7 @@ class RayRuntime:
         self.group, bundles = current_group(), group_cpus()
         if self._wanted is not None and self._wanted > total:
             raise UserError(
-                f"--actors {self._wanted}: the Ray cluster at {here} has {total} CPUs: ask for fewer, or add nodes"
+                f"--actors {self._wanted}: the Ray cluster at {here} has {_cpus(total)}: ask for fewer, or add nodes"
             )
         if bundles is not None:
             if bundles < (wanted := self._wanted or 1):
@@ -260,6 +327,10 @@ def check_gpus(each: float, actors: int | None, *, cluster: bool = False) -> int
     return actors or (room if cluster else min(room, available_cpus()))
 
 
+def _cpus(count: int) -> str:
+    return f"{count} CPU{'s' * (count != 1)}"
+
+
 def joined() -> bool:
     """Return whether this process is part of a Ray already: it has initialised one, or is a task or an actor."""
     ray = sys.modules.get("ray")
@@ -302,12 +373,14 @@ def group_cpus() -> int | None:
     return int(sum(bundle.get("CPU", 0) for bundle in group.bundle_specs[1:]))
 
 
-def _init(**arguments: Any) -> None:
+def _init(**arguments: Any) -> Path:
+    """Initialise Ray; return the folder of its session."""
     import ray
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    return Path(context.address_info["session_dir"])
 
 
 @contextmanager
@@ -326,19 +399,39 @@ def _worker_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def short_folder() -> str | None:
-    """Return a folder for Ray's sockets where its own choice has too long a path for them; None where it has not.
+def temporary_folder() -> Path:
+    """Return the folder for Ray's files: the user's own, or another one where that is too long for a socket's path.
 
     Raises:
-        UserError: there is no shorter one.
+        UserError: it cannot be written.
     """
-    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(chosen + SESSION)) <= SOCKET_PATH:
-        return None
-    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
-        if os.access(folder, os.W_OK):
-            return str(Path(folder) / "ray")
-    raise UserError(f"the temporary folder {chosen!r} is too long for a socket's path: set RAY_TMPDIR to a shorter one")
+    asked = os.environ.get("RAY_TMPDIR")
+    try:
+        chosen = Path(asked or tempfile.gettempdir()).absolute()
+    except OSError:
+        raise UserError("no temporary folder can be written: set TMPDIR to one") from None
+    if not writable(chosen):
+        raise UserError(f"RAY_TMPDIR={asked}: no folder that can be written: set it to another one, or unset it")
+    if len(os.fsencode(f"{chosen}{SESSION}")) <= SOCKET_PATH:
+        return chosen
+    for short in map(Path, SHORT_FOLDERS):
+        if short.is_dir() and writable(short):
+            if asked:
+                log.warning("RAY_TMPDIR=%s is too long for the path of a socket: Ray uses %s", asked, short)
+            return short
+    name = "RAY_TMPDIR" if asked else "TMPDIR"
+    most = SOCKET_PATH - len(SESSION)
+    raise UserError(f"{name}={str(chosen)[:100]}… is too long for the path of a socket: set it to {most} bytes at most")
+
+
+def forget_session(session: Path) -> None:
+    """Remove what a Ray that has ended leaves in the temporary folder: its logs, and a link to them."""
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.parent / "session_latest"
+    with contextlib.suppress(OSError):  # others may use the folder
+        if latest.readlink() == session:
+            latest.unlink()
+        session.parent.rmdir()
 
 
 def check_reachable(address: str) -> None:
@@ -346,16 +439,17 @@ def check_reachable(address: str) -> None:
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
-    probe = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
     try:
-        command = [sys.executable, "-c", probe, address]
+        command = [sys.executable, "-c", PROBE, address]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         raise OSError(f"no answer within {PROBE_SECONDS} s") from None
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise OSError(last) from None
+        said = error.stdout.strip() or error.stderr.strip() or "no reason given"
+        raise OSError(said.splitlines()[-1]) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def shortened(error: BaseException) -> str:
+    """Return what an error says, as a part of a line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= REASON else f"{said[:REASON]}…"

@@ -41,6 +41,28 @@ def checked_actors(actors: int | None) -> int | None:
     return actors
 
 
+class _Grid(RayGrid):
+    """Hosts in Ray actors; where no Ray of our own can be started, this process goes on with what it has begun."""
+
+    _told = False
+
+    def retire(self) -> None:
+        """End actors and Ray in a thread of their own."""
+        self._told = True
+        self.runtime.give_up()
+        super().retire()
+
+    def fail(self, error: Exception) -> None:
+        """Let whoever waits fail with ``error``, unless this process can do all the work."""
+        if error is not self.runtime.error or not self._helping:
+            super().fail(error)
+            return
+        with self._arrived:
+            told, self._told = self._told, True
+        if not told:
+            log.warning("this process does all the work: %s", error)
+
+
 @contextmanager
 def hosts(
     client_app: ClientApp,
@@ -72,12 +94,19 @@ def hosts(
             yield LocalGrid(client_app)
         return
     threads = torch.get_num_threads()
-    runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None, gpus_per_actor)
+    setting = "--ray-address" if ray_address else "RAY_ADDRESS"
+    runtime = RayRuntime(actors, ray_address or os.environ.get("RAY_ADDRESS") or None, setting, gpus_per_actor)
     runtime.open()
-    # Another app may do to its process what it likes: it must not be this one.
-    # Nor may it work on a CPU what others work on a GPU: that rounds differently.
+    # Another app may do to its process what it likes: it must not be this one. Nor may this one work on a CPU what
+    # others work on a GPU: that rounds differently.
     help_out = runtime.own and client_app is default_client_app and not gpus_per_actor
-    grid = RayGrid(runtime, client_app, help_out=help_out)
+    if not help_out:
+        try:
+            runtime.wait()
+        except UserError:
+            runtime.close()
+            raise
+    grid = _Grid(runtime, client_app, help_out=help_out)
     try:
         yield grid
     finally:

@@ -38,8 +38,10 @@ from fedmaestro.extend import Registered, forget_loaded, register_loaded, sessio
 from fedmaestro.runs.folder import write_atomically
 
 _FOLDER, _MANIFEST = "code", "code.json"
+LARGE = "code-sha256"
+"""What a message names code by that it does not carry."""
 SHIPPED_BYTES = 1 << 20
-"""Code of at most this size travels with every message; more is read from the cache, which hosts must share."""
+"""Code of at most this size travels with every message; more is read from the cache: hosts share it, or are sent it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,10 +449,12 @@ def shipped(code: Code) -> dict[str, Any]:
     content = code.to_bytes()
     if len(content) <= SHIPPED_BYTES:
         return {"code": content}
-    entry = _cached(code.fingerprint)
-    if not entry.exists():
-        write_atomically(entry, content)
-    return {"code-sha256": code.fingerprint}
+    cache.fetch(
+        cached(code.fingerprint),
+        lambda folder: write_atomically(folder / _MANIFEST, content),
+        lambda folder: Code.from_bytes((folder / _MANIFEST).read_bytes()),
+    )
+    return {LARGE: code.fingerprint}
 
 
 def received(job: dict[str, Any]) -> Code:
@@ -461,21 +465,22 @@ def received(job: dict[str, Any]) -> Code:
     """
     if (content := job.pop("code", None)) is not None:
         return Code.from_bytes(content)
-    if (fingerprint := job.pop("code-sha256", None)) is None:
+    if (fingerprint := job.pop(LARGE, None)) is None:
         return NO_CODE
-    return _from_cache(str(_cached(fingerprint)))
+    return _from_cache(cached(fingerprint))
 
 
 @lru_cache(maxsize=2)
-def _from_cache(entry: str) -> Code:
-    try:
-        return Code.from_bytes(Path(entry).read_bytes())
-    except OSError as error:
+def _from_cache(entry: Path) -> Code:
+    found = cache.read(entry, lambda folder: Code.from_bytes((folder / _MANIFEST).read_bytes()))
+    if found is None:
         raise UserError(
-            f"this host lacks the experiment's objects, which are larger than a message ({entry}: {error.strerror}): "
+            f"this host lacks the experiment's objects, which are larger than a message (no usable {entry}): "
             f"share the cache folder ({cache.CACHE_VARIABLE}), or name a file that loads them in use"
-        ) from None
+        )
+    return found
 
 
-def _cached(fingerprint: str) -> Path:
-    return cache.cache_root() / "code" / f"{fingerprint}.json"
+def cached(fingerprint: str) -> Path:
+    """Return the cache entry of code that is too large for messages."""
+    return cache.cache_root() / "code" / fingerprint

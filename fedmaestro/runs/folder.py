@@ -1,8 +1,10 @@
 """The folder of a run: its files, who may use it, and writes that a crash cannot tear."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import writable
 from fedmaestro.runs.reader import read_lines
 from fedmaestro.runs.records import DeviceRecord, Record, RoundRecord
 
@@ -52,23 +55,26 @@ class RunFolder:
         """Raise UserError when the folder cannot be made or is not writable; nothing is created."""
         try:
             existing = next(p for p in (self.path, *self.path.parents) if p.exists())
-            usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         except OSError as error:
             raise UserError(
                 f"cannot write to the run folder {self.path}: {error.strerror}: choose another out"
             ) from None
-        if not usable:
-            raise UserError(f"cannot write to the run folder {self.path}: {existing} is not a writable folder")
+        if not writable(existing):
+            raise UserError(
+                f"cannot write to the run folder {self.path}: {existing} is not a writable folder: choose another out"
+            )
 
     @contextmanager
     def claim(self, resume: bool) -> Iterator[None]:
-        """Make the folder and keep every other run out of it.
+        """Make the folder and keep every other run out of it; a new run that is refused leaves nothing there.
 
         Raises:
             UserError: another process runs in it, it already holds a run that is not to be resumed, it cannot be made.
         """
         lock = FileLock(self.path / ".lock")
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
+            before = set() if made else set(self.path.iterdir())
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
@@ -78,9 +84,31 @@ class RunFolder:
         try:
             if self.holds_run() and not resume:
                 raise UserError(holds_a_run(self.path))
-            yield
+            try:
+                yield
+            except UserError:
+                if not resume and not self._has_trained():
+                    self._remove_all_but(before, made)
+                raise
         finally:
             lock.release()
+
+    def _has_trained(self) -> bool:
+        """Return whether there is anything to go on from: a trained round, or a checkpoint of a training."""
+        if self.rounds.exists():
+            return any(record.round > 0 for record in self.read_rounds())
+        return self.checkpoint.exists()
+
+    def _remove_all_but(self, before: Collection[Path], made: Sequence[Path]) -> None:
+        """Remove what was not there before, and those of the folders made for it that are empty then."""
+        for path in set(self.path.iterdir()) - set(before):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
     @property
     def devices(self) -> Path:

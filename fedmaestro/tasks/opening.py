@@ -8,11 +8,11 @@ import numpy as np
 
 from fedmaestro import rng
 from fedmaestro.config.training import TrainingConfig
-from fedmaestro.data import DATASETS, TRANSLATION, data_folder, load_dataset
+from fedmaestro.data import DATASETS, TRANSLATION, DatasetRow, cache, data_folder, load_dataset, translation
 from fedmaestro.data.files import KINDS as FILE_KINDS
 from fedmaestro.data.files import file_row
+from fedmaestro.data.load import has_files
 from fedmaestro.data.own import OwnRow, own_dataset
-from fedmaestro.data.translation import load_translation
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.runs.code import user_code
 from fedmaestro.tasks.augment import augmented
@@ -54,7 +54,8 @@ def open_data(
         name: a key of ``DATASETS``.
         folder: of local files; empty: the hub.
         progress: is told (done, total) while images are decoded for the first time.
-        data_fingerprint: of what another process has made of a dataset of the user's.
+        data_fingerprint: of the data that another process has; the cache is searched for them where this machine has
+            no files, and before a dataset of the user's is made anew.
         augment: ``data.augment``.
         min_count: tokens of a translation that are rarer in the training sentences become unknown.
         test_limit: score only this many test examples, the first.
@@ -78,11 +79,27 @@ def open_data(
         train, held_out = choose(len(own.train.targets))
         return augmented(own_task(own, train=train, held_out=held_out, **picked), augment)
     if name == TRANSLATION:
-        pairs = load_translation(folder, min_count=min_count)
+        pairs = translation.load_translation(folder, min_count=min_count, fingerprint=data_fingerprint)
         return augmented(translation_task(pairs, train=choose(len(pairs.train))[0], **picked), augment)
-    images = load_dataset(name, folder, progress=progress)
+    images = load_dataset(name, folder, progress=progress, fingerprint=data_fingerprint)
     train, held_out = choose(len(images.train_labels))
     return augmented(image_task(images, train=train, held_out=held_out, **picked), augment)
+
+
+def is_here(name: str, folder: str, data_fingerprint: str) -> bool:
+    """Return whether ``open_data`` finds data on this machine: their files, or an entry of the cache with the content.
+
+    Args:
+        name: a key of ``DATASETS`` here or, of a dataset of the user's, elsewhere.
+        folder: of local files.
+        data_fingerprint: of the data that another process has.
+    """
+    row = DATASETS.get(name)
+    if name == TRANSLATION:
+        by_path = translation.has_files(folder)
+    else:
+        by_path = isinstance(row, DatasetRow) and name not in FILE_KINDS and has_files(row, folder)
+    return by_path or cache.find(data_fingerprint, lambda entry: entry) is not None
 
 
 def as_asked(task: Task, goal: str | None, metrics: str | None) -> Task:

@@ -266,6 +266,7 @@ def test_flower_run_config_is_the_schema() -> None:
     """A key that Flower does not declare could not be overridden with ``flwr run --run-config``."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     declared = flatten(pyproject["tool"]["flwr"]["app"]["config"])
+    assert declared.pop("resume") is False, "no setting: an option of the command line"
     # What Flower fills in counts as given: 20 devices would then be asked of data that say the number themselves.
     assert declared.pop("data.devices") == "default"
     shown = {key: value for key, value in DEFAULTS.items() if key != "data.devices"}

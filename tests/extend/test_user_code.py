@@ -267,7 +267,7 @@ def test_large_objects_go_through_the_cache(federate: Federate, monkeypatch: pyt
     summary, _, grid = federate({**extend.given({"model": Tiny}), "train.rounds": 1})
     assert summary["failed"] == 0
     assert all("code-sha256" in message.content.config_records["job"] for message in grid.sent)
-    monkeypatch.setattr(module, "_cached", lambda fingerprint: Path("/nowhere") / fingerprint)
+    monkeypatch.setattr(module, "cached", lambda fingerprint: Path("/nowhere") / fingerprint)
     with pytest.raises(UserError, match="this host lacks the experiment's objects"):
         module.received({"code-sha256": "0"})
 

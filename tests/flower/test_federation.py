@@ -271,7 +271,7 @@ def test_a_cohort_that_every_host_fails_at_costs_its_devices_only(federate: Fede
 def test_hosts_with_other_data_are_refused(federate: Federate) -> None:
     def lie(message: Message) -> Message | None:
         if message.metadata.message_type.startswith("query"):
-            record = ConfigRecord({"partition-id": 0, "num-partitions": 2, "fingerprint": "other"})
+            record = ConfigRecord({"partition-id": 0, "num-partitions": 2, "fingerprint": "other", "data": "other"})
             return Message(RecordDict({JOB: record}), reply_to=message)
         return None
 

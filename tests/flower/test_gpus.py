@@ -17,9 +17,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actors: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(
-        UserError, match=r"--gpus-per-actor 0\.25: this machine has 0 GPUs .*: lower it"
-    ):
+    with pytest.raises(UserError, match=r"--gpus-per-actor 0\.25: this machine has 0 GPUs .*: lower it"):
         fedmaestro.run(out=tmp_path / "run", actors=actors, gpus_per_actor=0.25)
     assert not (tmp_path / "run").exists()
 
