@@ -379,7 +379,7 @@ def _init(**arguments: Any) -> Path:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+        context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
     return Path(context.address_info["session_dir"])
 
 
