@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import fedmaestro
-from fedmaestro.flower.ray_runtime import short_folder
+from fedmaestro.flower.ray_runtime import temporary_folder
 
 HOLD = """
 import json, sys
@@ -135,7 +135,7 @@ class Nodes:
 @contextmanager
 def nodes(folder: Path) -> Iterator[Nodes]:
     """Hold a cluster for at most five minutes, with files of its own: a plain ``ray.init()`` elsewhere joins others."""
-    temporary = tempfile.TemporaryDirectory(dir=short_folder(), ignore_cleanup_errors=True)
+    temporary = tempfile.TemporaryDirectory(dir=temporary_folder(), ignore_cleanup_errors=True)
     with temporary as files, (folder / "nodes.log").open("w") as log, _held(files, log) as held:
         yield held
 

@@ -16,8 +16,6 @@ from fedmaestro.errors import UserError
 from fedmaestro.flower import ray_grid
 from fedmaestro.rounds.observer import Observer
 
-ray_grid.ALONE_SECONDS, ray_grid.START_SECONDS, ray_grid.AGAIN_SECONDS = 6.0, 5.0, 0.5
-
 def no_place(host):
     raise RuntimeError("the cluster has no place")
 
@@ -25,6 +23,7 @@ class Losing(Observer):
     def on_round(self, record):
         if record.round == 2:
             ray_grid._Host._create = no_place
+            ray_grid.ALONE_SECONDS, ray_grid.AGAIN_SECONDS = 6.0, 0.5
             names = ["pgrep", "-f", "ray::RayHost"]
             for process in subprocess.run(names, capture_output=True, text=True).stdout.split():
                 os.kill(int(process), signal.SIGKILL)
