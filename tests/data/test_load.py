@@ -77,7 +77,7 @@ def test_digits_end_to_end(digits: ImageDataset, session_cache: Path) -> None:
 
 
 def test_images_are_read_only_maps(digits: ImageDataset) -> None:
-    assert isinstance(digits.train_images, np.memmap)
+    assert isinstance(digits.train_images.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         digits.train_images[0] = 0
 

@@ -298,6 +298,7 @@ def test_hosts_that_are_lost_while_they_are_idle_are_nobodys_failure(tmp_path: P
     assert result == {"model": here(tmp_path, SMALL), "failed": 0, "sent": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["files", "arrays"])
 def test_data_that_a_node_lacks_are_sent_there_once(
     tmp_path: Path, kind: str, made_up: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
@@ -324,6 +325,7 @@ def test_data_that_a_node_lacks_are_sent_there_once(
     assert len([path for path in far.glob("datasets/*") if not path.name.startswith(".")]) == 1
 
 
+@pytest.mark.slow
 def test_a_node_with_other_data_is_one_line(tmp_path: Path, made_up: Callable[[str, int], Path]) -> None:
     data, others, out = made_up("data", 0), made_up("others", 1), tmp_path / "run"
     with nodes(tmp_path) as cluster:

@@ -360,6 +360,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_flower_that_lacks_what_our_grid_needs_runs_by_its_own_engine(
     tmp_path: Path, federate: Callable[..., Any]
 ) -> None:

@@ -185,6 +185,6 @@ def test_a_pointer_of_another_form_is_told(saved: Path, change: object) -> None:
 
 def test_a_checkpoint_of_another_version_is_told(saved: Path) -> None:
     pointer = saved / "progress.json"
-    pointer.write_text(pointer.read_text(encoding="utf-8").replace('"format": 2', '"format": 1'), encoding="utf-8")
-    with pytest.raises(UserError, match="has format 1, this version reads 2"):
+    pointer.write_text(pointer.read_text(encoding="utf-8").replace('"format": 3', '"format": 1'), encoding="utf-8")
+    with pytest.raises(UserError, match="has format 1, this version reads 3"):
         load_checkpoint(saved)
