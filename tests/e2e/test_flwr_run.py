@@ -52,6 +52,7 @@ class Flower:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "flwr"
         self.home.mkdir()
+        self._started: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -63,7 +64,9 @@ class Flower:
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a server; its output goes to ``NAME.log``."""
         with (self.folder / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
+        self._started.append(process)
+        return process
 
     def run(self, *arguments: str, config: str, done: Callable[[], object] = lambda: None) -> str:
         """Run the app of this repository and return what was printed.
@@ -94,6 +97,8 @@ class Flower:
     def end(self) -> None:
         """End everything that belongs to this home."""
         end("FLWR_HOME", str(self.home))
+        for process in self._started:
+            process.wait(10)
 
 
 @pytest.fixture
