@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -113,8 +114,7 @@ def bare(settings: dict[str, Any], data_dir: str, workers: int) -> None:
     ]
     for process in processes:
         process.start()
-    for _ in processes:
-        outbox.get(timeout=LONGEST_SECONDS)
+    _wait(outbox, processes)
     env = environment(settings, data_dir)
     server = start(env)
 
@@ -125,15 +125,29 @@ def bare(settings: dict[str, Any], data_dir: str, workers: int) -> None:
         )
         for inbox, share in zip(inboxes, shares, strict=True):
             inbox.put(share)
-        for _ in inboxes:
-            outbox.get(timeout=LONGEST_SECONDS)
+        _wait(outbox, processes)
 
     serve(work)
 
 
+def _wait(outbox: Any, processes: Sequence[Any]) -> None:
+    """Wait for an answer of every process; RuntimeError where one has ended."""
+    for _ in processes:
+        for _ in range(LONGEST_SECONDS):
+            try:
+                outbox.get(timeout=1)
+                break
+            except Empty:
+                if not all(process.is_alive() for process in processes):
+                    raise RuntimeError("a process of the bare loop has ended") from None
+        else:
+            raise RuntimeError(f"no answer of the bare loop for {LONGEST_SECONDS} s")
+
+
 def bare_dense(settings: dict[str, Any], data_dir: str, workers: int) -> None:
     """Train the dense network that pfl trains, where ``bare`` trains its factorised form."""
-    bare({**settings, "train.strategy": "fjord"}, data_dir, workers)
+    own = "use" in settings  # which is dense as it is
+    bare(settings if own else {**settings, "train.strategy": "fjord"}, data_dir, workers)
 
 
 def shared_out(devices: Sequence[tuple[int, int]], workers: int) -> list[list[int]]:
