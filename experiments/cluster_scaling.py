@@ -1,12 +1,12 @@
 """What a Ray cluster brings: measured on nodes of one CPU each on this machine, simulated beyond from what that costs.
 
     python experiments/cluster_scaling.py measure --data-dir DIR [--nodes 1 2 3]
-    python experiments/cluster_scaling.py simulate --device-ms 45 --message-ms 4 --round-ms 20
+    python experiments/cluster_scaling.py simulate --device-ms 48 --worker-ms 8 --driver-ms 5 --round-ms 30
 
 One tier, MNIST, LeNet, 100 devices of 600 examples, all of them in every round. ``measure`` prints devices per second,
 and the CPU time that the driver's process, and Ray's own processes, take for a message: from runs whose cohorts are as
 large as they come, and runs of a message for each device. ``simulate`` cuts rounds as the framework does, and lets the
-workers wait for a driver that handles one message after the other.
+workers wait for a driver that handles one message after the other. It knows no network.
 """
 
 import argparse
@@ -107,12 +107,13 @@ def measure(data_dir: str, counts: Sequence[int], rounds: int) -> None:
         cluster.shutdown()
 
 
-def simulate(device: float, message: float, fixed: float) -> None:
+def simulate(device: float, worker: float, driver: float, fixed: float) -> None:
     """Print devices per second by number of workers and devices in a round.
 
     Args:
         device: seconds of a worker for a device.
-        message: seconds of the driver for a message.
+        worker: seconds of a worker for a message, besides its devices.
+        driver: seconds of the driver for a message.
         fixed: seconds of the driver for a round, between the last reply and the first message of the next.
     """
     workers = (1, 4, 16, 32, 64, 128, 256)
@@ -134,7 +135,8 @@ def simulate(device: float, message: float, fixed: float) -> None:
         cells = []
         for count in workers:
             cohorts = cut(groups, lambda cohort: len(cohort.devices) * device, workers=count)
-            rate = devices / (fixed + _round([len(x.devices) * device for x in cohorts], count, message))
+            jobs = [worker + len(x.devices) * device for x in cohorts]
+            rate = devices / (fixed + _round(jobs, count, driver))
             cells.append(f"{rate:.0f}/s {100 * rate * device / count:.0f} % ({len(cohorts)})")
         print(f"{devices} |", " | ".join(cells), flush=True)
 
@@ -165,13 +167,13 @@ def main() -> None:
     measuring.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 3])
     measuring.add_argument("--rounds", type=int, default=9)
     simulating = commands.add_parser("simulate")
-    for name, default in (("device", 45.0), ("message", 4.0), ("round", 20.0)):
+    for name, default in (("device", 48.0), ("worker", 8.0), ("driver", 5.0), ("round", 30.0)):
         simulating.add_argument(f"--{name}-ms", type=float, default=default)
     given = parser.parse_args()
     if given.command == "measure":
         measure(str(Path(given.data_dir).absolute()), given.nodes, given.rounds)
     else:
-        simulate(given.device_ms / 1e3, given.message_ms / 1e3, given.round_ms / 1e3)
+        simulate(*(x / 1e3 for x in (given.device_ms, given.worker_ms, given.driver_ms, given.round_ms)))
 
 
 if __name__ == "__main__":
