@@ -6,14 +6,18 @@ result stays what it was. Until the first actor is up, this process works too: R
 """
 
 import contextlib
+import copy
+import itertools
 import logging
+import pickle
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmaestro.errors import UserError
@@ -27,6 +31,7 @@ from fedmaestro.flower.direct_grid import (
     NoHostsError,
 )
 from fedmaestro.flower.identity import SERVER_NODE
+from fedmaestro.flower.letter import Held, Letter, packed
 from fedmaestro.flower.ray_runtime import RayRuntime, in_group
 
 log = logging.getLogger("fedmaestro")
@@ -34,6 +39,9 @@ log = logging.getLogger("fedmaestro")
 STORED_BYTES = 2**20
 """Tensors of a message go into Ray's object store from this size on; smaller ones go with the message, which is faster
 than telling store, raylet and host about them."""
+
+AHEAD = 4
+"""Messages that a host is sent before it has replied to the first of them, where there are many."""
 
 SPARE = 2
 """Messages to each host that must be left for one to be sent ahead: the last ones go to whoever is free first."""
@@ -63,7 +71,8 @@ class RayGrid(DirectGrid):
     def __init__(self, runtime: RayRuntime, client_app: ClientApp, *, help_out: bool = True) -> None:
         super().__init__(workers=runtime.actors)
         self.runtime, self.client_app = runtime, client_app
-        self._shared: dict[int, tuple[ArrayRecord, int, Any]] = {}
+        self._shared: dict[int, _Shared] = {}
+        self._numbers = itertools.count()
         self._storing = threading.Lock()
         self._parcels: dict[str, tuple[Any, int]] = {}
         self._supplying: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -106,10 +115,16 @@ class RayGrid(DirectGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; whichever host is free takes the next one. Return their ids."""
+        sent = list(messages)
+        count = Counter(id(record) for message in sent for record in message.content.array_records.values())
         with self._arrived:
             if not self._todo:
-                self._shared.clear()
-        return super().push_messages(messages)
+                self._shared = {}
+            for message in sent:
+                for record in message.content.array_records.values():
+                    if count[id(record)] > 1 and id(record) not in self._shared:
+                        self._shared[id(record)] = _Shared(record, next(self._numbers))
+        return super().push_messages(sent)
 
     def _abandon(self, ids: Iterable[str]) -> None:
         super()._abandon(ids)
@@ -176,20 +191,24 @@ class RayGrid(DirectGrid):
             (self._live.add if live else self._live.discard)(number)
             if not self._live:
                 # Perhaps Ray is lost. It would try to recover what it stored, and end this process where it cannot.
-                self._shared.clear()
+                for shared in self._shared.values():
+                    shared.stored = None
                 self._parcels.clear()
             self._arrived.notify_all()
 
-    def stored(self, record: ArrayRecord) -> Any:
+    def shared(self, record: Any) -> "_Shared | None":
+        """Return what is known of a record that several messages carry; None for one that only one carries."""
+        return self._shared.get(id(record))
+
+    def stored(self, shared: "_Shared") -> Any:
         """Return the reference to a record in Ray's object store; the same one for all messages that carry it."""
         import ray
 
         with self._storing:
-            starts, known = self.runtime.starts, self._shared.get(id(record))
-            if known is None or known[1] != starts:
-                # The record is kept with it: an id is somebody else's once its object is gone.
-                known = self._shared[id(record)] = record, starts, ray.put(record)
-            return known[2]
+            starts = self.runtime.starts
+            if shared.stored is None or shared.stored[0] != starts:
+                shared.stored = starts, ray.put(shared.record)
+            return shared.stored[1]
 
     def parcel(self, fingerprint: str) -> tuple[Any, int] | None:
         """Return the reference to a parcel in Ray's object store, and its size; None: this machine lacks it too."""
@@ -221,6 +240,17 @@ class RayGrid(DirectGrid):
             self._helping = False
 
 
+@dataclass
+class _Shared:
+    """A record that several messages carry."""
+
+    record: ArrayRecord
+    number: int
+    """Of the record. Its id would be somebody else's once it is gone."""
+    stored: tuple[int, Any] | None = None
+    """The start of Ray in whose object store it is, and the reference."""
+
+
 class _Host:
     """A host, seen from here: its actor, and the thread that serves it."""
 
@@ -234,6 +264,8 @@ class _Host:
         """Ray's id of the actor's node, and what people call it."""
         self._flying: deque[tuple[Job, Any]] = deque()
         self._said = False
+        self._held: Held[None] = Held()
+        """Numbers of the records that the actor holds."""
 
     def serve(self) -> None:
         """Work until the grid is closed."""
@@ -299,7 +331,7 @@ class _Host:
             with runtime.used():
                 if not self._ready or self._starts != runtime.starts:
                     self._ready, self._starts = False, runtime.starts
-                    self._actor, self._greeted = self._create(), None
+                    self._actor, self._greeted, self._held = self._create(), None, Held()
                     _check_versions(ray.get(self._actor.start.remote(), timeout=START_SECONDS), self.number)
                     self._node, self._place = ray.get(self._actor.node.remote())
                 self._greet()
@@ -353,17 +385,22 @@ class _Host:
         self.grid.pause(AGAIN_SECONDS)
 
     def _work(self, job: Job | None) -> None:
-        """Send ``job``, and one more if there are many; take the reply to what was sent first."""
+        """Send ``job``, and some more if there are many; take the replies to the first half of what was sent."""
         import ray
 
         try:
             with self.grid.runtime.used():
                 if job is not None:
                     self._send(job)
-                # The actor need not wait for this process between two messages.
-                if len(self._flying) < 2 and (more := self.grid.spare_job()) is not None:
+                # The actor need not wait for this process between two messages, nor this one wake up for each.
+                while len(self._flying) < AHEAD and (more := self.grid.spare_job()) is not None:
                     self._send(more)
-                reply: Message = ray.get(self._flying[0][1])
+                if half := len(self._flying) // 2:
+                    ray.wait([self._flying[half - 1][1]])
+                for _ in range(half or 1):
+                    reply: Message = pickle.loads(ray.get(self._flying[0][1]))
+                    done, _ = self._flying.popleft()
+                    self.grid.answered(done, self.number, reply)
         except UserError:
             raise
         except Exception as error:
@@ -376,21 +413,30 @@ class _Host:
                 self.grid.give_back(flying[begun:])
                 for failed in flying[:begun]:
                     self.grid.failed(failed, self.number, one_line(error))
-            return
-        done, _ = self._flying.popleft()
-        self.grid.answered(done, self.number, reply)
 
     def _send(self, job: Job) -> None:
-        from fedmaestro.flower.ray_host import without
-
         # In the list before it is sent: whatever goes wrong, it is not forgotten.
         self._flying.append((job, None))
-        shared = {
-            name: [self.grid.stored(record)]
-            for name, record in job.message.content.array_records.items()
-            if sum(len(array.data) for array in record.values()) > STORED_BYTES
-        }
-        self._flying[-1] = job, self._actor.work.remote(without(job.message, list(shared)), shared)
+        own: dict[str, Any] = {}
+        names: dict[str, int] = {}
+        lacking: dict[int, ArrayRecord] = {}
+        stored: list[tuple[int, Any]] = []
+        for name, record in job.message.content.items():
+            if (shared := self.grid.shared(record)) is None:
+                own[name] = record
+                continue
+            names[name] = number = shared.number
+            if number not in self._held:
+                if sum(len(array.data) for array in shared.record.values()) > STORED_BYTES:
+                    stored.append((number, self.grid.stored(shared)))
+                else:
+                    lacking[number] = shared.record
+                self._held.put(number, None)
+            self._held.use(number)
+        message = copy.copy(job.message)
+        message.content = RecordDict(own)
+        letter = Letter(message=message, shared=names, records=lacking)
+        self._flying[-1] = job, self._actor.work.remote(packed(letter), stored)
 
     def _greet(self) -> None:
         """Let the host answer the grid's greeting, if it has not."""
@@ -402,7 +448,7 @@ class _Host:
             # The nodes of a Ray of our own are this machine.
             if not self.grid.runtime.own:
                 self._supply(hello)
-            greeting.check(_answer(self._actor.work.remote(hello, {})))
+            greeting.check(pickle.loads(_answer(self._actor.work.remote(packed(Letter(message=hello))))))
         except UserError as error:
             raise error if self.grid.runtime.own else UserError(f"node {self._place}: {error}") from None
         self._greeted = greeting

@@ -1,28 +1,25 @@
 """A host as a Ray actor: what its process does, and how messages get there.
 
-The tensors that messages share (a tier's submodel) are put into Ray's object store once and fetched once per host.
+The tensors that messages share (a tier's submodel) get to a host once: with the first message that needs them.
 """
 
-import copy
 import os
+import pickle
 import platform
 import socket
 import sys
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import ray
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 
 from fedmaestro import __version__
+from fedmaestro.flower.letter import Held, Letter, packed
 
 NODE_ID = 8
 """Digits of Ray's id of a node that are shown: nodes of one machine have one name and one address."""
-
-KEPT = 8
-"""Records that a host keeps: those of a round's tiers."""
 
 
 class RayHost:
@@ -33,7 +30,7 @@ class RayHost:
         sys.path += [path for path in paths if path not in sys.path]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._app, self._number, self._count, self._where = client_app, number, count, where
-        self._records: OrderedDict[str, ArrayRecord] = OrderedDict()
+        self._held: Held[ArrayRecord] = Held()
 
     def start(self) -> dict[str, str]:
         """Load what the work needs, and say which versions this is."""
@@ -66,26 +63,20 @@ class RayHost:
 
         unpack(ray.get(parcel[0]))
 
-    def work(self, message: Message, shared: Mapping[str, Sequence[Any]]) -> Message:
-        """Return the app's reply.
+    def work(self, letter: bytes, stored: Sequence[Any] = ()) -> bytes:
+        """Return the app's reply, packed.
 
         Args:
-            message: without the records that messages share.
-            shared: those in Ray's object store, each as a list of one reference, by their names.
+            letter: a packed ``Letter``.
+            stored: references to records that it shares and lacks, by their numbers.
         """
-        content = message.content
-        for name, (reference,) in shared.items():
-            content[name] = self._record(reference)
-        return self._call(message)
-
-    def _record(self, reference: Any) -> ArrayRecord:
-        key = reference.hex()
-        if key not in self._records:
-            self._records[key] = ray.get(reference)
-            while len(self._records) > KEPT:
-                self._records.popitem(last=False)
-        self._records.move_to_end(key)
-        return self._records[key]
+        opened: Letter = pickle.loads(letter)
+        records = {**opened.records} | {number: ray.get(reference) for number, reference in stored}
+        for number, record in records.items():
+            self._held.put(number, record)
+        for name, number in opened.shared.items():
+            opened.message.content[name] = self._held.use(number)
+        return packed(self._call(opened.message))
 
 
 def versions() -> dict[str, str]:
@@ -93,10 +84,3 @@ def versions() -> dict[str, str]:
     # PyTorch without what a build adds to its number (+cpu).
     libraries = {name: version(name).partition("+")[0] for name in ("torch", "numpy", "flwr", "ray")}
     return {"FedMaestro": __version__, "Python": platform.python_version(), **libraries}
-
-
-def without(message: Message, names: Sequence[str]) -> Message:
-    """Return the message without some of its records; it stays as it is."""
-    lighter = copy.copy(message)
-    lighter.content = RecordDict({name: record for name, record in message.content.items() if name not in names})
-    return lighter
