@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fedmaestro.config.experiment import load_config
+from fedmaestro.memory import keep_freed_memory
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.runs.start import code_of
 
@@ -74,7 +75,9 @@ def environment(settings: dict[str, Any], data_dir: str) -> Environment:
 # Bare PyTorch: as many processes as actors, each trains its devices one after the other.
 
 
-def _bare_worker(settings: dict[str, Any], data_dir: str, inbox: Any, outbox: Any) -> None:
+def _bare_worker(settings: dict[str, Any], data_dir: str, inbox: Any, outbox: Any, keep: bool) -> None:
+    if keep:
+        keep_freed_memory()
     torch.set_num_threads(1)
     env = environment(settings, data_dir)
     models: dict[Any, torch.nn.Module] = {}
@@ -103,14 +106,15 @@ def _train_bare(env: Environment, models: dict[Any, torch.nn.Module], device: in
         optimizer.step()
 
 
-def bare(settings: dict[str, Any], data_dir: str, workers: int) -> None:
+def bare(settings: dict[str, Any], data_dir: str, workers: int, keep: bool = False) -> None:
     """Train the devices that FedMaestro would, and nothing else."""
     from fedmaestro.rounds.server import schedule, start
 
     context = get_context("spawn")
     inboxes, outbox = [context.Queue() for _ in range(workers)], context.Queue()
     processes = [
-        context.Process(target=_bare_worker, args=(settings, data_dir, inbox, outbox), daemon=True) for inbox in inboxes
+        context.Process(target=_bare_worker, args=(settings, data_dir, inbox, outbox, keep), daemon=True)
+        for inbox in inboxes
     ]
     for process in processes:
         process.start()
@@ -142,6 +146,11 @@ def _wait(outbox: Any, processes: Sequence[Any]) -> None:
                     raise RuntimeError("a process of the bare loop has ended") from None
         else:
             raise RuntimeError(f"no answer of the bare loop for {LONGEST_SECONDS} s")
+
+
+def bare_kept(settings: dict[str, Any], data_dir: str, workers: int) -> None:
+    """Train the same in processes that keep the memory they free, as FedMaestro's do."""
+    bare(settings, data_dir, workers, keep=True)
 
 
 def bare_dense(settings: dict[str, Any], data_dir: str, workers: int) -> None:
@@ -241,7 +250,13 @@ def flower(settings: dict[str, Any], data_dir: str, workers: int) -> None:
     run_simulation(server_app, client_app, devices, backend_config=options)
 
 
-CONTENDERS = {"bare": bare, "bare-dense": bare_dense, "fedmaestro": fedmaestro, "flower": flower}
+CONTENDERS = {
+    "bare": bare,
+    "bare-kept": bare_kept,
+    "bare-dense": bare_dense,
+    "fedmaestro": fedmaestro,
+    "flower": flower,
+}
 
 if __name__ == "__main__":
     # What others print would pass for an answer.

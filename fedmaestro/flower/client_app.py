@@ -19,6 +19,7 @@ from torch import Tensor
 from fedmaestro.clients.scaffold import Control
 from fedmaestro.fleet.plan import Plan
 from fedmaestro.flower.arrays import to_arrays, to_state
+from fedmaestro.memory import keep_freed_memory
 from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_devices, evaluate_part, train_cohort
 from fedmaestro.rounds.environment import Environment, environment_of
 from fedmaestro.runs.code import received
@@ -61,6 +62,7 @@ def _opened(message: Message) -> tuple[Environment, Plan, dict[str, Any]]:
     """Return what a message is about: the experiment, the plan of this moment, the job."""
     # One thread per Ray actor: PyTorch would start one per core in each of them.
     torch.set_num_threads(1)
+    keep_freed_memory()
     job: dict[str, Any] = dict(message.content.config_records[JOB])
     env = environment_of(job.pop("experiment"), received(job), job.pop("data"))
     if job.pop("fingerprint") != env.fingerprint and message.metadata.message_type != DESCRIBE:

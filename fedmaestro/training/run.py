@@ -21,6 +21,7 @@ from fedmaestro.extend import given
 from fedmaestro.fleet.cost import Trace
 from fedmaestro.fleet.traces import trace_of
 from fedmaestro.interrupt import interrupt_sets
+from fedmaestro.memory import keep_freed_memory
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.static_norm import calibrate, statistics
@@ -129,6 +130,7 @@ def train(
     other = None if compare is None else _read_curve(Path(compare))
     session = _Session(resolved, open_task(resolved, _decoding(observers)), folder, observers, code)
     stop = threading.Event()
+    keep_freed_memory()
     # Dropout needs PyTorch's global generator seeded; the caller's stays as it was.
     with folder.claim(resume), torch.random.fork_rng():
         with interrupt_sets(stop):
