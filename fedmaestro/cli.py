@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedmaestro.errors import DivergedError, UserError, check_name
+from fedmaestro.errors import DivergedError, UntrainedError, UserError, check_name
 from fedmaestro.places import place_caches
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def run(
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
     from fedmaestro.config.base import parse_assignment
+    from fedmaestro.flower.run import Run
     from fedmaestro.flower.run import run as run_experiment
     from fedmaestro.terminal.display import LiveDisplay, print_closing
     from fedmaestro.trackers import trackers_of
@@ -106,6 +107,9 @@ def run(
     except KeyboardInterrupt:
         console.print("interrupted before the first round: nothing to keep")
         raise typer.Exit(130) from None
+    except UntrainedError as error:
+        print_closing(console, str(error.path), Run(error.path).summary)
+        raise
     summary = finished.summary
     print_closing(console, str(finished.path), summary)
     if summary.get("interrupted"):
@@ -143,6 +147,7 @@ def compare(
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
     from fedmaestro.config.base import parse_assignment
+    from fedmaestro.flower.compare import Comparison
     from fedmaestro.flower.compare import compare as run_comparison
     from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
     from fedmaestro.trackers import trackers_of
@@ -172,6 +177,9 @@ def compare(
     except KeyboardInterrupt:
         console.print("interrupted before the first cell was finished: go on with --resume and the same --out")
         raise typer.Exit(130) from None
+    except UntrainedError as error:
+        console.print(comparison_table(Comparison(error.path).results))
+        raise
     results = finished.results
     console.print(comparison_table(results))
     console.print(f"results: {finished.path} (table.md, table.csv, results.json, report.html, plots/)", soft_wrap=True)
@@ -491,13 +499,16 @@ def _described(schema: type["Settings"]) -> Table:
 
 
 def main() -> None:
-    """Entry point: user errors are one line on standard error and exit code 2."""
+    """Entry point: user errors are one line on standard error and exit code 2; code 3: nothing was trained."""
     place_caches()
     try:
         app()
     except UserError as error:
         sys.stderr.write(f"fedmaestro: {error}\n")
         sys.exit(2)
+    except UntrainedError as error:
+        sys.stderr.write(f"fedmaestro: {error}\n")
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -10,6 +11,21 @@ class UserError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class UntrainedError(RuntimeError):
+    """No update counted, in a whole run or for too long: what was reached is no result.
+
+    The command line prints it and exits with code 3.
+
+    Args:
+        message: on one line.
+        path: the folder of the run, or of the comparison.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DivergedError(RuntimeError):

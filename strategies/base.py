@@ -105,6 +105,9 @@ class Reduction(Generic[S]):
     """``sums -> states`` that a message carries, bit for bit; of one size's devices on one host."""
     unpack: Callable[[Parts, Signature], S]
     """``(states, the size of the devices) -> sums``, the inverse of ``pack``."""
+    why_not: Callable[[Parts, float, float], str | None] = lambda _parts, _weight, _radius: None
+    """``(states, weight, radius) -> reason``: why devices of this weight, none of whose submodels has a norm above
+    ``radius``, could not have sent these states, whose names, shapes and types are right. None: they could."""
 
 
 def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:  # noqa: ARG001
@@ -122,7 +125,8 @@ WEIGHTED_SUMS: Reduction[State] = Reduction(
 """``Σ weight · tensor``, for every rule that averages entries."""
 
 
-def _examples(submodel: Mapping[str, Tensor], examples: float) -> float:  # noqa: ARG001
+def by_examples(submodel: Mapping[str, Tensor], examples: float) -> float:  # noqa: ARG001
+    """Return the weight of a device: its number of examples."""
     return examples
 
 
@@ -134,8 +138,9 @@ class Aggregation(Generic[S]):
     finish: Callable[[Partial[S], Mapping[str, Tensor]], State]
     """``(partial, global_state) -> new global state``; new tensors, same names, shapes and dtypes."""
     reduction: Reduction[S] = WEIGHTED_SUMS  # type: ignore[assignment]
-    weigh: Callable[[Mapping[str, Tensor], float], float] = _examples
-    """``(submodel, examples) -> weight`` of a device; its examples by default."""
+    weigh: Callable[[Mapping[str, Tensor], float], float] = by_examples
+    """``(submodel, examples) -> weight`` of a device. Under another rule than the default, devices are sent one by
+    one, so that the server weighs them itself."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None

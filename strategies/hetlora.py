@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedmaestro.strategies import zero_pad
 from fedmaestro.strategies.base import Aggregation, factor_layers
+from fedmaestro.strategies.spectral import squared_norm
 from fedmaestro.threads import one_thread
 
 
@@ -29,13 +30,7 @@ def product_norm(submodel: Mapping[str, Tensor], examples: float = 0.0) -> float
     with one_thread():  # a weight must not depend on the number of cores
         if not layers:
             return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in submodel.values()))
-        return math.sqrt(sum(_squared_norm(submodel[f"{x}.u"], submodel[f"{x}.v"]) for x in layers))
-
-
-def _squared_norm(u: Tensor, v: Tensor) -> float:
-    """Return ``‖u v‖²_F = tr(uᵀu · v vᵀ)`` of ``u (O, r)``, ``v (r, I…)``."""
-    u, v = u.double(), v.flatten(1).double()
-    return max(0.0, float(((u.T @ u) * (v @ v.T)).sum()))
+        return math.sqrt(sum(squared_norm(submodel[f"{x}.u"], submodel[f"{x}.v"]) for x in layers))
 
 
 HETLORA = Aggregation(

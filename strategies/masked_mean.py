@@ -25,6 +25,7 @@ from fedmaestro.strategies.base import (
     WEIGHTED_SUMS,
     Aggregation,
     Partial,
+    Parts,
     Reduction,
     Sizes,
     add_to_leading_block,
@@ -66,11 +67,24 @@ def _add(left: RowSums, right: RowSums, sizes: Sizes) -> RowSums:
     return RowSums(WEIGHTED_SUMS.add(left.sums, right.sums, sizes), WEIGHTED_SUMS.add(left.rows, right.rows, sizes))
 
 
+def _why_not(parts: Parts, weight: float, radius: float) -> str | None:
+    for name, rows in parts[ROWS].items():
+        sums = parts[SUMS][name]
+        # A device has one example at least.
+        if not bool(((rows == 0) | ((rows >= 1) & (rows <= weight))).all()):
+            return f"rows of {name!r} have another weight than devices could have given them"
+        longest = torch.linalg.vector_norm(sums.flatten(1), dim=1) if sums.dim() > 1 else sums.abs()
+        if bool((longest > radius * rows).any()):
+            return f"rows of {name!r} are longer than devices could have made them"
+    return None
+
+
 CHANGED_ROWS: Reduction[RowSums] = Reduction(
     lift=_lift,
     add=_add,
     pack=lambda x: {SUMS: x.sums, ROWS: x.rows},
     unpack=lambda parts, _: RowSums(dict(parts[SUMS]), dict(parts[ROWS])),
+    why_not=_why_not,
 )
 
 

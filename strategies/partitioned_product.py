@@ -35,7 +35,7 @@ from fedmaestro.strategies.base import (
     factor_layers,
 )
 from fedmaestro.strategies.product_svd import has_pair, trained_pairs, weighted, with_coverage_mean
-from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored
+from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored, why_no_products
 from fedmaestro.submodel import Signature, State
 
 
@@ -148,7 +148,13 @@ def _unpack(parts: Parts, size: Signature) -> SegmentSums:  # noqa: ARG001
     return SegmentSums(sent, stacks)
 
 
-SEGMENT_STACKS: Reduction[SegmentSums] = Reduction(lift=_lift, add=_add, pack=_pack, unpack=_unpack)
+SEGMENT_STACKS: Reduction[SegmentSums] = Reduction(
+    lift=_lift,
+    add=_add,
+    pack=_pack,
+    unpack=_unpack,
+    why_not=lambda parts, weight, radius: why_no_products(parts[SUMS], weight, radius),
+)
 """The devices' columns of a segment, U weighted, device by device.
 
 They are split where another size ends. Once all sizes are known, those of ``2 · min(O, I)`` columns and more are mixed:

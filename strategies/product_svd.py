@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedmaestro.strategies import coverage_mean
 from fedmaestro.strategies.base import (
+    SUMS,
     WEIGHTED_SUMS,
     Aggregation,
     AnyPartial,
@@ -32,7 +33,7 @@ from fedmaestro.strategies.base import (
     Sizes,
     factor_layers,
 )
-from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored
+from fedmaestro.strategies.spectral import Pair, compress, is_wide, joined, refactored, why_no_products
 from fedmaestro.submodel import State
 
 
@@ -54,7 +55,12 @@ def _add(left: State, right: State, sizes: Sizes) -> State:  # noqa: ARG001
     return {name: sums[name] if name in sums else tensor + right[name] for name, tensor in left.items()}
 
 
-STACKS: Reduction[State] = replace(WEIGHTED_SUMS, lift=_lift, add=_add)
+STACKS: Reduction[State] = replace(
+    WEIGHTED_SUMS,
+    lift=_lift,
+    add=_add,
+    why_not=lambda parts, weight, radius: why_no_products(parts[SUMS], weight, radius),
+)
 """``<layer>.u (O, K)`` and ``.v (K, I…)`` hold the devices' columns, U weighted: ``u @ v = Σ_k n_k U_k V_k``.
 
 At twice ``min(O, I)`` columns a stack is compressed, so its size does not follow the number of devices.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedmaestro.strategies.base import factor_layers
 from fedmaestro.submodel import State
 from fedmaestro.threads import one_thread
 
@@ -73,9 +74,27 @@ def compress(u: Tensor, v: Tensor) -> Pair:
     if u.shape[1] <= smaller:
         return u, v
     with one_thread():
-        product, one = u @ flat, torch.eye(smaller, dtype=u.dtype)
+        product, one = u @ flat, torch.eye(smaller, dtype=u.dtype, device=u.device)
     left, right = (one, product) if len(u) == smaller else (product, one)
     return left, right.reshape(smaller, *v.shape[1:])
+
+
+def squared_norm(u: Tensor, v: Tensor) -> float:
+    """Return ``‖u v‖²_F = tr(uᵀu · v vᵀ)``."""
+    u, v = u.double(), v.flatten(1).double()
+    return max(0.0, float(((u.T @ u) * (v @ v.T)).sum()))
+
+
+def why_no_products(state: Mapping[str, Tensor], weight: float, radius: float) -> str | None:
+    """Return which layer's product is larger than that of devices of this weight and norm can be; None: none.
+
+    ``‖U V‖_F ≤ ‖U‖_F ‖V‖_F ≤ ½ (‖U‖²_F + ‖V‖²_F) ≤ ½ radius²`` for each of them.
+    """
+    with one_thread():
+        for layer in factor_layers(state):
+            if squared_norm(state[f"{layer}.u"], state[f"{layer}.v"]) > (weight * radius**2 / 2) ** 2:
+                return f"the product of {layer!r} is larger than that of devices could be"
+    return None
 
 
 def joined(left: Pair, right: Pair) -> Pair:

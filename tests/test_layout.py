@@ -120,7 +120,9 @@ def test_the_core_loads_neither_flower_nor_ray() -> None:
 )
 def test_what_only_tells_something_loads_no_heavy_library(arguments: list[str], shown: str) -> None:
     code = (
-        f"import sys\nsys.argv = ['fedmaestro', *{arguments}]\n"
+        # Whatever shell the tests were started from.
+        "import os, sys\nos.environ['_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION'] = '1'\n"
+        f"sys.argv = ['fedmaestro', *{arguments}]\n"
         "from fedmaestro.cli import main\n"
         "try:\n    main()\n"
         "finally:\n"

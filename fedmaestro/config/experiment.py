@@ -175,6 +175,12 @@ class TrainConfig(Table):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the local optimiser sgd")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the local optimiser")
     clip_norm: float = Field(5.0, ge=0, description="largest norm of a local step's gradient; 0: no clipping")
+    max_update_norm: float = Field(
+        100.0,
+        ge=0,
+        description="largest norm of a device's update, in medians of the norms of updates so far (`rounds/norms.py`): "
+        "a longer one is rejected as broken; 0: no bound",
+    )
     proximal: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(
         None,
         description="FedProx's μ: devices add μ/2 times the squared distance from what they were sent to the loss; 0: "
@@ -196,6 +202,9 @@ class TrainConfig(Table):
     )
     reply_timeout_seconds: Annotated[Annotated[float, Field(gt=0)] | None, NONE] = Field(
         None, description="wall seconds to wait for hosts; devices of late replies count as failed; none: no limit"
+    )
+    max_idle_rounds: int = Field(
+        10, ge=0, description="the run stops after so many rounds in a row without an update that counts; 0: never"
     )
     evaluate_every: Positive = Field(5, description="rounds between evaluations of every tier (the last one is)")
 

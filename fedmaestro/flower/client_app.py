@@ -7,9 +7,11 @@ Tensors travel as Flower Arrays (``arrays``): their bytes are what the closed fo
 adds the 128 bytes of NumPy's header.
 """
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -22,6 +24,7 @@ from fedmaestro.flower.arrays import to_arrays, to_state
 from fedmaestro.memory import keep_freed_memory
 from fedmaestro.rounds.device import CohortResult, DeviceReport, evaluate_devices, evaluate_part, train_cohort
 from fedmaestro.rounds.environment import Environment, environment_of
+from fedmaestro.rounds.failure import Failure, RejectedError
 from fedmaestro.runs.code import received
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Score
@@ -111,16 +114,20 @@ def train(message: Message, _context: Context) -> Message:
         job.get("tails", ()),
         controls,
         stack=job["stack"],
+        bound=job["bound"],
     )
-    rows = result.reports
+    rows, failed = result.reports, result.failures
     metrics: dict[str, Any] = {
         "seconds": result.seconds,
-        "weight": result.weight,
         "device": [row.device for row in rows],
-        "examples": [row.examples for row in rows],
         "loss": [row.loss for row in rows],
+        "norm": [row.norm for row in rows],
     }
-    failures: dict[str, Any] = {"device": list(result.failures), "reason": list(result.failures.values())}
+    failures: dict[str, Any] = {
+        "device": list(failed),
+        "kind": [failure.kind for failure in failed.values()],
+        "reason": [failure.reason for failure in failed.values()],
+    }
     content = RecordDict({METRICS: MetricRecord(metrics), FAILURES: ConfigRecord(failures)})
     content.update({kind: to_arrays(state) for kind, state in {**result.parts, PROBES: result.probes}.items()})
     if result.controls:
@@ -149,23 +156,62 @@ def _controls(content: RecordDict, devices: Sequence[int]) -> dict[int, Control]
     return {device: Control(server=server, own=own.get(device, {})) for device in devices}
 
 
+T = TypeVar("T")
+
+
+def _reading(read: Callable[[Message], T]) -> Callable[[Message], T]:
+    """Let whatever a reply lacks, or has of another type, be a RejectedError."""
+
+    @wraps(read)
+    def checked(reply: Message) -> T:
+        try:
+            return read(reply)
+        except Exception as error:
+            # Whatever a peer may have sent: the run goes on.
+            raise RejectedError("malformed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+    return checked
+
+
+def _column(record: Mapping[str, Any], key: str, kind: type[T]) -> list[T]:
+    values = record[key]
+    if not isinstance(values, list) or not all(type(x) is kind for x in values):
+        raise TypeError(f"{key!r} is no list of {kind.__name__}")
+    return values
+
+
+def _seconds(record: Mapping[str, Any]) -> float:
+    seconds = record["seconds"]
+    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r:.40}")
+    return seconds
+
+
+@_reading
 def read_cohort(reply: Message) -> CohortResult:
-    """Return what ``train`` replied."""
+    """Return what ``train`` replied, as it is; ``rounds.admission`` says whether it can be so."""
     content = reply.content
-    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
-    failures: dict[str, Any] = dict(content.config_records[FAILURES])
-    rows = zip(metrics["device"], metrics["examples"], metrics["loss"], strict=True)
+    metrics, failed = content.metric_records[METRICS], content.config_records[FAILURES]
     arrays = {kind: to_state(record) for kind, record in content.array_records.items()}
+    columns = _column(metrics, "device", int), _column(metrics, "loss", float), _column(metrics, "norm", float)
+    reasons = _column(failed, "kind", str), _column(failed, "reason", str)
+    why = [Failure(kind, reason) for kind, reason in zip(*reasons, strict=True)]
+    # Lists, in which a device may come twice; ``admission`` counts them.
+    failures = list(zip(_column(failed, "device", int), why, strict=True))
+    if len(dict(failures)) != len(failures):
+        raise ValueError("a device has failed twice")
     probes = arrays.pop(PROBES)
     controls = of_device(arrays.pop(CONTROLS, {}))
     return CohortResult(
         parts=arrays,
-        weight=metrics["weight"],
-        seconds=metrics["seconds"],
+        seconds=_seconds(metrics),
         controls=controls,
         probes=probes,
-        reports=tuple(DeviceReport(device=d, examples=n, loss=x) for d, n, x in rows),
-        failures=dict(zip(failures["device"], failures["reason"], strict=True)),
+        reports=tuple(
+            DeviceReport(device=device, examples=0, loss=loss, norm=norm)
+            for device, loss, norm in zip(*columns, strict=True)
+        ),
+        failures=dict(failures),
     )
 
 
@@ -191,22 +237,30 @@ def evaluate(message: Message, _context: Context) -> Message:
     return Message(RecordDict({METRICS: numbers, SUMS: sums}), reply_to=message)
 
 
+@_reading
 def read_device_values(reply: Message) -> dict[int, dict[str, float]]:
     """Return what ``evaluate`` replied of devices: every metric, and the loss."""
-    rows: dict[str, Any] = dict(reply.content.metric_records[METRICS])
-    columns = {key.removeprefix("value."): rows[key] for key in rows if key == "loss" or key.startswith("value.")}
-    return {device: {name: values[i] for name, values in columns.items()} for i, device in enumerate(rows["device"])}
+    rows = reply.content.metric_records[METRICS]
+    devices = _column(rows, "device", int)
+    names = {key: key.removeprefix("value.") for key in rows if key == "loss" or key.startswith("value.")}
+    columns = {name: _column(rows, key, float) for key, name in names.items()}
+    if len(set(devices)) != len(devices) or any(len(column) != len(devices) for column in columns.values()):
+        raise ValueError("a device came twice, or without a value")
+    return {device: {name: values[i] for name, values in columns.items()} for i, device in enumerate(devices)}
 
 
+@_reading
 def seconds_of(reply: Message) -> float:
     """Return how long the host worked on what it replied."""
-    seconds = dict(reply.content.metric_records[METRICS]).get("seconds", 0.0)
-    return seconds if isinstance(seconds, float) else 0.0
+    return _seconds(reply.content.metric_records[METRICS])
 
 
+@_reading
 def read_score(reply: Message) -> Score:
     """Return what ``evaluate`` replied."""
     metrics: dict[str, Any] = dict(reply.content.metric_records[METRICS])
+    if type(metrics["examples"]) is not int or type(metrics["loss-sum"]) is not float:
+        raise TypeError("examples is no int, or loss-sum no float")
     sums: dict[str, State] = {}
     for key, tensor in to_state(reply.content.array_records[SUMS]).items():
         metric, _, name = key.partition("/")

@@ -21,11 +21,11 @@ from flwr.serverapp import Grid
 
 from fedmaestro.config.base import Value, parse_assignment
 from fedmaestro.config.experiment import ExperimentConfig
-from fedmaestro.errors import UserError
+from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.run import FREE_ON_RESUME, prepare, to_all
+from fedmaestro.flower.run import FREE_ON_RESUME, check_trained, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.report.compare_page import write_comparison
@@ -162,6 +162,7 @@ def compare(
 
     Raises:
         UserError: anything wrong with the input; nothing was written then.
+        UntrainedError: a cell in which no update counted; everything was written then.
         KeyboardInterrupt: Ctrl-C before anything was finished.
     """
     variants = [parse_variant(text) for text in strategies]
@@ -225,7 +226,22 @@ def compare(
         raise KeyboardInterrupt
     tell_cells()
     write_comparison(results, folder)
+    check_all_trained(cells, folder)
     return Comparison(folder)
+
+
+def check_all_trained(cells: Sequence[Cell], folder: Path) -> None:
+    """Raise UntrainedError where a finished cell has learnt nothing."""
+    wrong = []
+    for cell in cells:
+        if (done := cell.finished()) is not None:
+            try:
+                check_trained(done.summary, cell.folder)
+            except UntrainedError as error:
+                wrong.append(f"{cell.variant.label}, seed {cell.seed}: {error}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UntrainedError(f"{wrong[0]}{more}; the comparison is in {folder}", folder)
 
 
 def parse_variant(text: str) -> Variant:

@@ -6,7 +6,7 @@ It is our own because Flower's has no resume, no checkpoint and no per-round his
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +86,7 @@ class Federation:
             for record in self.records:
                 self._tell(Observer.on_round, record)
             interrupted = False
+            self.stopped: str | None = None
             try:
                 server = self._rounds(server)
             except InterruptedRunError:
@@ -111,6 +112,7 @@ class Federation:
         strategy, rounds = TieredStrategy(self.env, server), self.env.config.train.rounds
         pending = _Pending()
         self._completed = time.monotonic()
+        idle = idle_rounds(self.records)
         with Writer() as writer:
             for number in range(server.round + 1, rounds + 1):
                 facts: dict[str, Any] = {"metric": metric_facts(self.env.task)}
@@ -120,17 +122,34 @@ class Federation:
                     messages = strategy.train_messages(number, self.grid, pending.messages)
                     self._exchange(strategy, pending, messages, number, writer)
                     facts = strategy.trained(number)
-                pending = self._pending(strategy, number, facts)
+                idle = idle + 1 if number and not facts["devices"] else 0
+                self.stopped = self._why_stop(idle, number, facts) if number < rounds else None
+                last = number == rounds or self.stopped is not None
+                pending = self._pending(strategy, number, facts, last=last)
                 if not pending.messages:
                     self._complete(strategy, pending, writer)
+                if last:
+                    break
             self._exchange(strategy, pending, [], rounds, writer)
         return strategy.server
 
-    def _pending(self, strategy: TieredStrategy, number: int, facts: dict[str, Any]) -> "_Pending":
-        """Return what there is of a round once it has trained."""
+    def _why_stop(self, idle: int, number: int, facts: dict[str, Any]) -> str | None:
+        """Return why the run should not go on after a round; None: it should."""
+        limit = self.env.config.train.max_idle_rounds
+        if not limit or idle < limit:
+            return None
+        why = ", ".join(f"{count} × {kind}" for kind, count in facts["failed_by"].items())
+        lost = "; ".join(x for x in (why, f"{facts['dropped']} dropped" if facts["dropped"] else "") if x)
+        return (
+            f"stopped after round {number}: no update counted in {idle} rounds in a row "
+            f"(train.max-idle-rounds; in the last one: {lost or 'no device was sampled'})"
+        )
+
+    def _pending(self, strategy: TieredStrategy, number: int, facts: dict[str, Any], *, last: bool) -> "_Pending":
+        """Return what there is of a round once it has trained; the last one is evaluated."""
         train = self.env.config.train
         messages = []
-        if number % train.evaluate_every == 0 or number == train.rounds:
+        if number % train.evaluate_every == 0 or last:
             messages = strategy.evaluate_messages(number, self.grid) + strategy.device_messages(number, self.grid)
         return _Pending(server=strategy.server, facts={"tiers": {}} | facts, messages=messages, missing=len(messages))
 
@@ -161,7 +180,7 @@ class Federation:
         pending.complete = True
         server, facts = pending.server, pending.facts
         assert server is not None
-        tested: dict[int, dict[str, float]] = {}
+        tested: Mapping[int, Mapping[str, float]] = {}
         if pending.messages:
             facts |= evaluation_facts(self.env.task, server, strategy.scores(server.round))
             tested = strategy.device_values(server.round)
@@ -197,7 +216,10 @@ class Federation:
             dataset=env.task.name,
             model=env.config.model.name,
             interrupted=interrupted,
+            stopped=self.stopped,
         )
+        if self.stopped:
+            log.warning("%s", self.stopped)
         write_record(self.folder.summary, summary)
         self._tell(Observer.on_finish, self.folder, summary)
         return summary
@@ -206,6 +228,16 @@ class Federation:
         """Tell every observer by the method of this name."""
         for observer in self.observers:
             getattr(observer, what.__name__)(*about)
+
+
+def idle_rounds(records: Sequence[RoundRecord]) -> int:
+    """Return how many rounds at the end had no update that counts."""
+    idle = 0
+    for record in reversed(records):
+        if record.round == 0 or record.devices:
+            break
+        idle += 1
+    return idle
 
 
 @dataclass(kw_only=True)

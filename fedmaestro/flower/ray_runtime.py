@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmaestro.errors import UserError
+from fedmaestro.interrupt import signals_kept
 from fedmaestro.places import writable
 
 log = logging.getLogger("fedmaestro")
@@ -60,6 +61,9 @@ USED_SECONDS = 90.0
 INLINE_BYTES = 16 * 2**20
 """Replies of a Ray of our own up to this size go straight to this process. Through the object store, as Ray has it for
 all above 100 kB, each costs 5 ms more of two busy cores: store, raylet and both processes talk about it first."""
+
+LOOPBACK = "127.0.0.1"
+"""Where the processes of a Ray of our own listen. Whoever reaches one may run code here: Ray knows no password."""
 
 LEAVE_SECONDS = 20.0
 """How long the end waits for a Ray that is still starting; it then ends by itself, or with this process."""
@@ -232,13 +236,15 @@ class RayRuntime:
 
     def _serve(self) -> None:
         try:
-            with _worker_environment():
+            with _worker_environment(), _on_loopback():
                 self._session = _init(
                     address="local",
                     num_cpus=self.actors,
                     include_dashboard=False,
                     _temp_dir=self._temporary,
-                    _system_config={"max_direct_call_object_size": INLINE_BYTES},
+                    _node_ip_address=LOOPBACK,
+                    # Workers are niced by default, and starve on a busy machine.
+                    _system_config={"max_direct_call_object_size": INLINE_BYTES, "worker_niceness": 0},
                 )
         except BaseException as error:  # whatever it is: somebody waits
             self.error = UserError(
@@ -377,7 +383,7 @@ def _init(**arguments: Any) -> Path:
     """Initialise Ray; return the folder of its session."""
     import ray
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), signals_kept():
         warnings.simplefilter("ignore")
         context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
     return Path(context.address_info["session_dir"])
@@ -397,6 +403,26 @@ def _worker_environment() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray listen on the loopback interface only.
+
+    It does where its address is ``127.0.0.1``, but takes that for the machine's own address when it is told so.
+    """
+    from ray._private import services
+
+    name = "resolve_ip_for_localhost"
+    if (resolve := getattr(services, name, None)) is None:
+        log.warning("this version of Ray listens on all network interfaces of this machine")
+        yield
+        return
+    setattr(services, name, lambda host: host)
+    try:
+        yield
+    finally:
+        setattr(services, name, resolve)
 
 
 def temporary_folder() -> Path:

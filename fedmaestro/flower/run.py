@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmaestro.config.experiment import ExperimentConfig
+from fedmaestro.errors import UntrainedError
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.direct_grid import DirectGrid
@@ -120,6 +121,8 @@ def run(
 
     Raises:
         UserError: anything wrong with the input; nothing was written then.
+        UntrainedError: no update counted, in the whole run or for ``train.max-idle-rounds``; what was reached is in the
+            run folder.
         KeyboardInterrupt: Ctrl-C before the first round (later, the run ends with what it has).
     """
     objects = {
@@ -149,7 +152,22 @@ def run(
     except InterruptedRunError:
         # Before the first round: there is nothing to keep.
         raise KeyboardInterrupt from None
-    return Run(folder.path)
+    finished = Run(folder.path)
+    check_trained(read_json(folder.summary, Summary), folder)
+    return finished
+
+
+def check_trained(summary: Summary, folder: RunFolder) -> None:
+    """Raise UntrainedError unless a run that was not interrupted has learnt something."""
+    if summary.interrupted:
+        return
+    why = summary.stopped
+    if why is None and summary.rounds and not summary.updates.trained:
+        lost = [f"{count} {kind}" for kind, count in summary.failed_by.items()]
+        lost += [f"{summary.updates.dropped} dropped"] if summary.updates.dropped else []
+        why = f"no update counted in {summary.rounds} rounds ({', '.join(lost) or 'no device was sampled'})"
+    if why is not None:
+        raise UntrainedError(f"{why}: {folder.log} says more, what was reached is in {folder.path}", folder.path)
 
 
 class _Retiring(Observer):

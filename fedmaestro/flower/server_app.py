@@ -10,9 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmaestro.config.base import Value, read
 from fedmaestro.config.experiment import ExperimentConfig
-from fedmaestro.errors import UserError
+from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.run import prepare
+from fedmaestro.flower.run import check_trained, prepare
 from fedmaestro.report.format import Shown
 from fedmaestro.report.observer import RunReporter
 from fedmaestro.rounds.environment import Environment
@@ -63,7 +63,8 @@ def main(grid: Grid, context: Context) -> None:
         folder, env = prepare(config, config.data.name, resume=resume)
         observers = [RunReporter(), LogObserver()]
         summary = Federation(grid, env, folder, threading.Event(), observers, resume=resume).run()
-    except UserError:
+        check_trained(summary, folder)
+    except (UserError, UntrainedError):
         logging.getLogger("flwr").addFilter(on_one_line)
         raise
     log.info("model_sha256 %s, results in %s", summary.model_sha256, folder.path)
@@ -94,6 +95,6 @@ def read_run_config(run_config: Mapping[str, Value]) -> tuple[ExperimentConfig, 
 def on_one_line(record: logging.LogRecord) -> bool:
     """Have Flower say of a user's mistake what it is: it prints the traceback of whatever a ServerApp raises."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | UntrainedError):
         record.msg, record.args, record.exc_info = f"fedmaestro: {error}", (), None
     return True

@@ -125,7 +125,7 @@ def simulate(
 ) -> None:
     """Run ``server`` against simulated hosts, in this process, until it returns.
 
-    The first Ctrl-C sets ``stop``, which the server obeys; a second one interrupts at once.
+    The first Ctrl-C (or SIGTERM, SIGHUP) sets ``stop``, which the server obeys; a second one interrupts at once.
 
     Raises:
         UserError: the Ray cluster at ``ray_address`` cannot be reached.
@@ -135,8 +135,11 @@ def simulate(
         log.warning("this version of Flower runs hosts by its own engine, slower and less forgiving (%s)", reason)
         _by_flower(server, client_app, actors=actors or os.cpu_count() or 1, stop=stop)
         return
-    opened = hosts(client_app, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor)
-    with opened as grid, interrupt_sets(stop):
+    # Before Ray starts, which would otherwise leave other handlers behind (``signals_kept``).
+    with (
+        interrupt_sets(stop),
+        hosts(client_app, actors=actors, ray_address=ray_address, gpus_per_actor=gpus_per_actor) as grid,
+    ):
         server(grid)
 
 

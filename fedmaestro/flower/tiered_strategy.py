@@ -5,7 +5,7 @@ The arithmetic is that of ``rounds.server``. Our own loop (``federation``) drive
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -31,9 +31,11 @@ from fedmaestro.flower.client_app import (
 )
 from fedmaestro.flower.direct_grid import reason_of
 from fedmaestro.rounds import storage
+from fedmaestro.rounds.admission import Admission
 from fedmaestro.rounds.cohorts import Cohort, Pace, cut
 from fedmaestro.rounds.device import CohortResult
 from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.failure import Failure, RejectedError
 from fedmaestro.rounds.server import (
     Gathering,
     ServerState,
@@ -44,6 +46,7 @@ from fedmaestro.rounds.server import (
     step,
     with_controls,
 )
+from fedmaestro.strategies.base import by_examples
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Score
 
@@ -55,12 +58,16 @@ TEST_PART = 2500
 
 @dataclass
 class _Part:
-    """A message that evaluates something, and its reply."""
+    """A message that evaluates something, and what came of it."""
 
     message: Message
     tier: TierPlan
     examples: int
-    reply: Message | None = None
+    job: Mapping[str, Any]
+    score: Score | None = None
+    values: Mapping[int, Mapping[str, float]] | None = None
+    failure: str = "no reply"
+    """Why there is neither a score nor values."""
 
     @property
     def kind(self) -> tuple[str, Submodel]:
@@ -71,13 +78,6 @@ class _Part:
     def work(self) -> int:
         """MACs."""
         return self.examples * self.tier.serves.cost.macs_per_example
-
-    @property
-    def failure(self) -> str | None:
-        """Why nothing came of it; None: something did."""
-        if self.reply is None:
-            return "no reply"
-        return reason_of(self.reply) if self.reply.has_error() else None
 
 
 class TieredStrategy(FlowerStrategy):
@@ -100,6 +100,7 @@ class TieredStrategy(FlowerStrategy):
         self._cohorts: dict[int, tuple[Message, Cohort]] = {}
         self._parts: dict[int, _Part] = {}
         self._device_parts: dict[int, _Part] = {}
+        self._admission = Admission(env)
 
     def train_messages(self, server_round: int, grid: Grid, other: Sequence[Message] = ()) -> list[Message]:
         """Return one message per cohort, the one with the most work first (the shortest makespan).
@@ -113,12 +114,14 @@ class TieredStrategy(FlowerStrategy):
         self._gathering = Gathering(self.env, self.server, planned, server_round)
         nodes = sorted(grid.get_node_ids())
         parts = self._parts | self._device_parts
+        # Whose weights follow from its tensors, a device is sent alone: the server weighs what it gets itself.
+        alone = self.env.method.aggregation.weigh is not by_examples
         cohorts = cut(
             planned.groups,
             lambda cohort: self._pace.seconds(("train", cohort.submodel), cohort.work),
             workers=len(nodes),
-            limit=self.env.config.train.cohort_size,
-            stack=self.server.stack,
+            limit=1 if alone else self.env.config.train.cohort_size,
+            stack=1 if alone else self.server.stack,
             other_seconds=sum(self._pace.seconds(part.kind, part.work) for x in other if (part := parts.get(id(x)))),
         )
         messages = [
@@ -129,7 +132,13 @@ class TieredStrategy(FlowerStrategy):
         return [message for message, _ in messages]
 
     def _train_message(self, cohort: Cohort, server_round: int, node: int) -> Message:
-        job: dict[str, Any] = {"round": server_round, "devices": list(cohort.devices), "stack": self.server.stack}
+        assert self._gathering is not None
+        job: dict[str, Any] = {
+            "round": server_round,
+            "devices": list(cohort.devices),
+            "stack": self.server.stack,
+            "bound": self._gathering.bound_of(cohort.submodel),
+        }
         if self.env.config.train.group_lasso and None in self.server.models:
             lacking = tails(self.server.models[None], cohort.submodel.size.ranks or {})
             job["tails"] = [x for tail in lacking for x in tail]
@@ -166,14 +175,33 @@ class TieredStrategy(FlowerStrategy):
         if (sent := self._cohorts.pop(id(message), None)) is not None:
             assert self._gathering is not None
             _, cohort = sent
-            result = _failed(cohort, f"host error: {reason_of(reply)}") if failed else read_cohort(reply)
+            if failed:
+                self._gathering.receive(cohort, _failed(cohort, Failure("host", f"host error: {reason_of(reply)}")))
+                return
+            try:
+                result = self._admission.cohort(self._gathering.asked(cohort), read_cohort(reply))
+            except RejectedError as error:
+                log.warning("a reply is rejected (%s): %s", error.failure.kind, error)
+                self._gathering.receive(cohort, _failed(cohort, error.failure))
+                return
             if len(result.reports) == len(cohort.devices):
                 self._pace.measure(("train", cohort.submodel), cohort.work, result.seconds)
             self._gathering.receive(cohort, result)
         elif (part := self._parts.get(id(message)) or self._device_parts.get(id(message))) is not None:
-            part.reply = reply
-            if not failed:
-                self._pace.measure(part.kind, part.work, seconds_of(reply))
+            job = part.job
+            try:
+                if failed:
+                    part.failure = reason_of(reply)
+                elif id(message) in self._parts:
+                    part.score = self._admission.score(read_score(reply), job["first"], job["last"])
+                else:
+                    values = read_device_values(reply)
+                    self._admission.device_values(values, job["devices"])
+                    part.values = values
+                if not failed:
+                    self._pace.measure(part.kind, part.work, seconds_of(reply))
+            except RejectedError as error:
+                part.failure = f"rejected ({error.failure.kind}): {error}"
 
     def trained(self, server_round: int) -> dict[str, Any]:
         """Take the server's step of a round; return what the round's record says.
@@ -183,14 +211,15 @@ class TieredStrategy(FlowerStrategy):
         gathering, self._gathering = self._gathering, None
         assert gathering is not None
         for _, cohort in self._cohorts.values():
-            gathering.receive(cohort, _failed(cohort, "no reply"))
+            gathering.receive(cohort, _failed(cohort, Failure("late", "no reply")))
         self._cohorts = {}
         failures = gathering.failures
-        for reason in dict.fromkeys(failures[device] for device in sorted(failures)):
-            devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == reason)
-            log.warning("round %d: failed: device %s: %s", server_round, devices, reason)
+        for failure in dict.fromkeys(failures[device] for device in sorted(failures)):
+            devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == failure)
+            log.warning("round %d: failed: device %s: %s (%s)", server_round, devices, failure.reason, failure.kind)
         facts = gathering.facts()
         before, self.server = self.server, step(self.env, self.server, gathering.partials, server_round)
+        self.server = replace(self.server, norms=gathering.norms)
         losses = {report.device: report.loss for report in gathering.reports}
         self.server = replace(self.server, history=self.server.history.after(server_round, losses))
         if gathering.controls:
@@ -209,7 +238,7 @@ class TieredStrategy(FlowerStrategy):
                 last = min(first + TEST_PART, examples)
                 job = {"round": server_round, "first": first, "last": last}
                 message = self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job)
-                self._parts[id(message)] = _Part(message, tier, last - first)
+                self._parts[id(message)] = _Part(message, tier, last - first, job)
         return [part.message for part in self._parts.values()]
 
     def device_messages(self, server_round: int, grid: Grid) -> list[Message]:
@@ -221,17 +250,18 @@ class TieredStrategy(FlowerStrategy):
             for some in _chunks(devices, tests.sizes[devices].tolist()):
                 job = {"round": server_round, "devices": some}
                 message = self._message(MessageType.EVALUATE, next(nodes), tier.serves, tier, job)
-                self._device_parts[id(message)] = _Part(message, tier, int(tests.sizes[some].sum()))
+                self._device_parts[id(message)] = _Part(message, tier, int(tests.sizes[some].sum()), job)
         return [part.message for part in self._device_parts.values()]
 
-    def device_values(self, server_round: int) -> dict[int, dict[str, float]]:
+    def device_values(self, server_round: int) -> dict[int, Mapping[str, float]]:
         """Return every metric of every device whose evaluation succeeded."""
-        values: dict[int, dict[str, float]] = {}
+        values: dict[int, Mapping[str, float]] = {}
         for part in self._device_parts.values():
-            if (reason := part.failure) is not None:
-                log.warning("round %d: test of tier %s's devices failed: %s", server_round, part.tier.tier.name, reason)
-            elif part.reply is not None:
-                values |= read_device_values(part.reply)
+            if part.values is None:
+                name = part.tier.tier.name
+                log.warning("round %d: test of tier %s's devices failed: %s", server_round, name, part.failure)
+            else:
+                values |= part.values
         return dict(sorted(values.items()))
 
     def scores(self, server_round: int) -> dict[Submodel, Score]:
@@ -240,12 +270,12 @@ class TieredStrategy(FlowerStrategy):
         broken: set[Submodel] = set()
         for part in self._parts.values():
             submodel = part.tier.serves
-            if (reason := part.failure) is not None:
-                log.warning("round %d: evaluation of tier %s failed: %s", server_round, part.tier.tier.name, reason)
+            if part.score is None:
+                name = part.tier.tier.name
+                log.warning("round %d: evaluation of tier %s failed: %s", server_round, name, part.failure)
                 broken.add(submodel)
-            elif part.reply is not None:
-                score = read_score(part.reply)
-                scores[submodel] = scores[submodel] + score if submodel in scores else score
+            else:
+                scores[submodel] = scores[submodel] + part.score if submodel in scores else part.score
         return {submodel: score for submodel, score in scores.items() if submodel not in broken}
 
     def configure_train(
@@ -263,7 +293,7 @@ class TieredStrategy(FlowerStrategy):
         """Return the next state, and what the round's record says as numbers."""
         self._take_all(replies)
         facts = self.trained(server_round)
-        numbers = {key: value for key, value in facts.items() if value is not None}
+        numbers = {key: value for key, value in facts.items() if isinstance(value, int | float)}
         return to_arrays(self._shared()), MetricRecord(numbers)
 
     def configure_evaluate(
@@ -334,5 +364,5 @@ def _dealt(nodes: Sequence[int]) -> Iterator[int]:
     return cycle(nodes)
 
 
-def _failed(cohort: Cohort, reason: str) -> CohortResult:
-    return CohortResult(reports=(), failures=dict.fromkeys(cohort.devices, reason))
+def _failed(cohort: Cohort, failure: Failure) -> CohortResult:
+    return CohortResult(reports=(), failures=dict.fromkeys(cohort.devices, failure))

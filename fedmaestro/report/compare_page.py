@@ -24,7 +24,7 @@ from fedmaestro.report.compare_table import (
 )
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.figure import inline_svg, plot_style, save_figure
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_seconds, lost_share, lost_text
 from fedmaestro.report.html import Cell, Content, Markup, details, document, escape, pairs, table
 from fedmaestro.runs.records import Results
 
@@ -209,14 +209,20 @@ def _cost_table(results: Results) -> str:
         ("Download", "download_bytes", format_bytes),
         ("Upload", "upload_bytes", format_bytes),
         ("Virtual time", "virtual_seconds", format_seconds),
-        ("Device updates lost", "failed", format_count),
     )
     rows: list[list[Content]] = []
     for row in results.strategies:
         values = [(as_number(getattr(row, key)), to_text) for _, key, to_text in columns]
-        rows.append([row.name, *(Cell(to_text(value), value) for value, to_text in values)])
-    note = "<p>Of all devices and rounds, mean over seeds.</p>"
-    return note + "\n" + _named_table(["Strategy", *(heading for heading, _, _ in columns)], rows)
+        lost = [Cell(lost_text(row.updates.get(tier)), lost_share(row.updates.get(tier))) for tier in results.tiers]
+        why = ", ".join(f"{count} {kind}" for kind, count in row.failed_by.items())
+        rows.append([row.name, *(Cell(to_text(value), value) for value, to_text in values), *lost, why or "–"])
+    note = (
+        "<p>Of all devices and rounds, mean over seeds. Updates lost: devices of a tier that were asked to train and "
+        "whose update does not count, failed or dropped, all seeds together.</p>"
+    )
+    lost_of = [f"Lost: {tier}" for tier in results.tiers]
+    header = ["Strategy", *(heading for heading, _, _ in columns), *lost_of, "Why updates failed"]
+    return note + "\n" + _named_table(header, rows)
 
 
 def _plot(results: Results, plot: Plot, svg: str) -> str:

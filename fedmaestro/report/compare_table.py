@@ -14,8 +14,8 @@ from itertools import combinations
 from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count
-from fedmaestro.runs.records import Results, Scores
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_text
+from fedmaestro.runs.records import Results, Scores, Updates
 from fedmaestro.runs.records import StrategyResults as Row
 
 Kind = Literal["final", "best"]
@@ -33,7 +33,8 @@ BUDGETS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 SCORE_NOTE = (
     "mean ± sample standard deviation over seeds (no ± for one seed); final, tier by tier, unless a column says best "
-    "round. Monotone seeds: those in which no tier ends more than 0.5 points below a smaller one."
+    "round. Monotone seeds: those in which no tier ends more than 0.5 points below a smaller one. Updates lost: of the "
+    "devices that were asked to train, those whose update does not count (failed, rejected, dropped)."
 )
 
 _CSV_BUDGETS = (
@@ -46,6 +47,7 @@ _CSV_BUDGETS = (
     "download_bytes",
     "upload_bytes",
 )
+_CSV_UPDATES = ("sampled", "failed", "dropped")
 _SAME_MACS = 0.03  # families whose MACs differ by more than this are not the same budget
 
 
@@ -214,18 +216,21 @@ def table_markdown(results: Results) -> str:
 def table_csv(results: Results) -> str:
     """Return ``table.csv``: one line per strategy, finished seed and tier, numbers in full precision.
 
-    Shares are fractions; an unknown number is empty; ``ranks`` is JSON.
+    Shares are fractions; an unknown number is empty; ``ranks`` is JSON. ``sampled``, ``failed`` and ``dropped`` are
+    those of the tier, all seeds of the strategy together.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     metric = results.metric.name
-    writer.writerow(["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS])
+    writer.writerow(["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS, *_CSV_UPDATES])
     for row in results.strategies:
         for index, seed in enumerate(row.seeds):
             for tier in results.tiers:
                 scores = [_nth(tier_stat(results, row, tier, kind), index) for kind in ("final", "best")]
                 cells = [_csv_cell(budget(row, tier, key)) for key in _CSV_BUDGETS]
-                writer.writerow([row.name, seed, tier, *scores, *cells])
+                counts = row.updates.get(tier)
+                asked = [getattr(counts, key) if counts else "" for key in _CSV_UPDATES]
+                writer.writerow([row.name, seed, tier, *scores, *cells, *asked])
     return buffer.getvalue()
 
 
@@ -284,8 +289,10 @@ def _result_table(results: Results) -> str:
     for index, row in enumerate(results.strategies):
         note = "" if is_whole(row, results) else f" ({seeds_text(row, results)})"
         cells = [f"**{c.texts[index]}**" if c.best[index] else c.texts[index] for c in columns]
-        lines.append([_md(row.name) + note, *cells])
-    return _table(["Strategy", *(_md(column.heading) for column in columns)], lines, text_columns=1)
+        lost = lost_text(sum(row.updates.values(), Updates()))
+        lines.append([_md(row.name) + note, *cells, lost])
+    header = ["Strategy", *(_md(column.heading) for column in columns), "Updates lost"]
+    return _table(header, lines, text_columns=1)
 
 
 def _budget_table(results: Results) -> str:

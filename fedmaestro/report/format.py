@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmaestro.runs.records import ACCURACY, MetricFacts
+from fedmaestro.runs.records import ACCURACY, MetricFacts, Updates
 
 MISSING = "–"  # what a table shows where a number is unknown or not a number
 
@@ -20,6 +20,16 @@ def format_count(n: float | None) -> str:
 def format_bytes(n: float | None) -> str:
     """Return ``n`` bytes with a decimal unit (1 kB = 1000 B, as network rates count): ``12.3 kB``."""
     return _scaled(n, _BYTE_UNITS)
+
+
+def lost_text(updates: Updates | None) -> str:
+    """Return ``12 of 600``: updates that do not count, of those that were asked for; ``–`` where none was."""
+    return f"{updates.lost:,} of {updates.sampled:,}" if updates and updates.sampled else MISSING
+
+
+def lost_share(updates: Updates | None) -> float:
+    """Return the share of updates that do not count; nan where none was asked for."""
+    return updates.lost / updates.sampled if updates and updates.sampled else math.nan
 
 
 def format_percent(fraction: float | None, digits: int = 1) -> str:

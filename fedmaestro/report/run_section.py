@@ -20,10 +20,11 @@ from fedmaestro.report.facts import (
     totals,
 )
 from fedmaestro.report.figure import inline_svg
-from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds
+from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds, lost_share, lost_text
 from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
 from fedmaestro.report.rank_plot import tier_rank_svg
 from fedmaestro.runs.reader import RunRecord
+from fedmaestro.runs.records import Updates
 
 # Column, key in the summary's tier, formatter. Memory and download are those of one device.
 _COLUMNS = (
@@ -97,7 +98,7 @@ def _tier_table(run: RunRecord) -> str:
         return "<p>No round has been evaluated yet.</p>"
     show, others = shown(run), other_metrics(run)
     scores = [f"Final {show.name}", f"Best {show.name}", *(f"Final {name}" for name in others), *_own_test(run)]
-    header = ["Tier", "Devices", *scores, *(name for name, _, _ in _COLUMNS), "Ranks"]
+    header = ["Tier", "Devices", *scores, "Updates lost", *(name for name, _, _ in _COLUMNS), "Ranks"]
     own = " Own test: over the tier's devices, each on its own test examples." if _own_test(run) else ""
     note = f"<p>Training memory and download per round are those of one device.{own}</p>"
     return note + table(header, (_tier_row(run, name, facts) for name, facts in tiers.items()))
@@ -107,12 +108,15 @@ def _tier_row(run: RunRecord, name: str, facts: Mapping[str, Any]) -> list[Conte
     show = shown(run)
     final, best = as_number(facts.get("final")), as_number(facts.get("best"))
     devices = as_number(facts.get("devices"))
+    known = facts.get("updates")
+    updates = Updates(**known) if isinstance(known, Mapping) else None
     cells = [
         Cell(format_count(devices), devices),
         Cell(show.text(final) + _final_round(run, facts), final),
         Cell(show.text(best), best),
         *(_plain(values.get(name, NAN)) for values in other_metrics(run).values()),
         *(Cell(show.text(row.get(name)), as_number(row.get(name))) for row in _own_test(run).values()),
+        Cell(lost_text(updates), lost_share(updates)),
     ]
     for _, key, to_text in _COLUMNS:
         value = as_number(facts.get(key))

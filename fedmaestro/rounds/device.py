@@ -20,6 +20,8 @@ from fedmaestro.clients.scaffold import Control
 from fedmaestro.fleet.plan import Plan, Submodel, smaller_levels
 from fedmaestro.rounds import spectrum, storage
 from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.failure import Failure, failure_of
+from fedmaestro.rounds.norms import checked_norm
 from fedmaestro.rounds.placement import placed
 from fedmaestro.rounds.stacked import Stacks, best_size, train_stack, why_not
 from fedmaestro.rounds.storage import Owner
@@ -42,6 +44,8 @@ class DeviceReport:
     device: int
     examples: int
     loss: float
+    norm: float
+    """``norms.update_norm`` of what it sends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,13 @@ class CohortResult:
     parts: Parts = field(default_factory=dict)
     """What is uploaded: of a cohort of one device its submodel as it is, of others ``Aggregation.pack`` of the devices
     that succeeded; empty when none did."""
-    weight: float = 0.0
-    """``Σ weight`` of these devices."""
     controls: Mapping[int, State] = field(default_factory=dict)
     """New control variate of each device, with ``train.correction = scaffold``."""
     probes: State = field(default_factory=dict)
     """``Σ weight · spectrum.probe`` of the same devices in float64, with ``train.record-bias``."""
     reports: tuple[DeviceReport, ...]
-    failures: dict[int, str]
-    """Reason by device."""
+    failures: dict[int, Failure]
+    """By device."""
     seconds: float = 0.0
     """What the work took."""
 
@@ -92,10 +94,11 @@ def train_cohort(
     tails: Sequence[float] = (),
     controls: Mapping[int, Control] | None = None,
     stack: int = 1,
+    bound: float = math.inf,
 ) -> CohortResult:
     """Train ``devices``, all of one tier, from the submodel ``start`` and add up their results along the tree.
 
-    A device whose training raises or gives NaN is reported as failed with its reason and left out.
+    A device whose training raises or gives NaN, or whose update is too long, is reported as failed and left out.
 
     Args:
         env: the experiment.
@@ -107,6 +110,7 @@ def train_cohort(
         tails: for the group lasso, what the submodel lacks: two numbers for each LoD layer (``lod.suffix.Tail``).
         controls: the control variates of each device; None: there are none.
         stack: devices that train as one stacked model at most (``rounds.stacked``).
+        bound: of each update (``rounds.norms``).
     """
     began = time.perf_counter()
     submodel = plan.by_name(tier_name).trains
@@ -122,7 +126,7 @@ def train_cohort(
     alone = len(devices) == 1
     uploads: list[State] = []
     reports: list[DeviceReport] = []
-    failures: dict[int, str] = {}
+    failures: dict[int, Failure] = {}
     new_controls: dict[int, State] = {}
     where, augments = placed(), env.config.data.augment != "none"
 
@@ -174,11 +178,12 @@ def train_cohort(
         device, count = devices[position], int(env.parts.sizes[devices[position]])
         try:
             state, loss = stacks(position)
+            sent = {name: tensor for name, tensor in state.items() if name not in frozen}
+            norm = checked_norm(sent, start, bound)
         except Exception as error:
-            failures[device] = located(error)
+            failures[device] = failure_of(error, located(error))
             return None
-        sent = {name: tensor for name, tensor in state.items() if name not in frozen}
-        reports.append(DeviceReport(device=device, examples=count, loss=loss))
+        reports.append(DeviceReport(device=device, examples=count, loss=loss, norm=norm))
         probes = spectrum.probe(state, ends) if ends else {}
         if probes:
             weight = aggregation.weigh(sent, count)
@@ -194,7 +199,6 @@ def train_cohort(
         parts = {SUMS: uploads[0]} if alone else aggregation.pack(node.partial)
     return CohortResult(
         parts=parts,
-        weight=0.0 if node is None else float(node.partial.weight),
         controls=new_controls,
         probes={} if node is None else node.probes,
         reports=tuple(reports),
@@ -247,7 +251,7 @@ def read_node(
         plan: the tiers' submodels in this round.
         submodel: what the devices trained.
         start: as it was sent to them.
-        result: what came back.
+        result: what came back, as ``admission`` lets it in.
         count: devices of the cohort, those that failed included.
         server_round: from 1 on.
     """
@@ -260,7 +264,8 @@ def read_node(
         partial = aggregation.add(empty, result.parts[SUMS], result.reports[0].examples, start=start)
     else:
         sent = sent_back(env, submodel, server_round)
-        partial = aggregation.unpack(result.parts, sent, result.weight, len(result.reports), sizes)
+        weight = math.fsum(report.examples for report in result.reports)
+        partial = aggregation.unpack(result.parts, sent, weight, len(result.reports), sizes)
     return Node(partial=partial, probes=result.probes)
 
 

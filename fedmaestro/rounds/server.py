@@ -6,8 +6,9 @@ Arrays are encoded and decoded outside, at the edge to Flower and to the checkpo
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedmaestro.fleet.plan import Plan, Submodel, encode_ranks
 from fedmaestro.fleet.selection import History
 from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.rounds import spectrum, storage
+from fedmaestro.rounds.admission import Asked
 from fedmaestro.rounds.cohorts import Cohort
 from fedmaestro.rounds.device import (
     CohortResult,
@@ -37,11 +39,14 @@ from fedmaestro.rounds.device import (
     sizes_of,
 )
 from fedmaestro.rounds.environment import Environment
+from fedmaestro.rounds.failure import Failure
+from fedmaestro.rounds.norms import UpdateNorms, scale_of
 from fedmaestro.rounds.schedule import Schedule, schedule_round
 from fedmaestro.rounds.storage import Models, Owner
 from fedmaestro.rounds.tree import Tree
 from fedmaestro.runs.checkpoint import Checkpoint, Key, below
 from fedmaestro.runs.code import user_code
+from fedmaestro.runs.records import Updates
 from fedmaestro.strategies.base import WEIGHTED_SUMS, AnyPartial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.server_step import ChainMemory, Round, run_chain
@@ -70,6 +75,8 @@ class ServerState:
     """SCAFFOLD's control variate of the server; a tensor that is not there is zero."""
     controls: Mapping[int, State] = field(default_factory=dict)
     """Those of the devices that have trained."""
+    norms: UpdateNorms = field(default_factory=UpdateNorms)
+    """What bounds the next updates."""
     stack: int = 1
     """Devices of a tier that train as one stacked model at most."""
 
@@ -228,7 +235,7 @@ class Gathering:
 
     Attributes:
         reports: of the devices that trained, ascending within a tier once all are there.
-        failures: reason by device.
+        failures: by device.
         controls: new control variates by device.
     """
 
@@ -237,8 +244,10 @@ class Gathering:
         add = join(env.method.aggregation)
         self._trees = {group.tier.index: Tree(len(group.devices), add) for group in schedule.groups}
         self._starts: dict[Submodel, State] = {}
+        self._scales: dict[Submodel, float] = {}
+        self._norms: list[float] = []
         self.reports: list[DeviceReport] = []
-        self.failures: dict[int, str] = {}
+        self.failures: dict[int, Failure] = {}
         self.controls: dict[int, State] = {}
         self._upload_bytes = 0
 
@@ -248,8 +257,33 @@ class Gathering:
             self._starts[submodel] = storage.download(self._server.plan, self._server.models, submodel)
         return self._starts[submodel]
 
+    def bound_of(self, submodel: Submodel) -> float:
+        """Return the largest norm of the update of a device that trains ``submodel``."""
+        factor = self._env.config.train.max_update_norm
+        return self._server.norms.bound(factor, self._scale_of(submodel))
+
+    def _scale_of(self, submodel: Submodel) -> float:
+        if submodel not in self._scales:
+            self._scales[submodel] = scale_of(self.start_of(submodel))
+        return self._scales[submodel]
+
+    def asked(self, cohort: Cohort) -> Asked:
+        """Return what the hosts are asked about a cohort."""
+        env, server = self._env, self._server
+        return Asked(
+            env=env,
+            plan=server.plan,
+            submodel=cohort.submodel,
+            devices=cohort.devices,
+            start=self.start_of(cohort.submodel),
+            round=self._round,
+            bound=self.bound_of(cohort.submodel),
+            controls=env.method.correction == "scaffold",
+        )
+
     def receive(self, cohort: Cohort, result: CohortResult) -> None:
-        """Add the result of a cohort."""
+        """Add the result of a cohort, which ``admission`` has let in."""
+        self._norms += [report.norm / self._scale_of(cohort.submodel) for report in result.reports]
         submodel = cohort.submodel
         self.failures |= result.failures
         self.reports += result.reports
@@ -258,6 +292,11 @@ class Gathering:
         start, count = self.start_of(submodel), len(cohort.devices)
         node = read_node(self._env, self._server.plan, submodel, start, result, count, self._round)
         self._trees[cohort.tier.index].put(cohort.span, node)
+
+    @property
+    def norms(self) -> UpdateNorms:
+        """What is known of updates after this round."""
+        return self._server.norms.after(self._norms)
 
     @cached_property
     def _nodes(self) -> dict[Owner, Node]:
@@ -289,11 +328,27 @@ class Gathering:
             "train_loss": loss / examples if self.reports else None,
             "devices": len(self.reports),
             "failed": len(self.failures),
+            "failed_by": dict(sorted(Counter(failure.kind for failure in self.failures.values()).items())),
             "dropped": len(self._schedule.dropped),
+            "updates": self._updates(),
             "download_bytes": self._schedule.download_bytes,
             "upload_bytes": self._upload_bytes,
             "virtual_seconds": self._schedule.virtual_seconds,
             "factor_bias": self._factor_bias(),
+        }
+
+    def _updates(self) -> dict[str, Updates]:
+        tiers = self._server.plan.tiers
+        of = self._env.tier_of
+        trained = Counter(int(of[report.device]) for report in self.reports)
+        failed = Counter(int(of[device]) for device in self.failures)
+        dropped = Counter(int(of[device]) for device in self._schedule.dropped)
+        return {
+            tier.tier.name: Updates(
+                sampled=sampled, trained=trained[tier.index], failed=failed[tier.index], dropped=dropped[tier.index]
+            )
+            for tier in tiers
+            if (sampled := trained[tier.index] + failed[tier.index] + dropped[tier.index])
         }
 
     def _factor_bias(self) -> float | None:
@@ -403,9 +458,8 @@ def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
     tensors |= {("controls", str(d), name): x for d, state in server.controls.items() for name, x in state.items()}
     tensors |= {("history", name): tensor for name, tensor in server.history.tensors().items()}
     ranks = "" if server.plan is env.plan else encode_ranks(server.plan)
-    return Checkpoint(
-        number=server.round, tensors=tensors, facts={"ranks": ranks, "stack": server.stack}, fingerprint=env.fingerprint
-    )
+    facts = {"ranks": ranks, "stack": server.stack, "norms": asdict(server.norms)}
+    return Checkpoint(number=server.round, tensors=tensors, facts=facts, fingerprint=env.fingerprint)
 
 
 def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
@@ -436,4 +490,5 @@ def from_checkpoint(env: Environment, checkpoint: Checkpoint) -> ServerState:
         control={name: tensor for (name,), tensor in below(checkpoint.tensors, "control").items()},
         controls=controls,
         stack=int(checkpoint.facts["stack"]),
+        norms=UpdateNorms(**checkpoint.facts.get("norms", {})),
     )

@@ -50,6 +50,30 @@ class MetricFacts(Record):
 ACCURACY = MetricFacts()
 
 
+class Updates(Record):
+    """What became of devices that were asked to train; ``sampled = trained + failed + dropped``."""
+
+    sampled: int = 0
+    trained: int = 0
+    """Whose updates count."""
+    failed: int = 0
+    dropped: int = 0
+    """Too late by the virtual clock, or not needed."""
+
+    def __add__(self, other: "Updates") -> "Updates":
+        return Updates(
+            sampled=self.sampled + other.sampled,
+            trained=self.trained + other.trained,
+            failed=self.failed + other.failed,
+            dropped=self.dropped + other.dropped,
+        )
+
+    @property
+    def lost(self) -> int:
+        """Those that do not count."""
+        return self.failed + self.dropped
+
+
 class RoundRecord(Record):
     """One line of ``rounds.jsonl``; round 0 is the initial model."""
 
@@ -65,7 +89,11 @@ class RoundRecord(Record):
     """Mean over the examples of all devices; None when none trained."""
     devices: int = 0
     failed: int = 0
+    failed_by: dict[str, int] = Field(default_factory=dict)
+    """Of them, by kind (``rounds.failure.KINDS``)."""
     dropped: int = 0
+    updates: dict[str, Updates] = Field(default_factory=dict)
+    """Of each tier that was sampled."""
     download_bytes: int = 0
     upload_bytes: int = 0
     virtual_seconds: float = 0.0
@@ -133,6 +161,7 @@ class TierSummary(TierFigures):
     final_round: int | None = None
     """The round that the final value is of: the last one whose evaluation succeeded."""
     best: float | None = None
+    updates: Updates = Updates()
 
 
 class Summary(Record):
@@ -159,6 +188,12 @@ class Summary(Record):
     download_bytes: int
     upload_bytes: int
     failed: int
+    failed_by: dict[str, int] = Field(default_factory=dict)
+    """By kind (``rounds.failure.KINDS``)."""
+    updates: Updates = Updates()
+    """Of all tiers."""
+    stopped: str | None = None
+    """Why the run ended before its last round, unless it was interrupted."""
     wall_seconds: float
     virtual_seconds: float
     model_sha256: str
@@ -336,6 +371,10 @@ class StrategyResults(Record):
     upload_bytes: float | None
     virtual_seconds: float | None
     failed: float | None
+    updates: dict[str, Updates] = Field(default_factory=dict)
+    """Of each tier, all seeds together."""
+    failed_by: dict[str, int] = Field(default_factory=dict)
+    """By kind (``rounds.failure.KINDS``), all seeds together."""
     series: list[Series]
 
 

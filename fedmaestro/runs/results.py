@@ -5,6 +5,7 @@ resumed comparison gives the same file.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fedmaestro.runs.records import (
     StrategyResults,
     Summary,
     TierFigures,
+    Updates,
 )
 
 MONOTONE_SLACK = 0.005
@@ -68,6 +70,8 @@ def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyRes
         upload_bytes=mean_of("upload_bytes"),
         virtual_seconds=mean_of("virtual_seconds"),
         failed=mean_of("failed"),
+        updates={name: sum((tier.updates for tier in tiers), Updates()) for name, tiers in of_tier.items()},
+        failed_by=dict(sorted(sum((Counter(cell.summary.failed_by) for cell in cells), Counter()).items())),
         series=[_series(cell) for cell in cells],
     )
 

@@ -1,9 +1,10 @@
 """From the rounds of a run to its summary."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedmaestro.runs.records import ACCURACY, MetricFacts, RoundRecord, Summary, TierFigures, TierSummary
+from fedmaestro.runs.records import ACCURACY, MetricFacts, RoundRecord, Summary, TierFigures, TierSummary, Updates
 
 
 def tier_values(records: Sequence[RoundRecord], tier: str, metric: str) -> dict[int, float]:
@@ -29,8 +30,14 @@ def summarize(
         facts: strategy, seed and whatever else of ``Summary`` does not follow from the rounds.
     """
     scored = {
-        name: _scored(figures, tier_values(records, name, metric.name), metric) for name, figures in tiers.items()
+        name: _scored(figures, tier_values(records, name, metric.name), metric).model_copy(
+            update={"updates": _updates(record.updates.get(name, Updates()) for record in records)}
+        )
+        for name, figures in tiers.items()
     }
+    failed_by: Counter[str] = Counter()
+    for record in records:
+        failed_by.update(record.failed_by)
     finals = [tier.final for tier in scored.values() if tier.final is not None]
     return Summary(
         **facts,
@@ -42,10 +49,16 @@ def summarize(
         download_bytes=sum(record.download_bytes for record in records),
         upload_bytes=sum(record.upload_bytes for record in records),
         failed=sum(record.failed for record in records),
+        failed_by=dict(sorted(failed_by.items())),
+        updates=_updates(counts for record in records for counts in record.updates.values()),
         wall_seconds=round(sum(record.wall_seconds for record in records), 3),
         virtual_seconds=sum(record.virtual_seconds for record in records),
         model_sha256=model_sha256,
     )
+
+
+def _updates(counts: Iterable[Updates]) -> Updates:
+    return sum(counts, Updates())
 
 
 def _scored(figures: TierFigures, values: Mapping[int, float], metric: MetricFacts) -> TierSummary:

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmaestro.report.curves import metric_of
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds, lost_text
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import MetricFacts, RoundRecord
+from fedmaestro.runs.records import MetricFacts, RoundRecord, Updates
 
 
 class LiveDisplay(ComparisonObserver):
@@ -166,6 +166,12 @@ def comparison_table(results: dict[str, Any]) -> Table:
     for row in results["strategies"]:
         stats = [*(row["tiers"].get(name, {}).get("final") for name in results["tiers"])]
         table.add_row(row["name"], *(_stat(show, x) for x in (*stats, row["mean"]["final"], row["worst"]["final"])))
+    counts = {
+        row["name"]: sum((Updates(**counts) for counts in row.get("updates", {}).values()), Updates())
+        for row in results["strategies"]
+    }
+    if lost := [f"{name} {lost_text(updates)}" for name, updates in counts.items() if updates.lost]:
+        table.caption = f"updates lost: {', '.join(lost)}"
     return table
 
 
@@ -182,18 +188,23 @@ def _stat(show: Shown, stat: dict[str, Any] | None) -> str:
 
 
 def tier_table(summary: dict[str, Any]) -> Table:
-    """Return the closing table, largest tier first: MACs per example (forward), download per device and round."""
+    """Return the closing table, largest tier first: MACs per example (forward), download per device and round.
+
+    ``lost`` are the updates that do not count, of those that were asked for.
+    """
     show = _shown_of(summary)
     main = "" if show.name == "accuracy" else f" · {show.name}"
     title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("tier", no_wrap=True)
-    for heading in ("devices", "ranks", "params", "MACs", "download", f"final{show.unit}", f"best{show.unit}"):
+    headings = ("devices", "lost", "ranks", "params", "MACs", "download", f"final{show.unit}", f"best{show.unit}")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=heading != "ranks")
     for name, tier in summary["tiers"].items():
         table.add_row(
             name,
             str(tier["devices"]),
+            lost_text(Updates(**tier.get("updates", {}))),
             _ranks(tier["ranks"]),
             format_count(tier["params"]),
             format_count(tier["macs_per_example"]),
@@ -215,7 +226,10 @@ def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
     """Print the closing table and where everything lies."""
     console.print(tier_table(summary))
     if summary["failed"]:
-        console.print(f"[bold]{summary['failed']} device updates failed[/bold]: see {path}/run.log", soft_wrap=True)
+        why = ", ".join(f"{count} {kind}" for kind, count in summary["failed_by"].items())
+        console.print(
+            f"[bold]{summary['failed']} device updates failed[/bold] ({why}): see {path}/run.log", soft_wrap=True
+        )
     console.print(
         f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "
         f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}"

@@ -83,9 +83,9 @@ def test_number_of_hosts_and_order_of_replies_change_nothing(federate: Federate)
     assert first["model_sha256"] == second["model_sha256"]
 
 
-@pytest.mark.parametrize("strategy", ["fedmaestro", "partitioned-product", "product-svd", "hetlora", "exclusive"])
+@pytest.mark.parametrize("strategy", ["fedmaestro", "partitioned-product", "product-svd", "heterofl", "exclusive"])
 def test_cohort_size_changes_messages_and_not_a_bit_of_the_result(federate: Federate, strategy: str) -> None:
-    """A rule of each kind: entries, stacks with and without segments, weights of its own, separate models."""
+    """A rule of each kind: entries, stacks with and without segments, changed rows, separate models."""
     overrides = {"train.strategy": strategy, "train.devices-per-round": 20, "train.record-bias": True}
     runs = [federate({**overrides, "train.cohort-size": size}) for size in (1, 2, 3, "auto")]
     messages = [len(of_type(grid.sent, "train")) for _, _, grid in runs]
@@ -93,6 +93,15 @@ def test_cohort_size_changes_messages_and_not_a_bit_of_the_result(federate: Fede
     assert len(set(messages)) > 2
     assert len({summary["model_sha256"] for summary, _, _ in runs}) == 1
     assert len({str(without_time(folder.read_rounds())) for _, folder, _ in runs}) == 1
+
+
+def test_the_server_weighs_what_a_rule_weighs_by_its_tensors(federate: Federate) -> None:
+    """Devices of such a rule are sent one by one: a host's word for a weight is not taken."""
+    _, _, grid = federate({"train.strategy": "hetlora", "train.rounds": 1, "train.cohort-size": 5})
+    sent = of_type(grid.sent, "train")
+    assert len(sent) == 10
+    assert all(len(message.content.config_records[JOB]["devices"]) == 1 for message in sent)  # type: ignore[arg-type]
+    assert not any("weight" in reply.content.metric_records.get("metrics", {}) for reply in grid.replies)
 
 
 class Dropping(nn.Module):

@@ -56,10 +56,10 @@ def with_macs(results: Results, index: int, factor: float, tiers: list[str]) -> 
 
 def test_results_in_percent_in_the_given_order() -> None:
     header, *rows = tables(table_markdown(make_results()))[0]
-    overall = ["Mean of tiers", "Worst tier", "Best round: mean", "Best round: worst", "Monotone seeds"]
+    overall = ["Mean of tiers", "Worst tier", "Best round: mean", "Best round: worst", "Monotone seeds", "Updates lost"]
     assert header == ["Strategy", *TIERS, *overall]
     first = ("97.20", "96.20", "95.20", "96.20", "95.20", "96.30", "95.30")
-    assert rows[0] == ["nested", *(f"**{mean} ± 0.20**" for mean in first), "**3 of 3**"]
+    assert rows[0] == ["nested", *(f"**{mean} ± 0.20**" for mean in first), "**3 of 3**", "–"]
     assert rows[1][:4] == ["zero-pad", "96.20 ± 0.20", "95.20 ± 0.20", "94.20 ± 0.20"]
     assert [row[0] for row in rows] == list(NAMES)
 
@@ -96,13 +96,13 @@ def test_missing_seeds_are_said() -> None:
     shown, budgets = tables(text)
     assert [row[0] for row in shown[1:]] == ["a", "b (1 of 3 seeds)", "c (0 of 3 seeds)"]
     assert shown[2][1:3] == ["96.40", "95.40"], "one seed has no deviation"
-    assert shown[3][1:] == ["–"] * 8
+    assert shown[3][1:] == ["–"] * 9
     assert budgets[-1] == ["c", "minimal", *["–"] * 7]
     assert {row["strategy"] for row in rows_of(results)} == {"a", "b"}
     page = page_of(results)
     assert "This comparison is incomplete: b: 1 of 3 seeds; c: 0 of 3 seeds." in page.text
     assert [row[1] for row in page.tables[0][1:]] == ["3", "1 of 3 seeds", "0 of 3 seeds"]
-    assert page.tables[4][3] == ["c", "–", "–", "–", "–"]
+    assert page.tables[4][3] == ["c", *["–"] * (4 + len(TIERS))]
     interrupted = edited(make_results(), lambda r: r.update(complete=False))
     assert "incomplete: it was interrupted." in page_of(interrupted).text
 

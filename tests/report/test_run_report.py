@@ -36,6 +36,7 @@ def test_a_run_is_told_on_one_page(make_run: MakeRun) -> None:
         "Devices": "20",
         "Final accuracy": "97.8 %",
         "Best accuracy": "97.8 %",
+        "Updates lost": "–",
         "Parameters": "61.7 k",
         "MACs per example": "282 k",
         "Training memory": "1.90 MB",

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -36,3 +37,17 @@ def end(variable: str, value: str) -> None:
                 continue
         wait_for_end(variable, value, 10)
     assert not processes_with(variable, value)
+
+
+def listening(processes: Iterable[int]) -> set[str]:
+    """Return the addresses, in hexadecimal as the kernel writes them, at which processes wait for TCP connections."""
+    inodes = set()
+    for process in processes:
+        try:
+            for link in Path(f"/proc/{process}/fd").iterdir():
+                if (target := str(link.readlink())).startswith("socket:"):
+                    inodes.add(target[len("socket:[") : -1])
+        except OSError:  # gone
+            continue
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}

@@ -1,0 +1,148 @@
+"""Whatever a host replies: it counts as it must, or it does not count, is counted, and the round goes on."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Error, Message
+
+from fedmaestro.config.experiment import load_config
+from fedmaestro.flower.client_app import app, read_device_values, read_score, seconds_of
+from fedmaestro.flower.direct_grid import HostCall, LocalGrid
+from fedmaestro.flower.identity import identify
+from fedmaestro.flower.tiered_strategy import TieredStrategy
+from fedmaestro.rounds.admission import Admission
+from fedmaestro.rounds.environment import open_environment
+from fedmaestro.rounds.failure import KINDS, RejectedError
+from fedmaestro.rounds.server import ServerState
+from fedmaestro.strategies.tables import AGGREGATIONS
+from tests.support.hostile import DEVICE_TESTS, EVALUATION, TRAINING, tampered
+
+SETTINGS: dict[str, Any] = {
+    "data.devices": 12,
+    "train.devices-per-round": 12,
+    "train.local-epochs": 1,
+    "train.strategy": "nested",
+    "model.name": "mlp",
+}
+SINGLE, SEVERAL = 1, 3
+
+
+class Round:
+    """The first round of a federation, whose hosts have replied honestly."""
+
+    def __init__(self, aggregation: str, cohort_size: int) -> None:
+        config = load_config(None, SETTINGS | {"train.aggregation": aggregation, "train.cohort-size": cohort_size})
+        self.env = open_environment(config)
+        self.grid = LocalGrid(app)
+        strategy, messages = self._messages()
+        self.server = replace(strategy.server, round=0)
+        host = HostCall(app, 0, 1)
+        self.replies = [host(message) for message in messages]
+        sizes = [len(message.content.config_records["job"]["devices"]) for message in messages]  # type: ignore[arg-type]
+        # The cohort that is attacked: as large as cohorts are under this rule.
+        self.attacked = sizes.index(max(sizes))
+        self.devices = max(sizes)
+
+    def _messages(self) -> tuple[TieredStrategy, list[Message]]:
+        strategy = TieredStrategy(self.env, getattr(self, "server", None))
+        messages = strategy.train_messages(1, self.grid)
+        for message in messages:
+            identify(message)
+        return strategy, messages
+
+    def end(self, change: Callable[[Message], Message] = lambda reply: reply) -> tuple[ServerState, dict[str, Any]]:
+        """Return the state after the round, and its facts, if one reply is changed."""
+        strategy, messages = self._messages()
+        for number, (message, reply) in enumerate(zip(messages, self.replies, strict=True)):
+            strategy.take(message, change(reply) if number == self.attacked else reply)
+        facts = strategy.trained(1)
+        return strategy.server, facts
+
+
+def lost(reply: Message) -> Message:
+    return Message(Error(1, "lost"), reply_to=reply)
+
+
+@pytest.fixture(scope="module")
+def rounds() -> Callable[[str, int], tuple[Round, ServerState, ServerState]]:
+    """Rounds by aggregation and size of cohorts, with what comes of them with and without the attacked cohort."""
+    known: dict[tuple[str, int], tuple[Round, ServerState, ServerState]] = {}
+
+    def get(aggregation: str, size: int) -> tuple[Round, ServerState, ServerState]:
+        if (aggregation, size) not in known:
+            made = Round(aggregation, size)
+            known[aggregation, size] = made, made.end()[0], made.end(lost)[0]
+        return known[aggregation, size]
+
+    return get
+
+
+def same(left: ServerState, right: ServerState) -> bool:
+    pairs = [(left.models[owner], right.models[owner]) for owner in left.models]
+    return all(torch.equal(mine[name], other[name]) for mine, other in pairs for name in mine)
+
+
+@pytest.mark.parametrize("size", [SINGLE, SEVERAL])
+@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
+def test_bad_replies_cost_their_devices_and_nothing_else(
+    rounds: Callable[[str, int], Any], aggregation: str, size: int
+) -> None:
+    made, clean, without = rounds(aggregation, size)
+    assert not same(clean, without), "the attacked cohort counts, so the test can tell"
+    wrong = []
+    for hostile in TRAINING:
+        server, facts = made.end(lambda reply, hostile=hostile: tampered(reply, hostile.change))
+        expected = {hostile.kind: made.devices} if hostile.kind else {}
+        if facts["failed_by"] != expected or not same(server, without if hostile.kind else clean):
+            wrong.append((hostile.name, facts["failed_by"], same(server, without)))
+    assert not wrong
+    assert {hostile.kind for hostile in TRAINING} - {""} <= set(KINDS)
+    assert len(TRAINING) >= 70
+
+
+def test_a_bad_evaluation_is_no_evaluation(federate: Callable[..., Any]) -> None:
+    overrides = {"train.rounds": 1, "train.evaluate-every": 1, "data.device-test": 0.2}
+    _, _, grid = federate(overrides)
+    admission = Admission(open_environment(load_config(None, overrides)))
+
+    def of_task(reply: Message, job: Any) -> None:
+        seconds_of(reply)
+        admission.score(read_score(reply), job["first"], job["last"])
+
+    def of_devices(reply: Message, job: Any) -> None:
+        admission.device_values(read_device_values(reply), job["devices"])
+
+    kinds = 0
+    for message, reply in zip(grid.sent, grid.replies, strict=True):
+        if message.metadata.message_type != "evaluate":
+            continue
+        job = message.content.config_records["job"]
+        take, changes = (of_devices, DEVICE_TESTS) if "devices" in job else (of_task, EVALUATION)
+        take(reply, job)
+        for name, change in changes:
+            kinds += 1
+            try:
+                take(tampered(reply, change), job)
+            except RejectedError:
+                continue
+            pytest.fail(f"{name} was let in")
+    assert kinds > len(DEVICE_TESTS) + len(EVALUATION), "both kinds came"
+
+
+def test_a_run_goes_on_without_a_bad_evaluation(federate: Callable[..., Any]) -> None:
+    host = HostCall(app, 0, 1)
+    change = dict(EVALUATION)["more right than there are"]
+
+    def spoil(message: Message) -> Message | None:
+        job: Any = message.content.config_records["job"]
+        if message.metadata.message_type == "evaluate" and job["tier"] == "mid":
+            return tampered(host(message), change)
+        return None
+
+    summary, folder, _ = federate({"train.rounds": 1, "train.evaluate-every": 1}, spoil=spoil)
+    assert summary["tiers"]["mid"]["final_accuracy"] is None
+    assert summary["tiers"]["high"]["final_accuracy"] is not None
+    assert "rejected (malformed): the evaluation has accuracy" in folder.log.read_text()
