@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedmaestro.errors import DivergedError, UntrainedError, UserError, check_name
 from fedmaestro.places import place_caches
+from fedmaestro.terminal.console import Terminal, tolerate_encodings
 
 if TYPE_CHECKING:
     from fedmaestro.config.base import Settings
@@ -26,7 +28,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from fedmaestro import __version__
 
-        Console().print(f"fedmaestro {__version__}", highlight=False)
+        Terminal().print(f"fedmaestro {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -61,6 +63,18 @@ _Actors = Annotated[
     int | None,
     typer.Option(help="Ray actors working in parallel, one per free CPU by default; 0: this process, without Ray."),
 ]
+
+
+class LogFormat(StrEnum):
+    """How a command tells what happens."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+_LogFormat = Annotated[
+    LogFormat, typer.Option(help="What is printed: for people (text), or a line of JSON for each event (json).")
+]
 _Out = Annotated[Path | None, typer.Option(help="Folder of the results; a new one under runs/ by default.")]
 _RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
@@ -79,19 +93,22 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     ray_address: _RayAddress = None,
     track: _Track = None,
+    log_format: _LogFormat = LogFormat.TEXT,
 ) -> None:
     """Run one experiment and report the accuracy of every tier."""
     from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.run import Run
     from fedmaestro.flower.run import run as run_experiment
     from fedmaestro.terminal.display import LiveDisplay, print_closing
+    from fedmaestro.terminal.json_lines import RunLines
     from fedmaestro.trackers import trackers_of
 
-    console = Console()
+    json = log_format is LogFormat.JSON
+    console = Terminal(quiet=json)
     trackers = trackers_of(track or [])
     overrides = dict(parse_assignment(text) for text in set_ or [])
     try:
-        with LiveDisplay(console) as display:
+        with RunLines() if json else LiveDisplay(console) as display:
             finished = run_experiment(
                 experiment,
                 use=use,
@@ -144,22 +161,25 @@ def compare(
     ] = False,
     ray_address: _RayAddress = None,
     track: _Track = None,
+    log_format: _LogFormat = LogFormat.TEXT,
 ) -> None:
     """Run strategies × seeds on one Ray and write tables, plots and a report that compare them."""
     from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.compare import Comparison
     from fedmaestro.flower.compare import compare as run_comparison
     from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
+    from fedmaestro.terminal.json_lines import RunLines
     from fedmaestro.trackers import trackers_of
 
-    console = Console()
+    json = log_format is LogFormat.JSON
+    console = Terminal(quiet=json)
     trackers = trackers_of(track or [])
     overrides = dict(parse_assignment(text) for text in set_ or [])
     names = [name for name in strategies.split(",") if name.strip()]
     if not names:
         raise UserError("--strategies is empty: name some, for example --strategies nested,zero-pad")
     try:
-        with ComparisonDisplay(console) as display:
+        with RunLines() if json else ComparisonDisplay(console) as display:
             finished = run_comparison(
                 experiment,
                 names,
@@ -199,16 +219,19 @@ def train(
     compare: Annotated[
         Path | None, typer.Option(help="Finished training (of the dense model, say) to draw beside this one.")
     ] = None,
+    log_format: _LogFormat = LogFormat.TEXT,
 ) -> None:
     """Train one model with Maestro on this machine and draw accuracy over cost."""
     from fedmaestro.config.base import parse_assignment
+    from fedmaestro.terminal.json_lines import TrainingLines
     from fedmaestro.terminal.training import TrainingDisplay, curve_table
     from fedmaestro.training import train as run_training
 
-    console = Console()
+    json = log_format is LogFormat.JSON
+    console = Terminal(quiet=json)
     overrides = dict(parse_assignment(text) for text in set_ or [])
     try:
-        with TrainingDisplay(console) as display:
+        with TrainingLines() if json else TrainingDisplay(console) as display:
             finished = run_training(
                 config,
                 use=use,
@@ -219,6 +242,8 @@ def train(
                 compare=compare,
                 observers=[display],
             )
+            if isinstance(display, TrainingLines):
+                display.event("finish", folder=str(finished.path), **finished.summary)
     except DivergedError as error:
         sys.stderr.write(f"fedmaestro: {error}\n")
         raise typer.Exit(1) from None
@@ -256,7 +281,7 @@ def extract(
     from fedmaestro.report.format import Shown, format_count
     from fedmaestro.runs.records import MetricFacts
 
-    console = Console()
+    console = Terminal()
     target = Target(tier=tier, max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms)
     with console.status("reading the run") as status:
         extracted = extract_model(
@@ -295,7 +320,7 @@ def report(
         written = write_run_report(run_dirs[0])[-1]
     else:
         written = write_report(run_dirs, out or Path("report.html"))
-    Console().print(f"report: {written}", soft_wrap=True)
+    Terminal().print(f"report: {written}", soft_wrap=True)
 
 
 @app.command(name="list")
@@ -338,7 +363,7 @@ def list_(
         from fedmaestro.runs.code import activate, gather
 
         activate(gather(located_use(use, Path.cwd())))
-    Console().print(tables[kind]())
+    Terminal().print(tables[kind]())
 
 
 @app.command()
@@ -349,7 +374,7 @@ def new(
     from fedmaestro.runs.starter import write_starter
 
     experiment = write_starter(file)
-    Console().print(f"written: {file} and {experiment}; try `fedmaestro run {experiment}`", soft_wrap=True)
+    Terminal().print(f"written: {file} and {experiment}; try `fedmaestro run {experiment}`", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:
@@ -371,7 +396,8 @@ def _strategies() -> Table:
     table = _table("strategy", "rule · its switches: submodel | objective | aggregation | server · source")
     for row in STRATEGIES.values():
         switches = (row.submodel.describe(), row.objective, row.value("train.aggregation"), row.describe_server())
-        table.add_row(row.name, f"{row.summary}\n[dim]{' | '.join(map(str, switches))} · {row.source}[/dim]")
+        about = Text(f"{' | '.join(map(str, switches))} · {row.source}", style="dim")
+        table.add_row(row.name, Text(f"{row.summary}\n").append(about))
     return table
 
 
@@ -501,6 +527,7 @@ def _described(schema: type["Settings"]) -> Table:
 def main() -> None:
     """Entry point: user errors are one line on standard error and exit code 2; code 3: nothing was trained."""
     place_caches()
+    tolerate_encodings()
     try:
         app()
     except UserError as error:

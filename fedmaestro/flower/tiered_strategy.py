@@ -293,7 +293,7 @@ class TieredStrategy(FlowerStrategy):
         """Return the next state, and what the round's record says as numbers."""
         self._take_all(replies)
         facts = self.trained(server_round)
-        numbers = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        numbers: dict[str, Any] = {key: value for key, value in facts.items() if isinstance(value, int | float)}
         return to_arrays(self._shared()), MetricRecord(numbers)
 
     def configure_evaluate(

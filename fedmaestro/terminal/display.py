@@ -8,7 +8,6 @@ from typing import Any, Self
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.records import MetricFacts, RoundRecord, Updates
+from fedmaestro.terminal.console import LogLines, Terminal
 
 
 class LiveDisplay(ComparisonObserver):
@@ -28,12 +28,12 @@ class LiveDisplay(ComparisonObserver):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Terminal()
         self._started = time.monotonic()
         self._rounds: list[RoundRecord] = []
         self._names: list[str] = []
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -42,7 +42,7 @@ class LiveDisplay(ComparisonObserver):
         self._bar = self._bars.add_task("starting Ray and the hosts", total=None)
         self._phase = ""
         # Through the console: other writers would tear the live display.
-        self._log = RichHandler(console=self.console, show_path=False, show_time=False)
+        self._log = LogLines(self.console)
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -67,7 +67,8 @@ class LiveDisplay(ComparisonObserver):
         self._bars.update(self._bar, description="round", completed=max(0, first_round - 1), total=config.train.rounds)
         self.console.print(
             f"{env.task.name}, {len(env.parts)} devices, {config.train.devices_per_round} a round · "
-            f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}"
+            f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}",
+            soft_wrap=True,
         )
         if dense := env.plan.architecture.kept_dense if env.plan.architecture.own else {}:
             said = ", ".join(f"{layer} ({why})" for layer, why in dense.items())
@@ -190,21 +191,23 @@ def _stat(show: Shown, stat: dict[str, Any] | None) -> str:
 def tier_table(summary: dict[str, Any]) -> Table:
     """Return the closing table, largest tier first: MACs per example (forward), download per device and round.
 
-    ``lost`` are the updates that do not count, of those that were asked for.
+    ``lost``, where there are any, are the updates that do not count, of those that were asked for.
     """
     show = _shown_of(summary)
     main = "" if show.name == "accuracy" else f" · {show.name}"
     title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("tier", no_wrap=True)
-    headings = ("devices", "lost", "ranks", "params", "MACs", "download", f"final{show.unit}", f"best{show.unit}")
-    for heading in headings:
+    updates = {name: Updates(**tier.get("updates", {})) for name, tier in summary["tiers"].items()}
+    lost = any(counts.lost for counts in updates.values())
+    headings = ("ranks", "params", "MACs", "download", f"final{show.unit}", f"best{show.unit}")
+    for heading in ("devices", *(["lost"] if lost else []), *headings):
         table.add_column(heading, justify="right", no_wrap=heading != "ranks")
     for name, tier in summary["tiers"].items():
         table.add_row(
             name,
             str(tier["devices"]),
-            lost_text(Updates(**tier.get("updates", {}))),
+            *([lost_text(updates[name])] if lost else []),
             _ranks(tier["ranks"]),
             format_count(tier["params"]),
             format_count(tier["macs_per_example"]),
@@ -228,7 +231,7 @@ def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
     if summary["failed"]:
         why = ", ".join(f"{count} {kind}" for kind, count in summary["failed_by"].items())
         console.print(
-            f"[bold]{summary['failed']} device updates failed[/bold] ({why}): see {path}/run.log", soft_wrap=True
+            f"{summary['failed']} device updates failed ({why}): see {path}/run.log", style="bold", soft_wrap=True
         )
     console.print(
         f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "

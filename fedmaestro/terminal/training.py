@@ -12,6 +12,7 @@ from fedmaestro.config.training import TrainingConfig
 from fedmaestro.report.format import Shown, format_count
 from fedmaestro.runs.records import EpochRecord, MetricFacts
 from fedmaestro.tasks.task import Task, metric_facts
+from fedmaestro.terminal.console import Terminal
 from fedmaestro.training.run import TrainingObserver
 
 
@@ -19,10 +20,10 @@ class TrainingDisplay(TrainingObserver):
     """Observer of a training; without a terminal it prints only the line per epoch."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Terminal()
         self._shown = Shown()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
