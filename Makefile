@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types docs slow clean
+.PHONY: demo test check lint types docs slow fuzz clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ docs: $(STAMP)
 	rm -rf build
 
 # Tests of more than a minute; run them before a release.
+# The long form of what `make check` has in short.
+fuzz: $(STAMP)
+	FUZZ=30 $(BIN)/python -m pytest tests/config/test_fuzz.py tests/runs/test_fuzz.py
+
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedmaestro.errors import DivergedError, UntrainedError, UserError, check_name
+from fedmaestro.errors import DivergedError, UntrainedError, UserError, check_name, one_line
 from fedmaestro.places import place_caches
 from fedmaestro.terminal.console import Terminal, tolerate_encodings
 
@@ -531,7 +531,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        sys.stderr.write(f"fedmaestro: {error}\n")
+        sys.stderr.write(f"fedmaestro: {one_line(error)}\n")
         sys.exit(2)
     except UntrainedError as error:
         sys.stderr.write(f"fedmaestro: {error}\n")

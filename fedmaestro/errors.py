@@ -32,6 +32,25 @@ class DivergedError(RuntimeError):
     """A loss or a parameter is not finite any more."""
 
 
+LINE = 300
+"""Characters of a message that is printed on one line."""
+
+
+def one_line(error: object, limit: int = LINE) -> str:
+    """Return what an error says, on one line of at most ``limit`` characters."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= limit else f"{said[: limit - 1]}…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value as messages show it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or something nested as deeply
+        text = f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") -> UserError:
     """Return the error for an unknown name, with the nearest valid one and the whole list.
 
@@ -40,7 +59,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], where: str = "") ->
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(names) or 'none'}")
+    return UserError(f"unknown {kind} {shown(name)}{where}: {hint}valid: {', '.join(names) or 'none'}")
 
 
 def reason_of(error: Mapping[str, Any]) -> str:

@@ -1,12 +1,88 @@
-"""Folders: which can be written, and where caches go when the user has none."""
+"""Folders and files: which can be written, what they are called, and where caches go when the user has none."""
 
 import contextlib
+import errno
+import hashlib
 import os
+import re
+import secrets
+import stat
 import tempfile
+from datetime import datetime
 from pathlib import Path
+
+from fedmaestro.errors import UserError, shown
 
 CACHES = {"FEDMAESTRO_CACHE": "fedmaestro", "HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib"}
 """Variables that say where caches are, and what these are called below the user's cache folder."""
+
+
+def absolute(path: str | Path, folder: Path | None = None) -> Path:
+    """Return a path as it is from anywhere: ``~`` is a home folder, what is relative lies in ``folder`` (None: here).
+
+    Raises:
+        UserError: there is no such home, or the name of a file cannot be this.
+    """
+    try:
+        return ((folder or Path.cwd()) / Path(path).expanduser()).absolute()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{shown(str(path))}: no path: {error}") from None
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is something; there is nothing by a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+LARGEST_TEXT = 2**26
+"""Bytes of a file that people write, or of a run's history, at most."""
+
+LONGEST = 100
+"""Characters of a name that becomes that of a file; systems allow 255 bytes, of which some go to what is put around."""
+
+
+def file_name(name: str) -> str:
+    """Return a name as that of one file or folder: itself, unless it could be a path, is long, or has odd characters.
+
+    Different names stay different: what is changed ends with a part of its hash.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", name)
+    if safe == name and len(name) <= LONGEST and not name.startswith((".", "-")) and name:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{safe.lstrip('.-')[:LONGEST]}-{digest}"
+
+
+def read_file(path: str | Path, limit: int | None = LARGEST_TEXT) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: of the file.
+        limit: its largest size in bytes; None: there is none.
+
+    Raises:
+        OSError: it cannot be read, is no file (a FIFO or a device would keep the reader waiting), or is too large.
+    """
+    path = Path(path)
+    try:
+        about = path.stat()
+    except ValueError:  # pathlib's word for a NUL in the name
+        raise OSError(errno.EINVAL, "no file can have this name") from None
+    if stat.S_ISDIR(about.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "this is no file but a device, a pipe or a socket")
+    if limit is not None and about.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {about.st_size / 1e6:.0f} MB, more than {limit / 1e6:.0f}")
+    return path.read_bytes()
+
+
+def new_folder(name: str) -> Path:
+    """Return ``runs/NAME-TIME-XXXX`` under the working directory; two that start in one second have two."""
+    return Path.cwd() / "runs" / f"{file_name(name)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def writable(folder: Path) -> bool:

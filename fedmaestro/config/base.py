@@ -20,12 +20,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from fedmaestro.errors import UserError, check_name, reason_of
+from fedmaestro.errors import UserError, check_name, reason_of, shown
+from fedmaestro.places import absolute, exists, read_file
 
 Value = bool | int | float | str
 """What a setting's text form can be, in TOML, on the command line and in Flower's run config."""
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+"""Anything above would be a time, or a memory, that nobody has."""
+
+LONGEST_TEXT = 4096
+"""Characters of a setting."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Unset:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+    return None if path is None else str(absolute(path))
 
 
 PathSetting = Annotated[str | None, AfterValidator(_absolute), Unset("")]
@@ -62,7 +67,7 @@ def located_use(use: str, folder: Path) -> str:
         words = shlex.split(use)
     except ValueError as error:
         raise UserError(f"use = {use!r}: {error}: quote a path that holds a space or a quote") from None
-    files = {word: str((folder / Path(word).expanduser()).absolute()) for word in words if is_file_name(word)}
+    files = {word: str(absolute(word, folder)) for word in words if is_file_name(word)}
     return shlex.join(files.get(word, word) for word in words)
 
 
@@ -76,8 +81,8 @@ def located_files(files: str, folder: Path) -> str:
         words = shlex.split(files)
     except ValueError as error:
         raise UserError(f"data.file = {files!r}: {error}: quote a path that holds a space or a quote") from None
-    found = [folder / Path(word).expanduser() for word in words]
-    return shlex.join(str(x.absolute()) if x.exists() else word for x, word in zip(found, words, strict=True))
+    found = [absolute(word, folder) for word in words]
+    return shlex.join(str(path) if exists(path) else word for path, word in zip(found, words, strict=True))
 
 
 def is_file_name(word: str) -> bool:
@@ -198,11 +203,13 @@ def read(
     known = dict(_fields(schema))
     _check_keys(schema, known, flatten(tables), file)
     if isinstance(tables.get("use"), str) and file:
-        tables["use"] = located_use(tables["use"], Path(file).expanduser().absolute().parent)
+        tables["use"] = located_use(tables["use"], absolute(file).parent)
     if isinstance(data := tables.get("data"), dict) and isinstance(data.get("file"), str) and file:
-        data["file"] = located_files(data["file"], Path(file).expanduser().absolute().parent)
+        data["file"] = located_files(data["file"], absolute(file).parent)
     settings = dict(settings or {})
     _check_keys(schema, known, settings, where)
+    _check_text(flatten(tables), file)
+    _check_text(settings, where)
     for key, value in settings.items():
         *path, last = key.split(".")
         table = tables
@@ -227,7 +234,7 @@ def _refusal(
     marks = known[key].metadata if key in known else []
     words = [repr(mark.word) for mark in marks if isinstance(mark, Unset) and mark.word]
     said = ", or ".join(dict.fromkeys([*reasons, *words]))
-    return UserError(f"setting {key} = {first['input']!r}{_in(origins.get(key, file))}: {said}")
+    return UserError(f"setting {key} = {shown(first['input'])}{_in(origins.get(key, file))}: {said}")
 
 
 def _key_of(location: Sequence[int | str], known: Collection[str]) -> str:
@@ -243,6 +250,19 @@ def _check_keys(schema: type[Settings], known: Mapping[str, FieldInfo], keys: Ma
         check_name("setting", key, known, _in(where))
 
 
+def _check_text(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse texts that are neither a name nor a path anywhere."""
+    for key, value in settings.items():
+        if isinstance(value, str):
+            if "\0" in value or len(value) > LONGEST_TEXT:
+                why = "holds a NUL" if "\0" in value else f"has {len(value):,} characters, more than {LONGEST_TEXT:,}"
+                raise UserError(f"setting {key} = {shown(value)}{_in(where)}: the text {why}")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"setting {key} = {value!a:.80}{_in(where)}: the text is not valid UTF-8") from None
+
+
 def _in(where: str) -> str:
     return f" in {where}" if where else ""
 
@@ -250,10 +270,10 @@ def _in(where: str) -> str:
 def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
         # With or without a byte-order mark, which some editors put in front.
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_file(path).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the experiment {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or an integer of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -261,11 +281,13 @@ def parse_assignment(text: str) -> tuple[str, Value]:
     """Parse ``train.rounds=5`` of ``--set``: the value is TOML, or else a plain string."""
     key, separator, value = text.partition("=")
     if not separator:
-        raise UserError(f"--set {text!r}: write KEY=VALUE, for example train.rounds=5")
+        raise UserError(f"--set {shown(text)}: write KEY=VALUE, for example train.rounds=5")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--set {shown(text)}: the value cannot be read: {error}") from None
     if isinstance(parsed, Value):
         return key.strip(), parsed
-    raise UserError(f"--set {text!r}: the value must be a string, a number or a boolean")
+    raise UserError(f"--set {shown(text)}: the value must be a string, a number or a boolean")

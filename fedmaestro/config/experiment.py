@@ -59,7 +59,7 @@ class DataConfig(Table):
         description="what is measured (`fedmaestro list metrics`), separated by spaces, the main one first; default: "
         "the task's own",
     )
-    devices: Annotated[Positive | None, BY_DATA] = Field(
+    devices: Annotated[Annotated[int, Field(ge=1, le=10**7)] | None, BY_DATA] = Field(
         None, description="number of simulated devices; default: 20, for partition = natural all users of the data"
     )
     partition: str = Field("dirichlet", description="how examples are spread (`fedmaestro list partitions`)")
@@ -163,7 +163,7 @@ class TrainConfig(Table):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="what local passes compute in; bfloat16: PyTorch's autocast, for accelerators"
     )
-    local_epochs: Positive = Field(2, description="passes of a device over its examples in a round")
+    local_epochs: int = Field(2, ge=1, le=10**6, description="passes of a device over its examples in a round")
     batch_size: Positive = Field(16, description="examples per local SGD step")
     optimizer: str = Field("sgd", description="local optimiser (`fedmaestro list optimizers`), fresh in every round")
     lr: float = Field(0.2, gt=0, description="learning rate of the first round")

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import absolute
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
     try:
         if chosen:
-            return Path(chosen).expanduser().absolute()
+            return absolute(chosen)
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache").absolute() / "fedmaestro"
     except RuntimeError as error:  # pathlib's word for "no home folder"

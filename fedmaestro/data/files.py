@@ -12,6 +12,7 @@ import numpy as np
 
 from fedmaestro.data.own import Array, OwnRow
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.places import absolute
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _COLUMNS = ("target", "inputs", "groups", "task", "classes", "standardize", "test_share")
@@ -186,7 +187,7 @@ def _parsed(key: str, value: str) -> Any:
 
 
 def _checked(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"data.file: {path} does not exist")
     return path

@@ -16,6 +16,7 @@ from fedmaestro.data import cache
 from fedmaestro.data.files import KINDS as FILE_KINDS
 from fedmaestro.data.sources import DATASETS, SPLITS, TRANSLATION, DatasetRow, hub_split, local_files, local_split
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.places import absolute
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def load_dataset(
         found = cache.find(fingerprint, lambda folder: _read(folder, name, row), cache_dir)
         if found is not None:
             return found
-    files = local_files(row, Path(data_dir).expanduser().absolute()) if row.hub and str(data_dir) else {}
+    files = local_files(row, absolute(data_dir)) if row.hub and str(data_dir) else {}
     entry = cache.cache_root(cache_dir) / cache.DATA / f"{name}-{cache.key(_FORMAT, name, row.hub, _stamps(files))}"
 
     def build(folder: Path) -> None:
@@ -108,7 +109,7 @@ def load_dataset(
 def has_files(row: DatasetRow, data_dir: str | Path) -> bool:
     """Return whether the files of a row are in ``data_dir``; an embedded one needs none."""
     with contextlib.suppress(UserError):
-        return not row.hub or bool(str(data_dir) and local_files(row, Path(data_dir).expanduser().absolute()))
+        return not row.hub or bool(str(data_dir) and local_files(row, absolute(data_dir)))
     return False
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedmaestro.data.files import KINDS as FILE_KINDS
 from fedmaestro.data.own import OwnRow
-from fedmaestro.errors import UserError
+from fedmaestro.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -170,7 +170,7 @@ def _open_parquet(row: DatasetRow, path: Path) -> Any:
     try:
         handle = pq.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as parquet: {_one_line(error)}") from error
+        raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from error
     _check_columns(row, handle.schema_arrow.names, str(path))
     return handle
 
@@ -187,7 +187,7 @@ def _parquet_batches(row: DatasetRow, handles: list[tuple[Path, Any]]) -> Iterat
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} after row {first_row}: {_one_line(error)}") from error
+            raise UserError(f"cannot read {path} after row {first_row}: {one_line(error)}") from error
 
 
 def hub_split(row: DatasetRow, split: str) -> EncodedSplit:
@@ -211,7 +211,7 @@ def hub_split(row: DatasetRow, split: str) -> EncodedSplit:
         raise
     except Exception as error:  # the network stack raises what it likes
         expected = " and ".join(f"DATA_DIR/{row.folder}/{name}-*.parquet" for name in SPLITS)
-        message = f"cannot load {row.hub!r} from the Hugging Face hub ({_one_line(error)})"
+        message = f"cannot load {row.hub!r} from the Hugging Face hub ({one_line(error)})"
         raise UserError(f"{message}: pass --data-dir DATA_DIR with {expected}") from error
     return EncodedSplit(origin=row.hub, num_examples=len(data), batches=_hub_batches(row, data))
 
@@ -266,7 +266,3 @@ def _labels(column: "pa.ChunkedArray", row: DatasetRow, origin: str) -> npt.NDAr
         shift = f": subtract {labels.min()}" if labels.max() - labels.min() < row.num_classes else ""
         raise UserError(f"{origin}: labels run from {span}, expected 0 to {row.num_classes - 1}{shift}")
     return labels
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fedmaestro.data import cache
 from fedmaestro.errors import UserError
+from fedmaestro.places import absolute
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
@@ -98,7 +99,7 @@ def load_translation(
             return found
     if not str(data_dir):
         raise UserError(f"multi30k needs local files: pass --data-dir DATA_DIR with {_expected(Path('DATA_DIR'))}")
-    paths = _paths(Path(data_dir).expanduser().absolute() / _FOLDER)
+    paths = _paths(absolute(data_dir) / _FOLDER)
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for pair in paths.values() for path in pair]
     key = cache.key(_FORMAT, stamps, max_length, min_count)
 
@@ -116,7 +117,7 @@ def load_translation(
 def has_files(data_dir: str | Path) -> bool:
     """Return whether the files are in ``data_dir``."""
     with contextlib.suppress(UserError):
-        return bool(str(data_dir) and _paths(Path(data_dir).expanduser().absolute() / _FOLDER))
+        return bool(str(data_dir) and _paths(absolute(data_dir) / _FOLDER))
     return False
 
 

@@ -22,6 +22,7 @@ from fedmaestro.fleet.cost import cost, trace
 from fedmaestro.fleet.traces import trace_of
 from fedmaestro.models.architecture import Architecture, Size, dense_layers
 from fedmaestro.models.static_norm import statistics
+from fedmaestro.places import file_name
 from fedmaestro.runs.code import read_code, write_code
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import ModelCard, load_model, read_card, write_model
@@ -48,7 +49,7 @@ class Target:
     def describe(self) -> str:
         """Return the name of the default folder: ``tier-low``, ``macs-100000``."""
         if self.tier is not None:
-            return f"tier-{self.tier}"
+            return f"tier-{file_name(self.tier)}"
         names = {"macs": self.max_macs, "params": self.max_params, "latency-ms": self.max_latency_ms}
         return next(f"{name}-{value:.15g}" for name, value in names.items() if value is not None)
 

@@ -4,21 +4,20 @@ Units: bytes, kilobits per second, MACs per example (forward). Speed is relative
 ``clock.REFERENCE_MACS_PER_SECOND``.
 """
 
-import itertools
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedmaestro import rng
 from fedmaestro.config.base import kebab
-from fedmaestro.errors import UserError, check_name, reason_of, unknown_name
+from fedmaestro.errors import UserError, check_name, reason_of, shown, unknown_name
+from fedmaestro.places import read_file
 
 
 class Tier(BaseModel):
@@ -32,7 +31,8 @@ class Tier(BaseModel):
         allow_inf_nan=False,
     )
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=60)
+    """Printable characters."""
     share: float = Field(gt=0, le=1)
     """Part of the fleet."""
     rank_fraction: float | None = Field(None, gt=0, le=1)
@@ -52,6 +52,13 @@ class Tier(BaseModel):
     upload_kbps: float = Field(3286.0, gt=0)
     availability: float = Field(1.0, gt=0, le=1)
     """Probability that a device of this tier can be reached in a round."""
+
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not name.isprintable() or name != name.strip():
+            raise ValueError("a name has printable characters, and no space at its ends")
+        return name
 
 
 GB = 10**9
@@ -139,6 +146,9 @@ def _tiers_of(tables: Mapping[str, Any], where: str) -> tuple[Tier, ...]:
 
 
 def _check_shares(tiers: Sequence[Tier], where: str) -> None:
+    names = [tier.name for tier in tiers]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: the tier {repeated[0]!r} comes twice: name each once")
     total = sum(tier.share for tier in tiers)
     if not math.isclose(total, 1, abs_tol=1e-6):
         raise UserError(f"{where}: the shares of the tiers sum to {total:g}, they must sum to 1")
@@ -146,10 +156,10 @@ def _check_shares(tiers: Sequence[Tier], where: str) -> None:
 
 def _read_tables(file: str) -> dict[str, Any]:
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
+        content = tomllib.loads(read_file(file).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"fleet.file: cannot read {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"fleet.file: {file} is not valid TOML: {error}") from None
     for key in content:
         if key != "tiers":
@@ -162,7 +172,7 @@ def _read_tables(file: str) -> dict[str, Any]:
 
 def _parse_tier(file: str, name: str, table: Any) -> Tier:
     if not isinstance(table, dict):
-        raise UserError(f"{file}: tiers.{name} = {table!r}: write a table [tiers.{name}]")
+        raise UserError(f"{file}: tiers.{name} = {shown(table)}: write a table [tiers.{name}]")
     if "name" in table:
         raise UserError(f"{file}: tiers.{name}.name: the table's own name is the tier's, remove this key")
     try:
@@ -170,7 +180,11 @@ def _parse_tier(file: str, name: str, table: Any) -> Tier:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: tiers.{name}.{key}: {reason_of(first)}, got {first['input']!r}") from None
+        raise UserError(f"{file}: tiers.{name}.{key}: {reason_of(first)}, got {shown(first['input'])}") from None
+
+
+TRIES = 10_000
+"""Numbers of devices that are tried for a better hint."""
 
 
 def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> npt.NDArray[np.int64]:
@@ -182,7 +196,10 @@ def assign_tiers(tiers: Sequence[Tier], num_devices: int, seed: int) -> npt.NDAr
     counts = _counts(tiers, num_devices)
     if 0 in counts:
         empty = tiers[counts.index(0)]
-        needed = next(n for n in itertools.count(num_devices + 1) if 0 not in _counts(tiers, n))
+        # With so many, the smallest share is a device of its own; fewer may do, but are not searched for for ever.
+        enough = math.ceil(1 / min(tier.share for tier in tiers))
+        tries = range(num_devices + 1, min(enough, num_devices + TRIES))
+        needed = next((n for n in tries if 0 not in _counts(tiers, n)), enough)
         raise UserError(
             f"data.devices={num_devices} leaves no device for tier {empty.name!r} "
             f"(share {empty.share:g}): use at least {needed} devices or another fleet"

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from fedmaestro.flower.federation import Federation
 from fedmaestro.flower.run import FREE_ON_RESUME, check_trained, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
+from fedmaestro.places import absolute, file_name, new_folder
 from fedmaestro.report.compare_page import write_comparison
 from fedmaestro.rounds.method import method_of
 from fedmaestro.rounds.observer import ComparisonObserver
@@ -67,7 +67,7 @@ class Variant:
     @property
     def folder_name(self) -> str:
         """The label as a file name."""
-        return re.sub(r"[^A-Za-z0-9_.=+-]+", "-", self.label)
+        return file_name(self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ def compare(
     numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     _check(variants, numbers)
     name = name_of(experiment, base)
-    folder = Path(out or base.out or Path.cwd() / "runs" / f"{name}-compare-{datetime.now():%Y%m%d-%H%M%S}")
-    folder = folder.expanduser().absolute()
+    folder = Path(out or base.out or new_folder(f"{name}-compare"))
+    folder = absolute(folder)
     cells = [_cell(base, variant, seed, folder) for seed in numbers for variant in variants]
     _check_folder(folder, resume)
     actors = checked_actors(actors)

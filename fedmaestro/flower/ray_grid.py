@@ -110,6 +110,8 @@ class RayGrid(DirectGrid):
             for host in self._hosts:
                 host.kill()
             alive[0].join(WAKE_SECONDS)
+        self._shared = {}
+        self._parcels.clear()
         if not alive:
             self.runtime.close()
 

@@ -5,6 +5,7 @@ started them (``PR_SET_PDEATHSIG``): that thread therefore lives as long as Ray 
 """
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -61,6 +62,10 @@ USED_SECONDS = 90.0
 INLINE_BYTES = 16 * 2**20
 """Replies of a Ray of our own up to this size go straight to this process. Through the object store, as Ray has it for
 all above 100 kB, each costs 5 ms more of two busy cores: store, raylet and both processes talk about it first."""
+
+PATIENCE_SECONDS = 3600
+"""How long Ray's C++ part looks for a server of its that is gone, before it ends this process. Whoever needs a new
+actor finds that out earlier, and starts Ray anew; until then the actors that are there work on."""
 
 LOOPBACK = "127.0.0.1"
 """Where the processes of a Ray of our own listen. Whoever reaches one may run code here: Ray knows no password."""
@@ -244,7 +249,11 @@ class RayRuntime:
                     _temp_dir=self._temporary,
                     _node_ip_address=LOOPBACK,
                     # Workers are niced by default, and starve on a busy machine.
-                    _system_config={"max_direct_call_object_size": INLINE_BYTES, "worker_niceness": 0},
+                    _system_config={
+                        "max_direct_call_object_size": INLINE_BYTES,
+                        "worker_niceness": 0,
+                        "gcs_rpc_server_reconnect_timeout_s": PATIENCE_SECONDS,
+                    },
                 )
         except BaseException as error:  # whatever it is: somebody waits
             self.error = UserError(
@@ -255,6 +264,8 @@ class RayRuntime:
         self._over.wait()
         import ray
 
+        # A handle of an actor that is collected while Ray ends, in whatever thread, ends this process.
+        gc.collect()
         ray.shutdown()
 
     def _end(self, timeout: float | None = None) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import read_file
 from fedmaestro.runs.folder import write_atomically
 
 Key = tuple[str, ...]
@@ -68,10 +69,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     if not pointer.exists():
         return None
     try:
-        progress = json.loads(pointer.read_text(encoding="utf-8"))
+        progress = json.loads(read_file(pointer).decode("utf-8"))
         if (number := progress.get("format", 1)) != FORMAT:
             raise UserError(f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew")
-        content = (folder / progress["file"]).read_bytes()
+        content = read_file(folder / progress["file"], None)
         tensors = {tuple(map(unquote, key.split("/"))): tensor for key, tensor in load(content).items()}
         intact = progress["sha256"] == _digest(content, progress["facts"])
         intact = intact and progress["file"] == _file_name(progress["round"])

@@ -35,6 +35,7 @@ from typing import Any
 from fedmaestro.data import cache
 from fedmaestro.errors import UserError
 from fedmaestro.extend import Registered, forget_loaded, register_loaded, session
+from fedmaestro.places import read_file
 from fedmaestro.runs.folder import write_atomically
 
 _FOLDER, _MANIFEST = "code", "code.json"
@@ -206,7 +207,7 @@ def _collect(module: str, root: Path, inside: str, sources: dict[str, Source]) -
     if path is None:
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"use: cannot read {path}: {error}") from None
     source = Source(module=module, path=str(path), text=text, package=path.name == "__init__.py")

@@ -19,6 +19,7 @@ from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.models.shape import Input, Inputs
 from fedmaestro.models.static_norm import set_statistics
+from fedmaestro.places import read_file
 from fedmaestro.runs.checkpoint import file_key
 from fedmaestro.runs.code import activate, read_code
 from fedmaestro.runs.folder import write_atomically, write_record
@@ -161,7 +162,7 @@ def read_model(folder: Path) -> tuple[State, ModelCard]:
 def _read_tensors(folder: Path) -> tuple[State, ModelCard]:
     card = read_card(folder)
     try:
-        content = (folder / "model.safetensors").read_bytes()
+        content = read_file(folder / "model.safetensors", None)
         state = load_tensors(content)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no readable model in {folder}: {error}") from None

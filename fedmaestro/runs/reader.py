@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fedmaestro.errors import UserError, reason_of
+from fedmaestro.places import read_file
 from fedmaestro.runs.records import Record, RoundRecord, Summary
 
 R = TypeVar("R", bound=Record)
@@ -68,7 +69,7 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
     Raises:
         UserError: another line is no record.
     """
-    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, rest = read_file(path, None).split(b"\n") if path.exists() else [b""]
     records = [_parsed(line, kind, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     try:
         return [*records, _parsed(rest, kind, "")] if rest.strip() else records
@@ -83,7 +84,7 @@ def read_json(path: Path, kind: type[R]) -> R:
         UserError: it cannot be read, is none, or has a format of another version.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path, None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return _parsed(content, kind, str(path))
@@ -96,10 +97,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
 
 

@@ -1,15 +1,14 @@
 """From what the user gave (a file, overrides, a folder to go on in) to one validated configuration and its folder."""
 
-import re
 import shlex
 from collections.abc import Collection, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedmaestro.config.base import Schema, Settings, is_file_name, read
 from fedmaestro.errors import UserError
 from fedmaestro.extend import session_rows
+from fedmaestro.places import absolute, new_folder
 from fedmaestro.runs.code import Code, gather, read_code
 from fedmaestro.runs.folder import RunFolder, holds_a_run
 
@@ -40,7 +39,7 @@ def resolve(
         if path is not None:
             changes[key] = str(path)
     if resume and source is None and changes.get("out"):
-        own = RunFolder(Path(str(changes["out"])).expanduser()).config
+        own = RunFolder(absolute(str(changes["out"]))).config
         source = own if own.exists() else None
     config = read(schema, source, changes)
     if resume and config.get("out") is None:
@@ -85,11 +84,10 @@ def name_of(source: object, config: Settings) -> str:
 
 
 def folder_of(config: Settings, name: str, label: str) -> RunFolder:
-    """Return the folder that ``out`` names, or a new one: ``runs/NAME-LABEL-TIME`` under the working directory."""
+    """Return the folder that ``out`` names, or a new one (``places.new_folder``)."""
     if (out := config.get("out")) is not None:
         return RunFolder(Path(out))
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{name}-{label}")
-    return RunFolder(Path.cwd() / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return RunFolder(new_folder(f"{name}-{label}"))
 
 
 def check_folder(folder: RunFolder, config: Settings, resume: bool, free: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import absolute
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
@@ -59,7 +60,7 @@ class Tracker(ComparisonObserver):
             raise UserError(
                 f"tracker {self.name!r} needs the package {self.package!r}: pip install 'fedmaestro[{self.name}]'"
             )
-        self.path, self.devices = None if path is None else Path(path).expanduser().absolute(), devices
+        self.path, self.devices = None if path is None else absolute(path), devices
         self.label = ""
         self._pending: DeviceRecord | None = None
         self._broken = False
