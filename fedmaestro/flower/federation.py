@@ -3,6 +3,8 @@
 It is our own because Flower's has no resume, no checkpoint and no per-round history.
 """
 
+import hashlib
+import json
 import logging
 import threading
 import time
@@ -35,6 +37,7 @@ from fedmaestro.rounds.server import (
 from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
 from fedmaestro.runs.code import write_code
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
+from fedmaestro.runs.history import History, kept_rounds
 from fedmaestro.runs.model import ModelCard, write_model
 from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, TierFigures
 from fedmaestro.runs.summary import summarize
@@ -42,6 +45,13 @@ from fedmaestro.runs.writer import Writer
 from fedmaestro.tasks.task import metric_facts
 
 log = logging.getLogger("fedmaestro")
+
+
+FREE_ON_RESUME = {"out", "data.dir"}
+"""Settings that may differ between a run and its continuation: they name places, not the experiment."""
+
+LOSABLE = 1
+"""The last round that may be there before the first checkpoint is: that is written beside the next round's work."""
 
 
 class Federation:
@@ -69,6 +79,7 @@ class Federation:
         self.grid, self.env, self.folder, self.stop, self.observers = grid, env, folder, stop, observers
         self.resume = resume
         self.records: list[RoundRecord] = []
+        self._history = History()
 
     def run(self) -> Summary:
         """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary.
@@ -80,7 +91,6 @@ class Federation:
         find_hosts(self.grid, self.env, self.stop)
         with self.folder.claim(self.resume), log_to(self.folder):
             server = self._server()
-            self.records = self.folder.keep_rounds(server.round)
             self.folder.summary.unlink(missing_ok=True)
             self._tell(Observer.on_start, self.env, self.folder, server.round + 1)
             for record in self.records:
@@ -98,14 +108,28 @@ class Federation:
     def _server(self) -> ServerState:
         """Return the state of the checkpoint, or that of a run's start, which is written down then."""
         if (checkpoint := load_checkpoint(self.folder.checkpoint)) is None:
+            if any(record.round > LOSABLE for record in self.folder.read_rounds()):
+                raise UserError(f"the checkpoint of {self.folder.path} is gone: restore it, or start a new run")
             write_code(self.folder.path, self.env.code)
             write_atomically(self.folder.config, self.env.config.to_toml())
+            self.records, self._history = kept_rounds(self.folder, -1, None)
             return start(self.env)
         if checkpoint.fingerprint != self.env.fingerprint:
             raise UserError(
                 f"{self.folder.path} was run on other data or another fleet: resume with those, or start a new run"
             )
+        written = checkpoint.facts.get("written", {})
+        if written.get("config", settings := self._settings()) != settings:
+            raise UserError(
+                f"{self.folder.config} was changed since the run was started: restore it, or start a new run"
+            )
+        self.records, self._history = kept_rounds(self.folder, checkpoint.number, written.get("history"))
         return from_checkpoint(self.env, checkpoint)
+
+    def _settings(self) -> str:
+        """Return the hash of all settings that a continuation must share."""
+        settings = {key: value for key, value in self.env.config.flat().items() if key not in FREE_ON_RESUME}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def _rounds(self, server: ServerState) -> ServerState:
         """Run the rounds that are left; the evaluation of each overlaps with the training of the next."""
@@ -193,8 +217,11 @@ class Federation:
         told = bool(devices.loss or devices.test)
         if told:
             self.folder.append_devices(devices)
+            self._history.add(devices)
         self.folder.append(record)
-        writer.write(save_checkpoint, self.folder.checkpoint, to_checkpoint(self.env, server))
+        self._history.add(record)
+        written = {"config": self._settings(), "history": self._history.digest}
+        writer.write(save_checkpoint, self.folder.checkpoint, to_checkpoint(self.env, server, written))
         self.records.append(record)
         if told:
             self._tell(Observer.on_devices, devices)

@@ -15,7 +15,7 @@ from fedmaestro.errors import UntrainedError
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.direct_grid import DirectGrid
-from fedmaestro.flower.federation import Federation
+from fedmaestro.flower.federation import FREE_ON_RESUME, Federation
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.report.observer import RunReporter
@@ -30,9 +30,6 @@ from fedmaestro.runs.start import check_folder, code_of, folder_of, name_of, res
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FREE_ON_RESUME = {"out", "data.dir"}
-"""Settings that may differ between a run and its continuation: they name places, not the experiment."""
 
 
 @dataclass(frozen=True)

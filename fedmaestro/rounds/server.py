@@ -439,8 +439,8 @@ def rank_facts(env: Environment, server: ServerState) -> dict[str, Any]:
     return {"ranks": by_tier, "full_ranks": dict(server.plan.full.size.ranks or {})}
 
 
-def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
-    """Return the checkpoint of a state."""
+def to_checkpoint(env: Environment, server: ServerState, written: Mapping[str, str] | None = None) -> Checkpoint:
+    """Return the checkpoint of a state; ``written`` are hashes of what else a run has written."""
     tensors: dict[Key, Tensor] = {
         ("global", owner or "", name): tensor
         for owner, state in server.models.items()
@@ -458,7 +458,7 @@ def to_checkpoint(env: Environment, server: ServerState) -> Checkpoint:
     tensors |= {("controls", str(d), name): x for d, state in server.controls.items() for name, x in state.items()}
     tensors |= {("history", name): tensor for name, tensor in server.history.tensors().items()}
     ranks = "" if server.plan is env.plan else encode_ranks(server.plan)
-    facts = {"ranks": ranks, "stack": server.stack, "norms": asdict(server.norms)}
+    facts = {"ranks": ranks, "stack": server.stack, "norms": asdict(server.norms), "written": dict(written or {})}
     return Checkpoint(number=server.round, tensors=tensors, facts=facts, fingerprint=env.fingerprint)
 
 

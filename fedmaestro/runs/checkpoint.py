@@ -76,16 +76,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         tensors = {tuple(map(unquote, key.split("/"))): tensor for key, tensor in load(content).items()}
         intact = progress["sha256"] == _digest(content, progress["facts"])
         intact = intact and progress["file"] == _file_name(progress["round"])
+        checkpoint = Checkpoint(
+            number=progress["round"], tensors=tensors, facts=progress["facts"], fingerprint=progress["fingerprint"]
+        )
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"the checkpoint in {folder} cannot be read ({reason}): start a new run") from None
     if not intact:
         raise UserError(f"the checkpoint {folder / progress['file']} is corrupt: start a new run")
-    return Checkpoint(
-        number=progress["round"], tensors=tensors, facts=progress["facts"], fingerprint=progress["fingerprint"]
-    )
+    return checkpoint
 
 
 def below(tensors: Mapping[Key, Tensor], *prefix: str) -> dict[Key, Tensor]:

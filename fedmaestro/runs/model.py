@@ -1,12 +1,13 @@
 """Model artefacts: ``model.safetensors`` holds the tensors, ``model.json`` (the card) what makes a module of them."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator
 from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -62,6 +63,10 @@ CardInputs = Annotated[Inputs, PlainValidator(_inputs), PlainSerializer(_inputs_
 """In JSON ``[{"shape": [1, 28, 28], "dtype": "float32"}, …]``."""
 
 
+LARGEST_INPUT = 2**28
+"""Numbers of an example; a card that asks for more is damaged."""
+
+
 class ModelCard(Record):
     """``model.json``. Further keys are facts about the data and, of an extracted model, what it costs."""
 
@@ -70,8 +75,8 @@ class ModelCard(Record):
     form: Literal["lod", "dense"]
     keep_dense: str
     norm: Literal["group", "static"] = "group"
-    input_shape: list[int]
-    num_classes: int
+    input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
+    num_classes: int = Field(ge=1, le=10**7)
     inputs: CardInputs = ()
     """Empty: what ``inputs_of`` makes of ``input_shape``."""
     size: CardSize
@@ -83,6 +88,13 @@ class ModelCard(Record):
     recomposed: bool = False
     """Whether layers are dense wherever that has no more weights."""
     sha256: str | None = None
+
+    @field_validator("input_shape")
+    @classmethod
+    def _fits(cls, shape: list[int]) -> list[int]:
+        if math.prod(shape) > LARGEST_INPUT:
+            raise ValueError(f"an example would have {math.prod(shape):,} numbers, more than {LARGEST_INPUT:,}")
+        return shape
 
     def architecture(self, folder: Path) -> Architecture:
         """Return the architecture; UserError if neither this version nor the folder's own code knows the model."""
@@ -197,7 +209,9 @@ def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
     size = card.size if tier is None else card.tiers[tier]
     try:
         model = architecture.build(size)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a card may ask for whatever a model's function cannot make
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
     if card.recomposed:

@@ -106,7 +106,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def parse(content: dict[str, Any], kind: type[R], where: str) -> R:
     """Return the record that a JSON object is; UserError as in ``read_json``."""
-    if (number := content.get("format", 1)) not in FORMATS:
+    if not isinstance(number := content.get("format", 1), int) or number not in FORMATS:
         raise UserError(f"{where}: format {number!r} is not one that this version reads ({_listed(FORMATS)})")
     try:
         return kind.model_validate(content, strict=True)

@@ -22,7 +22,7 @@ def test_variants_have_labels_and_changed_switches() -> None:
     both = parse_variant("sd+adam:nested+server.optimizer=adam+server.lr=0.1")
     assert both == Variant(label="sd+adam", strategy="nested", changes={"server.optimizer": "adam", "server.lr": 0.1})
     assert parse_variant("nested+train.objective=own-prefix").label == "nested+train.objective=own-prefix"
-    assert parse_variant("a b/c:nested").folder_name == "a-b-c"
+    assert parse_variant("a b/c:nested").folder_name == "a-b-c-539138d5"
 
 
 @pytest.mark.parametrize("text", ["", "nested+", "nested+train.lr", ":nested", "nested train", "x:", "a=b:nested"])

@@ -1,0 +1,72 @@
+"""The history of a run as it was written: a checkpoint holds its hash, so a resume finds out what was changed since."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+from fedmaestro.errors import UserError
+from fedmaestro.runs.folder import RunFolder
+from fedmaestro.runs.records import DeviceRecord, RoundRecord
+
+
+class History:
+    """Hashes the lines of ``rounds.jsonl`` and ``devices.jsonl`` as they are written.
+
+    Args:
+        rounds: that are there already.
+        devices: likewise.
+    """
+
+    def __init__(self, rounds: Iterable[RoundRecord] = (), devices: Iterable[DeviceRecord] = ()) -> None:
+        self._hash = hashlib.sha256()
+        by_round = {record.round: record for record in devices}
+        for record in rounds:
+            if (of_devices := by_round.pop(record.round, None)) is not None:
+                self.add(of_devices)
+            self.add(record)
+        for left in by_round.values():
+            self.add(left)
+
+    def add(self, record: RoundRecord | DeviceRecord) -> None:
+        """Take note of a line; that of the devices comes before that of their round."""
+        self._hash.update(json.dumps([type(record).__name__, record.to_dict()], sort_keys=True).encode())
+
+    @property
+    def digest(self) -> str:
+        """The hash so far."""
+        return self._hash.hexdigest()
+
+
+def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[RoundRecord], History]:
+    """Return the rounds of a folder up to the last one of its checkpoint, and drop what is beyond.
+
+    Args:
+        folder: of the run.
+        last: round of the checkpoint; -1: there is none.
+        digest: of the history when the checkpoint was made; None: it does not say.
+
+    Raises:
+        UserError: rounds are missing, come twice, or are not what the run has written; nothing is changed then.
+    """
+    rounds = [record for record in folder.read_rounds() if record.round <= last]
+    numbers = [record.round for record in rounds]
+    _check(folder, numbers, last)
+    devices = [record for record in folder.read_devices() if record.round <= last] if folder.devices.exists() else []
+    history = History(rounds, devices)
+    if digest is not None and history.digest != digest:
+        raise UserError(
+            f"{folder.rounds} or {folder.devices.name} is not what this run has written up to round {last}: "
+            "restore it, or start a new run"
+        )
+    folder.keep_rounds(last)
+    return rounds, history
+
+
+def _check(folder: RunFolder, numbers: Sequence[int], last: int) -> None:
+    if numbers == list(range(last + 1)):
+        return
+    wrong = next((i for i, number in enumerate(numbers) if number != i), len(numbers))
+    raise UserError(
+        f"{folder.rounds} has {len(numbers)} rounds up to {last}, and round {wrong} is not where it should be: restore "
+        "it, or start a new run"
+    )
