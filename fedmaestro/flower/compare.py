@@ -23,8 +23,8 @@ from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.federation import Federation
-from fedmaestro.flower.run import FREE_ON_RESUME, check_trained, prepare, to_all
+from fedmaestro.flower.federation import FREE_ON_RESUME, Federation
+from fedmaestro.flower.run import check_trained, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.places import absolute, file_name, new_folder

@@ -30,7 +30,7 @@ def everything(folder: Path) -> set[Path]:
     return {*folder.rglob("*")}
 
 
-@pytest.mark.parametrize("strategy", ["nested", "exclusive"])
+@pytest.mark.parametrize("strategy", [pytest.param("nested", marks=pytest.mark.slow), "exclusive"])
 def test_any_name_of_a_tier(tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "a" / "b" / "c" / "d" / "e"
     work.mkdir(parents=True)

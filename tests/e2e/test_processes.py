@@ -68,7 +68,14 @@ def test_sigterm_ends_a_run_in_order_and_nobody_else_can_reach_it(tmp_path: Path
     assert not wait_for_end(MARK, mark, 10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("command", ["run", "compare", "train"])
 def test_every_command_ends_in_order(tmp_path: Path, command: str, number: signal.Signals) -> None:
     out = tmp_path / "out"

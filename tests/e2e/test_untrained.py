@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import fedmaestro
+from fedmaestro.config.base import parse_assignment
 from fedmaestro.errors import UntrainedError
 from fedmaestro.flower.client_app import app as honest
 from fedmaestro.flower.run import Run
@@ -40,17 +41,23 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("fleet.deadline-seconds=1e-9", "12 dropped"),
     ],
 )
-def test_the_exit_code_says_so(tmp_path: Path, setting: str, why: str) -> None:
-    done = command("run", "--set", setting, "--out", str(tmp_path / "run"))
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert done.stderr.startswith(f"fedmaestro: no update counted in 3 rounds ({why})"), done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert " of " in done.stdout, "the closing table is shown, with the lost updates"
+def test_nothing_trained_is_an_error(tmp_path: Path, setting: str, why: str) -> None:
+    key, value = parse_assignment(setting)
+    with pytest.raises(UntrainedError, match=rf"^no update counted in 3 rounds \({why}\)"):
+        fedmaestro.run(overrides=SMALL | {key: value}, out=tmp_path / "run", actors=0)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["updates"]["sampled"], summary["updates"]["trained"]) == (12, 0)
     tiers = [tier["updates"] for tier in summary["tiers"].values()]
     assert sum(tier["sampled"] for tier in tiers) == 12
     assert all(tier["sampled"] == tier["failed"] + tier["dropped"] for tier in tiers)
+
+
+def test_the_exit_code_says_so(tmp_path: Path) -> None:
+    done = command("run", "--set", "train.lr=1e20", "--out", str(tmp_path / "run"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.startswith("fedmaestro: no update counted in 3 rounds (12 not-finite)"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert " of " in done.stdout, "the closing table is shown, with the lost updates"
 
 
 class Failing(ClientApp):

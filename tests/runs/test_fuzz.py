@@ -134,7 +134,7 @@ def test_a_damaged_run_is_resumed_as_it_was_or_not_at_all(finished: Path, stoppe
     rng = random.Random(0)
     expected = json.loads((finished / "summary.json").read_text())
     resumed = 0
-    for number in range(40 * MANY):
+    for number in range(21 * MANY):
         folder = tmp_path / str(number)
         shutil.copytree(stopped, folder)
         name, damage = DAMAGES[number % len(DAMAGES)]
@@ -149,7 +149,7 @@ def test_a_damaged_run_is_resumed_as_it_was_or_not_at_all(finished: Path, stoppe
             assert run.summary["tiers"] == expected["tiers"], (name, number)
             assert [record.round for record in run.rounds] == [0, 1, 2, 3, 4], (name, number)
         shutil.rmtree(folder)
-    assert resumed < 40 * MANY
+    assert resumed < 21 * MANY
 
 
 @pytest.mark.parametrize("name", ["model.json", "summary.json", "rounds.jsonl", "config.toml", "model.safetensors"])
@@ -158,7 +158,7 @@ def test_a_damaged_result_is_read_or_refused(finished: Path, tmp_path: Path, nam
     damages = [bytes_damaged]
     damages += [json_damaged] * 4 if name.endswith(".json") else []
     damages += [lines_damaged] * 2 if name.endswith(".jsonl") else []
-    for number in range(24 * MANY):
+    for number in range(10 * MANY):
         folder = tmp_path / str(number)
         shutil.copytree(finished, folder)
         rng.choice(damages)(folder / name, rng)
