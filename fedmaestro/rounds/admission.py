@@ -65,18 +65,20 @@ def _check_devices(asked: Asked, result: CohortResult) -> None:
         )
 
 
-def _check_parts(asked: Asked, result: CohortResult, layout: Layout | None) -> None:
+def _check_parts(asked: Asked, result: CohortResult, start: State, layout: Layout | None) -> None:
     aggregation = asked.env.method.aggregation
-    start = {name: asked.start[name] for name, _ in sent_back(asked.env, asked.submodel, asked.round)}
     count, weight = len(result.reports), math.fsum(report.examples for report in result.reports)
     check_layout(result.parts, layout, "the update")
-    check_finite(result.parts, "the update")
+    # A norm that is finite is one of finite numbers.
     if len(asked.devices) == 1:
         checked_norm(result.parts[SUMS], start, asked.bound * SLACK)
     elif aggregation.reduction is WEIGHTED_SUMS:
         mean = {name: x / weight for name, x in result.parts[SUMS].items()} if weight else {}
         checked_norm(mean, start, asked.bound * SLACK)
-    elif math.isfinite(asked.bound):
+    else:
+        check_finite(result.parts, "the update")
+        if not math.isfinite(asked.bound):
+            return
         # Sums of columns, of products, of rows: nothing that devices within the bound can add up to is longer.
         radius = max(1.0, scale_of(start) + asked.bound) * SLACK
         largest = max(weight, count) * radius**2
@@ -204,6 +206,8 @@ class Admission:
     def __init__(self, env: Environment) -> None:
         self._env, self._task = env, env.task
         self._layouts: dict[Hashable, Layout | None] = {}
+        self._round = 0
+        self._names: dict[Submodel, list[str]] = {}
         self._targets: dict[tuple[int, int], int] = {}
 
     def cohort(self, asked: Asked, result: CohortResult) -> CohortResult:
@@ -230,17 +234,25 @@ class Admission:
                 raise RejectedError("not-finite", f"the training loss of device {report.device} is {report.loss}")
             if not 0 <= report.norm <= asked.bound * SLACK:
                 raise RejectedError("too-large", f"device {report.device}: {longer(report.norm, asked.bound)}")
-        _check_parts(asked, result, self._layout(asked, result))
+        _check_parts(asked, result, self._sent(asked), self._layout(asked, result))
         _check_probes(asked, result)
         _check_controls(asked, result)
         return result
 
+    def _sent(self, asked: Asked) -> State:
+        """Return what devices were sent of what they send back."""
+        if asked.round != self._round:
+            self._round, self._names = asked.round, {}
+        if asked.submodel not in self._names:
+            self._names[asked.submodel] = [name for name, _ in sent_back(self._env, asked.submodel, asked.round)]
+        return {name: asked.start[name] for name in self._names[asked.submodel]}
+
     def _layout(self, asked: Asked, result: CohortResult) -> Layout | None:
-        env, plan = self._env, asked.plan
-        sent = sent_back(env, asked.submodel, asked.round)
+        env, plan, start = self._env, asked.plan, self._sent(asked)
         if len(asked.devices) == 1:
-            return {SUMS: _kinds({name: asked.start[name] for name, _ in sent})}
-        types = tuple(_named(asked.start[name].dtype) for name, _ in sent)
+            return {SUMS: _kinds(start)}
+        sent = sent_back(env, asked.submodel, asked.round)
+        types = tuple(_named(x.dtype) for x in start.values())
         sizes = tuple(sizes_of(env, plan, asked.round)[owner_of(plan, asked.submodel)])
         reports = {report.device for report in result.reports}
         trained = tuple(device in reports for device in asked.devices)
