@@ -157,6 +157,42 @@ def test_losing_ray_itself_changes_nothing(tmp_path: Path, name: str) -> None:
     assert "killed True failed 0 same True" in done.stdout
 
 
+ASLEEP = """
+import sys, time
+from flwr.clientapp import ClientApp
+from fedmaestro.flower.client_app import app
+import fedmaestro
+
+class Asleep(ClientApp):
+    def __call__(self, message, context):
+        job = message.content.config_records["job"]
+        if message.metadata.message_type == "train" and job["round"] >= 2:
+            time.sleep(10**6)
+        return app(message, context)
+
+if __name__ == "__main__":
+    overrides = {
+        "train.rounds": 3,
+        "train.evaluate-every": 3,
+        "train.reply-timeout-seconds": 4,
+        "train.devices-per-round": 4,
+        "data.devices": 8,
+        "model.name": "mlp",
+    }
+    run = fedmaestro.run(overrides=overrides, out=sys.argv[1] + "/run", actors=2, client_app=Asleep())
+    print([record.failed_by for record in run.rounds])
+"""
+
+
+@pytest.mark.slow
+def test_hosts_that_sleep_for_ever_cost_their_devices_and_the_process_ends(tmp_path: Path) -> None:
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    command = [sys.executable, str(tmp_path / "asleep.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[{}, {}, {'late': 4}, {'late': 4}]" in done.stdout
+
+
 def test_ctrl_c_keeps_complete_rounds_and_resume_gives_the_same_model(tmp_path: Path) -> None:
     out = tmp_path / "run"
     long = [sys.executable, "-m", "fedmaestro.cli", "run", "--set", "train.rounds=200", "--out", str(out)]
