@@ -183,18 +183,19 @@ def test_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 INTEGERS = st.integers(20, 10**9)
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=100)
 CONFIGS = st.fixed_dictionaries(
     {},
     optional={
         "seed": st.integers(0, 2**32 - 1),
         "out": st.just("/x/y"),
-        "data.name": st.text(),
+        "data.name": TEXTS,
         "data.alpha": st.floats(0, exclude_min=True, allow_infinity=False),
-        "model.keep-dense": st.text(),
+        "model.keep-dense": TEXTS,
         "fleet.over-commit": st.floats(1, 10),
         "fleet.deadline-seconds": st.just("none") | st.floats(0, exclude_min=True, allow_infinity=False),
         "train.rounds": INTEGERS,
-        "train.objective": st.text(),
+        "train.objective": TEXTS,
         "train.lr": st.floats(0, exclude_min=True, allow_infinity=False),
         "server.lr": st.just("default") | st.floats(0, exclude_min=True, allow_infinity=False),
         "server.reorder-every": st.sampled_from(["default", "never"]) | INTEGERS,
