@@ -269,11 +269,20 @@ class HostCall:
         try:
             # A host in this process must leave the user's own random numbers and threads alone.
             with torch.random.fork_rng(devices=[]):
-                return self._app(message, self._context)
+                return _reply(self._app(message, self._context), message)
         except Exception as error:
             return Message(Error(HOST_ERROR, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
             torch.set_num_threads(threads)
+
+
+def _reply(reply: object, message: Message) -> Message:
+    """Return what an app returned; TypeError unless it is a reply to the message, for which somebody waits."""
+    if not isinstance(reply, Message):
+        raise TypeError(f"the app returned {type(reply).__name__}, not a Message")
+    if reply.metadata.reply_to_message_id != message.metadata.message_id:
+        raise TypeError("the app returned a Message that replies to none: make it with reply_to=message")
+    return reply
 
 
 def reason_of(reply: Message, limit: int = 300) -> str:

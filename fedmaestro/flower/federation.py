@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from flwr.app import Message
@@ -37,7 +38,7 @@ from fedmaestro.rounds.server import (
 from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
 from fedmaestro.runs.code import write_code
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
-from fedmaestro.runs.history import History, kept_rounds
+from fedmaestro.runs.history import HistoryHash, kept_rounds
 from fedmaestro.runs.model import ModelCard, write_model
 from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, TierFigures
 from fedmaestro.runs.summary import summarize
@@ -79,7 +80,7 @@ class Federation:
         self.grid, self.env, self.folder, self.stop, self.observers = grid, env, folder, stop, observers
         self.resume = resume
         self.records: list[RoundRecord] = []
-        self._history = History()
+        self._history = HistoryHash()
 
     def run(self) -> Summary:
         """Run from the checkpoint, or from round 0, to the last round or to ``stop``; return the summary.
@@ -119,13 +120,14 @@ class Federation:
                 f"{self.folder.path} was run on other data or another fleet: resume with those, or start a new run"
             )
         written = checkpoint.facts.get("written", {})
-        if written.get("config", settings := self._settings()) != settings:
+        if written.get("config", self._settings) != self._settings:
             raise UserError(
                 f"{self.folder.config} was changed since the run was started: restore it, or start a new run"
             )
         self.records, self._history = kept_rounds(self.folder, checkpoint.number, written.get("history"))
         return from_checkpoint(self.env, checkpoint)
 
+    @cached_property
     def _settings(self) -> str:
         """Return the hash of all settings that a continuation must share."""
         settings = {key: value for key, value in self.env.config.flat().items() if key not in FREE_ON_RESUME}
@@ -220,7 +222,7 @@ class Federation:
             self._history.add(devices)
         self.folder.append(record)
         self._history.add(record)
-        written = {"config": self._settings(), "history": self._history.digest}
+        written = {"config": self._settings, "history": self._history.digest}
         writer.write(save_checkpoint, self.folder.checkpoint, to_checkpoint(self.env, server, written))
         self.records.append(record)
         if told:

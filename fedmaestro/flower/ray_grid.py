@@ -390,6 +390,7 @@ class _Host:
         """Send ``job``, and some more if there are many; take the replies to the first half of what was sent."""
         import ray
 
+        taken: list[tuple[Job, Message]] = []
         try:
             with self.grid.runtime.used():
                 if job is not None:
@@ -402,7 +403,7 @@ class _Host:
                 for _ in range(half or 1):
                     reply: Message = pickle.loads(ray.get(self._flying[0][1]))
                     done, _ = self._flying.popleft()
-                    self.grid.answered(done, self.number, reply)
+                    taken.append((done, reply))
         except UserError:
             raise
         except Exception as error:
@@ -415,6 +416,8 @@ class _Host:
                 self.grid.give_back(flying[begun:])
                 for failed in flying[:begun]:
                     self.grid.failed(failed, self.number, one_line(error))
+        for done, reply in taken:
+            self.grid.answered(done, self.number, reply)
 
     def _send(self, job: Job) -> None:
         # In the list before it is sent: whatever goes wrong, it is not forgotten.

@@ -9,7 +9,7 @@ from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.records import DeviceRecord, RoundRecord
 
 
-class History:
+class HistoryHash:
     """Hashes the lines of ``rounds.jsonl`` and ``devices.jsonl`` as they are written.
 
     Args:
@@ -37,7 +37,7 @@ class History:
         return self._hash.hexdigest()
 
 
-def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[RoundRecord], History]:
+def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[RoundRecord], HistoryHash]:
     """Return the rounds of a folder up to the last one of its checkpoint, and drop what is beyond.
 
     Args:
@@ -52,7 +52,7 @@ def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[
     numbers = [record.round for record in rounds]
     _check(folder, numbers, last)
     devices = [record for record in folder.read_devices() if record.round <= last] if folder.devices.exists() else []
-    history = History(rounds, devices)
+    history = HistoryHash(rounds, devices)
     if digest is not None and history.digest != digest:
         raise UserError(
             f"{folder.rounds} or {folder.devices.name} is not what this run has written up to round {last}: "

@@ -61,6 +61,21 @@ def test_what_an_app_raises_is_an_error_reply_of_one_line() -> None:
     assert "-1 is negative" in reason_of(reply)
 
 
+@pytest.mark.parametrize("kind", ["nothing", "text", "a message to somebody"])
+def test_what_is_no_reply_is_an_error_reply(kind: str) -> None:
+    """Somebody waits for one: a run must not hang, or end in a traceback, for what an app returns."""
+
+    class Odd(ClientApp):
+        def __call__(self, _message: Message, _context: Context) -> Message:
+            new = Message(RecordDict(), dst_node_id=1, message_type="train")
+            returned: Any = {"nothing": None, "text": "x", "a message to somebody": new}[kind]
+            return returned  # type: ignore[no-any-return]
+
+    grid = LocalGrid(Odd())
+    (reply,) = grid.send_and_receive(messages(grid, 1))
+    assert "the app returned" in reason_of(reply)
+
+
 def test_the_users_random_numbers_and_threads_stay_as_they_are() -> None:
     grid, threads = LocalGrid(echo()), torch.get_num_threads()
     before = torch.get_rng_state()
