@@ -6,8 +6,10 @@ import hashlib
 import os
 import re
 import secrets
+import socket
 import stat
 import tempfile
+import zlib
 from datetime import datetime
 from pathlib import Path
 
@@ -78,6 +80,29 @@ def read_file(path: str | Path, limit: int | None = LARGEST_TEXT) -> bytes:
     if limit is not None and about.st_size > limit:
         raise OSError(errno.EFBIG, f"it has {about.st_size / 1e6:.0f} MB, more than {limit / 1e6:.0f}")
     return path.read_bytes()
+
+
+def own_tag() -> str:
+    """Return what tells this process from all others, for the names of its temporary files."""
+    return f"{_machine():08x}-{os.getpid()}"
+
+
+def is_left(tag: str) -> bool:
+    """Return whether the process of a tag ran on this machine and is gone: nobody else removes its files."""
+    machine, _, number = tag.partition("-")
+    if machine != f"{_machine():08x}" or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _machine() -> int:
+    return zlib.crc32(socket.gethostname().encode())
 
 
 def new_folder(name: str) -> Path:

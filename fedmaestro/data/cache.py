@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmaestro.errors import UserError
-from fedmaestro.places import absolute
+from fedmaestro.places import absolute, is_left, own_tag
 
 T = TypeVar("T")
 
@@ -170,7 +170,7 @@ def _staging(parent: Path) -> Iterator[Path]:
     """Yield a new empty folder in ``parent`` that is gone afterwards, unless it was renamed."""
     parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(parent)
-    folder = parent / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"  # not mkdtemp: a shared cache follows the umask
+    folder = parent / _staging_name()  # not mkdtemp: a shared cache follows the umask
     folder.mkdir()
     try:
         yield folder
@@ -178,10 +178,15 @@ def _staging(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _staging_name() -> str:
+    return f"{_STAGING_PREFIX}{own_tag()}-{uuid.uuid4().hex}"
+
+
 def _remove_stale(parent: Path) -> None:
     for path in parent.glob(f"{_STAGING_PREFIX}*"):
         with contextlib.suppress(OSError):  # another process may be removing it too
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            tag = path.name.removeprefix(_STAGING_PREFIX).rpartition("-")[0]
+            if is_left(tag) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path)
 
 
@@ -202,7 +207,7 @@ def _publish(folder: Path, entry: Path, usable: Callable[[], bool]) -> None:
 
 def _move_away(entry: Path) -> None:
     # A rename first: a reader then never sees an entry that is being deleted file by file.
-    trash = entry.with_name(f"{_STAGING_PREFIX}{uuid.uuid4().hex}")
+    trash = entry.with_name(_staging_name())
     entry.rename(trash)
     if trash.is_dir() and not trash.is_symlink():
         shutil.rmtree(trash, ignore_errors=True)

@@ -34,6 +34,7 @@ from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.code import activate
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
 from fedmaestro.runs.frames import rounds_frame
+from fedmaestro.runs.history import check_seal
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary
 from fedmaestro.runs.results import FinishedCell, strategy_results
@@ -183,6 +184,8 @@ def compare(
     for cell in cells:
         if cell.folder.holds_run():
             check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
+            if cell.folder.summary.exists():
+                check_seal(cell.folder)
     for cell in cells[: len(variants)]:
         prepare(cell.config, name, resume=cell.folder.holds_run(), on_data=to_all(observers))
     write_atomically(folder / "compare.toml", _description(base, name, variants, numbers))

@@ -69,10 +69,11 @@ class DirectGrid(Grid):
 
     Args:
         workers: messages that are worked on at once.
+        gathered: replies that are taken at once, where more are to come soon.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, gathered: int = GATHERED) -> None:
+        self.workers, self.gathered = workers, gathered
         self.greeting: Greeting | None = None
         self._arrived = threading.Condition()
         self._todo: deque[Job] = deque()
@@ -149,7 +150,7 @@ class DirectGrid(Grid):
         with self._arrived:
             while True:
                 here = waiting & self._inbox.keys()
-                if here and (len(here) >= GATHERED or not self._todo):
+                if here and (len(here) >= self.gathered or not self._todo):
                     break
                 now = time.monotonic()
                 first = now if here and first is None else first
@@ -219,7 +220,7 @@ class LocalGrid(DirectGrid):
     """One host: this process. A message is worked on when its reply is waited for, in the thread that waits."""
 
     def __init__(self, client_app: ClientApp) -> None:
-        super().__init__(workers=1)
+        super().__init__(workers=1, gathered=1)  # while this thread waits, nothing more comes
         self._call = HostCall(client_app, 0, 1)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -35,10 +35,10 @@ from fedmaestro.rounds.server import (
     start,
     to_checkpoint,
 )
-from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
+from fedmaestro.runs.checkpoint import load_checkpoint, remove_unused, save_checkpoint
 from fedmaestro.runs.code import write_code
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
-from fedmaestro.runs.history import HistoryHash, kept_rounds
+from fedmaestro.runs.history import HistoryHash, kept_rounds, seal_of
 from fedmaestro.runs.model import ModelCard, write_model
 from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, TierFigures
 from fedmaestro.runs.summary import summarize
@@ -125,6 +125,7 @@ class Federation:
                 f"{self.folder.config} was changed since the run was started: restore it, or start a new run"
             )
         self.records, self._history = kept_rounds(self.folder, checkpoint.number, written.get("history"))
+        remove_unused(self.folder.checkpoint)
         return from_checkpoint(self.env, checkpoint)
 
     @cached_property
@@ -247,6 +248,7 @@ class Federation:
             interrupted=interrupted,
             stopped=self.stopped,
         )
+        summary = summary.model_copy(update={"seal": seal_of(summary, self._history)})
         if self.stopped:
             log.warning("%s", self.stopped)
         write_record(self.folder.summary, summary)

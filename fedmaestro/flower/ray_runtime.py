@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fedmaestro.errors import UserError
 from fedmaestro.interrupt import signals_kept
 from fedmaestro.places import writable
@@ -70,6 +72,9 @@ actor finds that out earlier, and starts Ray anew; until then the actors that ar
 LOOPBACK = "127.0.0.1"
 """Where the processes of a Ray of our own listen. Whoever reaches one may run code here: Ray knows no password."""
 
+OURS = ".fedmaestro"
+"""In the session of a Ray of our own, locked as long as the process lives that has started it."""
+
 LEAVE_SECONDS = 20.0
 """How long the end waits for a Ray that is still starting; it then ends by itself, or with this process."""
 
@@ -111,6 +116,7 @@ class RayRuntime:
         self._thread: threading.Thread | None = None
         self._temporary = ""
         self._session: Path | None = None
+        self._held: FileLock | None = None
         self.error: UserError | None = None
         self.own = self.attached = False
         self.actors = actors or 0
@@ -205,6 +211,7 @@ class RayRuntime:
                 if starts > RESTARTS:
                     return False
                 log.warning("Ray was lost and is started anew")
+                self._disown()
                 with self._unused() as out:
                     if not out:
                         return False
@@ -227,11 +234,19 @@ class RayRuntime:
             self._end(None if self._session else LEAVE_SECONDS)
             # A Ray that was lost, or could not start, keeps its logs.
             if self._session is not None:
+                self._disown()
                 forget_session(self._session)
         elif not self.attached:
             import ray
 
             ray.shutdown()
+
+    def _disown(self) -> None:
+        """Let go of a session: whoever comes next leaves its logs alone."""
+        if self._held is not None:
+            self._held.release()
+            Path(self._held.lock_file).unlink(missing_ok=True)
+            self._held = None
 
     def _start(self) -> None:
         self.starts += 1
@@ -241,8 +256,9 @@ class RayRuntime:
 
     def _serve(self) -> None:
         try:
+            forget_left_sessions(Path(self._temporary))
             with _worker_environment(), _on_loopback():
-                self._session = _init(
+                session = _init(
                     address="local",
                     num_cpus=self.actors,
                     include_dashboard=False,
@@ -255,6 +271,9 @@ class RayRuntime:
                         "gcs_rpc_server_reconnect_timeout_s": PATIENCE_SECONDS,
                     },
                 )
+            self._held = FileLock(session / OURS, thread_local=False)
+            self._held.acquire()
+            self._session = session
         except BaseException as error:  # whatever it is: somebody waits
             self.error = UserError(
                 f"cannot start Ray on this machine ({shortened(error)}; its logs are below {self._temporary}): give it "
@@ -469,6 +488,13 @@ def forget_session(session: Path) -> None:
         if latest.readlink() == session:
             latest.unlink()
         session.parent.rmdir()
+
+
+def forget_left_sessions(folder: Path) -> None:
+    """Remove the sessions of runs that were killed. A Ray that was lost or could not start keeps its logs."""
+    for ours in folder.glob(f"session_*/{OURS}"):
+        with contextlib.suppress(OSError, Timeout), FileLock(ours, timeout=0):
+            shutil.rmtree(ours.parent, ignore_errors=True)
 
 
 def check_reachable(address: str) -> None:

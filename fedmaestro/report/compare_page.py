@@ -26,6 +26,7 @@ from fedmaestro.report.curves import as_number
 from fedmaestro.report.figure import inline_svg, plot_style, save_figure
 from fedmaestro.report.format import MISSING, Shown, format_bytes, format_seconds, lost_share, lost_text
 from fedmaestro.report.html import Cell, Content, Markup, details, document, escape, pairs, table
+from fedmaestro.runs.folder import write_atomically
 from fedmaestro.runs.records import Results
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def write_comparison(results: Results, folder: Path) -> dict[str, Path]:
         "report.html": comparison_page(results, svgs),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        write_atomically(folder / name, text)
     return {**{name: folder / name for name in texts}, **plots}
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmaestro.runs.folder import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -159,10 +161,11 @@ def short_name(name: str) -> str:
 def save_figure(figure: "Figure", path_without_suffix: Path | str) -> tuple[Path, Path]:
     """Write the figure as PNG (150 dpi) and SVG, making the folder; return both paths."""
     png, svg = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
-    png.parent.mkdir(parents=True, exist_ok=True)
+    pixels = io.BytesIO()
     with quiet_glyphs():
-        figure.savefig(png, format="png", dpi=PNG_DPI)
-    svg.write_text(svg_text(figure), encoding="utf-8", newline="\n")
+        figure.savefig(pixels, format="png", dpi=PNG_DPI)
+    write_atomically(png, pixels.getvalue())
+    write_atomically(svg, svg_text(figure))
     return png, svg
 
 

@@ -9,6 +9,7 @@ from fedmaestro.report.facts import full_ranks, rank_history, run_title
 from fedmaestro.report.html import document
 from fedmaestro.report.rank_plot import plot_tier_ranks
 from fedmaestro.report.run_section import run_section
+from fedmaestro.runs.folder import write_atomically
 from fedmaestro.runs.reader import RunRecord, read_run
 
 
@@ -27,8 +28,10 @@ def html_report(run_dirs: Sequence[Path | str]) -> str:
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
     """Write the page about these runs, making the folder; return its path."""
     page, path = html_report(run_dirs), Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    if path.exists() and not path.is_file():  # a terminal or a pipe is written to, not replaced
+        path.write_text(page, encoding="utf-8", newline="\n")
+    else:
+        write_atomically(path, page)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,14 @@ Key = tuple[str, ...]
 
 FORMAT = 3
 
+POINTER = "progress.json"
+"""Says which is the newest checkpoint, and whatever of it is no tensor."""
+
+OLDER = "older.json"
+"""The same of the one before."""
+
+log = logging.getLogger("fedmaestro")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -36,9 +45,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write ``round-N.safetensors``, then point ``progress.json`` at it, then remove older ones.
+    """Write ``round-N.safetensors``, then point ``progress.json`` at it, then remove all but it and the one before.
 
-    A crash between any two steps leaves a checkpoint that loads.
+    A crash between any two steps leaves a checkpoint that loads, and so does damage to the newest one.
     """
     name = _file_name(checkpoint.number)
     # The file is the one place where a key is a string: its parts are quoted, so that slashes part them.
@@ -53,25 +62,76 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "fingerprint": checkpoint.fingerprint,
     }
     write_atomically(folder / name, content)
-    write_atomically(folder / "progress.json", json.dumps(progress))
-    for old in folder.glob("round-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    if (before := _before(folder, checkpoint.number)) is not None:
+        write_atomically(folder / OLDER, before)
+    write_atomically(folder / POINTER, json.dumps(progress))
+    remove_unused(folder)
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove tensors of no checkpoint: of those before these two, and what a crash has left."""
+    if (newest := _target(folder / POINTER)) is not None:
+        for file in folder.glob("round-*.safetensors"):
+            if file.name not in (newest, _target(folder / OLDER)):
+                file.unlink()
+
+
+def _before(folder: Path, number: int) -> bytes | None:
+    """Return the pointer to the checkpoint before that of a number; None: there is none that could be read."""
+    target = _target(folder / POINTER)
+    if target is None or target >= _file_name(number) or not (folder / target).exists():
+        return None  # the newest one was damaged, so that the older one stays what it is
+    return read_file(folder / POINTER)
+
+
+def _target(pointer: Path) -> str | None:
+    """Return the name of the file that a pointer is about; None: it does not say."""
+    try:
+        name = json.loads(read_file(pointer))["file"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the last checkpoint, or None when there is none yet.
+    """Return the last checkpoint, or None when there is none yet; where it is damaged, the one before, with a warning.
 
     Raises:
-        UserError: a corrupt checkpoint, or one of another version.
+        UserError: corrupt checkpoints, or one of another version.
     """
-    pointer = folder / "progress.json"
-    if not pointer.exists():
+    newest, older = folder / POINTER, folder / OLDER
+    if not newest.exists() and not older.exists():
         return None
+    try:
+        return _load(newest)
+    except UserError as error:
+        if isinstance(error, _OtherVersionError) or not older.exists():
+            raise
+        try:
+            found = _load(older)
+        except UserError:
+            raise error from None
+        log.warning("%s; going on from the one before, of number %d", _what(error), found.number)
+        return found
+
+
+class _OtherVersionError(UserError):
+    """A checkpoint of another version of this project."""
+
+
+def _what(error: UserError) -> str:
+    """Return what an error says, without its advice."""
+    return str(error).rpartition(": ")[0]
+
+
+def _load(pointer: Path) -> Checkpoint:
+    folder = pointer.parent
     try:
         progress = json.loads(read_file(pointer).decode("utf-8"))
         if (number := progress.get("format", 1)) != FORMAT:
-            raise UserError(f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew")
+            raise _OtherVersionError(
+                f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew"
+            )
         content = read_file(folder / progress["file"], None)
         tensors = {tuple(map(unquote, key.split("/"))): tensor for key, tensor in load(content).items()}
         intact = progress["sha256"] == _digest(content, progress["facts"])

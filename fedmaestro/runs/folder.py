@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedmaestro.errors import UserError
-from fedmaestro.places import writable
+from fedmaestro.places import is_left, own_tag, writable
 from fedmaestro.runs.reader import read_lines
 from fedmaestro.runs.records import DeviceRecord, Record, RoundRecord
 
@@ -163,9 +163,16 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new one, never a part."""
+    """Write a file so that a crash leaves the old content or the new one, never a part.
+
+    What an earlier crash has left of the same file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden = f".{path.name}."
+    for other in path.parent.iterdir():
+        if other.name.startswith(hidden) and is_left(other.name.removeprefix(hidden)):
+            other.unlink(missing_ok=True)
+    temporary = path.with_name(f"{hidden}{own_tag()}")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from fedmaestro.errors import UserError
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import DeviceRecord, RoundRecord
+from fedmaestro.runs.reader import read_json
+from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary
 
 
 class HistoryHash:
@@ -60,6 +61,23 @@ def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[
         )
     folder.keep_rounds(last)
     return rounds, history
+
+
+def seal_of(summary: Summary, history: HistoryHash) -> str:
+    """Return what a summary and the history that it is about are recognised by."""
+    content = summary.model_copy(update={"seal": ""}).to_dict()
+    return hashlib.sha256(json.dumps([content, history.digest], sort_keys=True).encode()).hexdigest()
+
+
+def check_seal(folder: RunFolder) -> None:
+    """Raise UserError unless the results of a run are as they were written (those of old versions do not say)."""
+    summary = read_json(folder.summary, Summary)
+    devices = folder.read_devices() if folder.devices.exists() else []
+    if summary.seal and summary.seal != seal_of(summary, HistoryHash(folder.read_rounds(), devices)):
+        raise UserError(
+            f"{folder.summary} or {folder.rounds.name} is not what the run has written: restore it, or remove "
+            f"{folder.path} to run it again"
+        )
 
 
 def _check(folder: RunFolder, numbers: Sequence[int], last: int) -> None:

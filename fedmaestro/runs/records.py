@@ -197,6 +197,8 @@ class Summary(Record):
     wall_seconds: float
     virtual_seconds: float
     model_sha256: str
+    seal: str = ""
+    """Hash of all this and of the history (``runs.history.seal_of``): says whether they are as they were written."""
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.static_norm import calibrate, statistics
 from fedmaestro.report import plot_accuracy_cost, plot_ranks
-from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, remove_unused, save_checkpoint
 from fedmaestro.runs.code import Code, activate, write_code
 from fedmaestro.runs.folder import RunFolder, append_record, write_atomically, write_record, write_records
 from fedmaestro.runs.model import ModelCard, load_model, write_model
@@ -223,6 +223,7 @@ class _Session:
         if len(self.records) != self.trainer.epoch + 1:
             raise UserError(f"{_epochs(self.folder.path)} lacks epochs of its checkpoint: start a new run")
         write_records(_epochs(self.folder.path), self.records)
+        remove_unused(self.folder.checkpoint)
 
     def _record(self, train_loss: float | None, seconds: float) -> None:
         trainer = self.trainer

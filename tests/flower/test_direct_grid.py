@@ -54,6 +54,17 @@ def test_flowers_calls_work_on_it() -> None:
     assert list(grid.pull_messages(ids)) == []
 
 
+def test_this_process_never_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = LocalGrid(echo())
+
+    def wait(*_: object) -> bool:
+        raise AssertionError("nobody else works meanwhile")
+
+    monkeypatch.setattr(grid._arrived, "wait", wait)
+    replies = grid.send_and_receive(messages(grid, *range(20)))
+    assert [reply.content.metric_records["x"]["x"] for reply in replies] == list(range(20))
+
+
 def test_what_an_app_raises_is_an_error_reply_of_one_line() -> None:
     grid = LocalGrid(echo())
     (reply,) = grid.send_and_receive(messages(grid, -1))

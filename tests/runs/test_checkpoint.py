@@ -106,8 +106,8 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int, after: bool) -> Callabl
     return lambda: done
 
 
-# Two files, each synced and renamed, and two older ones removed.
-OPERATIONS = 6
+# Three files, each synced and renamed, and an older one removed.
+OPERATIONS = 7
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -124,12 +124,36 @@ def test_a_crash_at_any_step_leaves_a_checkpoint(
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert_equal(found, make_checkpoint(found.number))
-    renamed = (call, after) >= (4, True)
+    renamed = (call, after) >= (6, True)
     assert found.number == (2 if renamed else 1)
-    # The next save cleans up.
+    # The next save cleans up: what it has written, and the one before.
     save_checkpoint(tmp_path, make_checkpoint(3))
     assert_equal(load_checkpoint(tmp_path), make_checkpoint(3))
-    assert [path.name for path in tmp_path.glob("round-*")] == ["round-000003.safetensors"]
+    expected = [f"round-{found.number:06d}.safetensors", "round-000003.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == expected
+
+
+@pytest.mark.parametrize("damaged", ["progress.json", "round-000002.safetensors"])
+@pytest.mark.parametrize("how", ["gone", "empty", "cut", "changed"])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_loaded(
+    tmp_path: Path, damaged: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        save_checkpoint(tmp_path, make_checkpoint(number))
+    file = tmp_path / damaged
+    whole = file.read_bytes()
+    damages = {"empty": b"", "cut": whole[: len(whole) // 2], "changed": whole.replace(b"2", b"3")}
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(damages[how])
+    assert_equal(load_checkpoint(tmp_path), make_checkpoint(1))
+    assert "going on from the one before, of number 1" in caplog.text
+    # What is written next does not take the damaged one for the one before.
+    save_checkpoint(tmp_path, make_checkpoint(2))
+    assert_equal(load_checkpoint(tmp_path), make_checkpoint(2))
+    (tmp_path / "progress.json").unlink()
+    assert_equal(load_checkpoint(tmp_path), make_checkpoint(1))
 
 
 def test_a_crash_during_the_first_save_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

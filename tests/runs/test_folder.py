@@ -2,11 +2,14 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedmaestro.errors import UserError
+from fedmaestro.places import own_tag
 from fedmaestro.runs.folder import RunFolder, write_atomically
 from fedmaestro.runs.records import RoundRecord
 
@@ -73,6 +76,20 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "replace", tell_replace)
     write_atomically(path, "12345")
     assert order[:2] == [("fsync", 5), ("replace", 0)]
+
+
+def test_what_a_killed_process_has_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    machine = own_tag().partition("-")[0]
+    left, elsewhere, alive = (
+        tmp_path / f".summary.json.{tag}"
+        for tag in (f"{machine}-{dead.pid}", f"00000000-{dead.pid}", f"{machine}-{os.getppid()}")
+    )
+    for path in (left, elsewhere, alive):
+        path.write_text("half")
+    write_atomically(tmp_path / "summary.json", "{}")
+    assert {*tmp_path.iterdir()} == {tmp_path / "summary.json", elsewhere, alive}
 
 
 # The folder

@@ -126,7 +126,8 @@ DAMAGES: tuple[tuple[str, Callable[[Path, random.Random], None]], ...] = (
     ("config.toml", bytes_damaged),
     ("checkpoint/progress.json", json_damaged),
     ("checkpoint/progress.json", bytes_damaged),
-    ("checkpoint/round-*.safetensors", bytes_damaged),
+    ("checkpoint/round-000002.safetensors", bytes_damaged),
+    ("checkpoint/older.json", bytes_damaged),
 )
 
 
@@ -134,22 +135,56 @@ def test_a_damaged_run_is_resumed_as_it_was_or_not_at_all(finished: Path, stoppe
     rng = random.Random(0)
     expected = json.loads((finished / "summary.json").read_text())
     resumed = 0
-    for number in range(21 * MANY):
+    for number in range(24 * MANY):
         folder = tmp_path / str(number)
         shutil.copytree(stopped, folder)
         name, damage = DAMAGES[number % len(DAMAGES)]
-        damage(next(folder.glob(name)), rng)
+        damage(folder / name, rng)
         try:
             run = fedmaestro.run(out=folder, resume=True, actors=0)
         except UserError:
-            pass
+            # The checkpoint before the newest one is there too, and of it there is another.
+            assert not name.startswith("checkpoint/") or number_of_format(folder) != 3, (name, number)
         else:
             resumed += 1
             assert run.summary["model_sha256"] == expected["model_sha256"], (name, number)
             assert run.summary["tiers"] == expected["tiers"], (name, number)
             assert [record.round for record in run.rounds] == [0, 1, 2, 3, 4], (name, number)
         shutil.rmtree(folder)
-    assert resumed < 21 * MANY
+    assert resumed < 24 * MANY
+
+
+def number_of_format(folder: Path) -> object:
+    """Return the format that a damaged pointer says; 3 where it cannot be read."""
+    try:
+        return json.loads((folder / "checkpoint/progress.json").read_text()).get("format", 1)
+    except (ValueError, AttributeError):
+        return 3
+
+
+def test_a_comparison_goes_on_over_a_damaged_cell_or_says_why_not(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    small = SMALL | {"train.rounds": 2}
+    expected = fedmaestro.compare(None, ["fjord", "nested"], 1, overrides=small, out=whole, actors=0).results
+    rng = random.Random(0)
+    names = ["summary.json", "rounds.jsonl", "config.toml", "checkpoint/progress.json", "../../results.json"]
+    for number in range(10 * MANY):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        name = names[number % len(names)]
+        damages = [bytes_damaged]
+        damages += [json_damaged] * 2 if name.endswith(".json") else [lines_damaged] if name.endswith(".jsonl") else []
+        rng.choice(damages)(folder / "cells" / "nested-seed0" / name, rng)
+        try:
+            found = fedmaestro.compare(
+                None, ["fjord", "nested"], 1, overrides=small, out=folder, actors=0, resume=True
+            ).results
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            for row, before in zip(found["strategies"], expected["strategies"], strict=True):
+                assert row == before, (name, number)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", ["model.json", "summary.json", "rounds.jsonl", "config.toml", "model.safetensors"])
