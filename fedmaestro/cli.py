@@ -329,8 +329,8 @@ def list_(
         str,
         typer.Argument(
             help="strategies, submodels, objectives, aggregations, server-steps, server-optimizers, models, datasets, "
-            "tasks, metrics, augmentations, partitions, selections, optimizers, schedules, trackers, fleets, settings "
-            "or training-settings"
+            "tasks, metrics, augmentations, partitions, selections, attacks, optimizers, schedules, trackers, fleets, "
+            "settings or training-settings"
         ),
     ],
     use: _Use = None,
@@ -350,6 +350,7 @@ def list_(
         "augmentations": _augmentations,
         "partitions": _partitions,
         "selections": _selections,
+        "attacks": _attacks,
         "optimizers": _optimizers,
         "schedules": _schedules,
         "trackers": _trackers,
@@ -479,6 +480,13 @@ def _selections() -> Table:
 
     rows = [(name, row.summary, row.source) for name, row in SELECTIONS.items()]
     return _filled(_table("selection", "who is asked to train", "source"), rows)
+
+
+def _attacks() -> Table:
+    from fedmaestro.fleet.attacks import ATTACKS
+
+    rows = [(name, row.summary, row.source) for name, row in ATTACKS.items()]
+    return _filled(_table("attack", "what attackers do", "source"), rows)
 
 
 def _optimizers() -> Table:

@@ -336,6 +336,16 @@ def _fleet(name: str, value: Any, options: Mapping[str, Any]) -> Any:
     return own_fleet(name, value() if callable(value) else value, _summary(value, options))
 
 
+def _attack(name: str, value: Any, options: Mapping[str, Any]) -> Any:
+    from fedmaestro.fleet.attacks import Attack
+
+    if isinstance(value, Attack):
+        return _record(name, value)
+    if not callable(value):
+        raise _refuse("attack", name, value)
+    return Attack(name=name, update=value, summary=_summary(value, options), source="user code")
+
+
 def _partition(name: str, value: Any, options: Mapping[str, Any]) -> Any:
     from fedmaestro.data.partition import Partition
 
@@ -441,6 +451,13 @@ KINDS: dict[str, Kind] = {
             make=_fleet,
         ),
         Kind(
+            name="attack",
+            table=("fedmaestro.fleet.attacks", "ATTACKS"),
+            setting="fleet.attack",
+            expects="a function (update, attacking) -> what is sent instead, or an Attack",
+            make=_attack,
+        ),
+        Kind(
             name="partition",
             table=("fedmaestro.data.partition", "PARTITIONS"),
             setting="data.partition",
@@ -472,6 +489,7 @@ aggregation = _decorator("aggregation")
 server_step = _decorator("server_step")
 selection = _decorator("selection")
 fleet = _decorator("fleet")
+attack = _decorator("attack")
 partition = _decorator("partition")
 augmentation = _decorator("augmentation")
 

@@ -14,6 +14,7 @@ results are bit-identical, whoever computes which part of it.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial as bound
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -108,6 +109,8 @@ class Reduction(Generic[S]):
     why_not: Callable[[Parts, float, float], str | None] = lambda _parts, _weight, _radius: None
     """``(states, weight, radius) -> reason``: why devices of this weight, none of whose submodels has a norm above
     ``radius``, could not have sent these states, whose names, shapes and types are right. None: they could."""
+    keeps_devices: bool = False
+    """Whether sums hold every device by itself (``each_device``): their memory is that of the devices."""
 
 
 def _lift(submodel: Mapping[str, Tensor], weight: float, start: Mapping[str, Tensor] | None) -> State:  # noqa: ARG001
@@ -135,8 +138,11 @@ class Aggregation(Generic[S]):
     """How submodels become the next global state; ``finish`` is the rule, the rest is shared."""
 
     name: str
-    finish: Callable[[Partial[S], Mapping[str, Tensor]], State]
-    """``(partial, global_state) -> new global state``; new tensors, same names, shapes and dtypes."""
+    finish: Callable[..., State]
+    """``(partial, global_state) -> new global state``; new tensors, same names, shapes and dtypes. What ``settings``
+    name comes as keywords."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Setting of each further parameter of ``finish``."""
     reduction: Reduction[S] = WEIGHTED_SUMS  # type: ignore[assignment]
     weigh: Callable[[Mapping[str, Tensor], float], float] = by_examples
     """``(submodel, examples) -> weight`` of a device. Under another rule than the default, devices are sent one by
@@ -149,6 +155,17 @@ class Aggregation(Generic[S]):
     """Settings that must stay zero or unset under this rule, and why: ends the sentence ``KEY=VALUE …``."""
     summary: str
     source: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether devices are sent one by one: the server weighs each itself, or tells them from each other."""
+        return self.weigh is not by_examples or self.reduction.keeps_devices
+
+    def of(self, value: Callable[[str], Any]) -> "Aggregation[S]":
+        """Return the rule whose parameters have the ``value`` of their settings."""
+        if not self.settings:
+            return self
+        return replace(self, finish=bound(self.finish, **{name: value(key) for name, key in self.settings.items()}))
 
     def init(self, global_state: Mapping[str, Tensor], sizes: Sequence[Signature] = ()) -> Partial[S]:  # noqa: ARG002
         """Return the empty partial result.

@@ -33,7 +33,7 @@ def _mean(name: str, partial: Partial[State], old: Tensor) -> Tensor:
     return torch.where(weight > 0, (total / weight.clamp(min=1e-300)).to(old.dtype), old)
 
 
-COVERAGE_MEAN = Aggregation(
+COVERAGE_MEAN: Aggregation[State] = Aggregation(
     name="coverage-mean",
     finish=finish,
     summary="each entry averaged over the devices that hold it, weighted by examples",

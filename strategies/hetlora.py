@@ -21,6 +21,7 @@ from torch import Tensor
 from fedmaestro.strategies import zero_pad
 from fedmaestro.strategies.base import Aggregation, factor_layers
 from fedmaestro.strategies.spectral import squared_norm
+from fedmaestro.submodel import State
 from fedmaestro.threads import one_thread
 
 
@@ -33,7 +34,7 @@ def product_norm(submodel: Mapping[str, Tensor], examples: float = 0.0) -> float
         return math.sqrt(sum(squared_norm(submodel[f"{x}.u"], submodel[f"{x}.v"]) for x in layers))
 
 
-HETLORA = Aggregation(
+HETLORA: Aggregation[State] = Aggregation(
     name="hetlora",
     finish=zero_pad.finish,
     weigh=product_norm,

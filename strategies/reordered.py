@@ -44,7 +44,7 @@ def _ordered(state: Mapping[str, Tensor], layers: Iterable[str]) -> State:
     return new
 
 
-REORDERED = Aggregation(
+REORDERED: Aggregation[State] = Aggregation(
     name="reordered",
     finish=finish,
     mixes=True,

@@ -9,6 +9,9 @@ from fedmaestro.strategies.block_product import BLOCK_PRODUCT
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.strategies.hetlora import HETLORA
 from fedmaestro.strategies.masked_mean import MASKED_MEAN
+from fedmaestro.strategies.multi_krum import MULTI_KRUM
+from fedmaestro.strategies.norm_clipping import NORM_CLIPPING
+from fedmaestro.strategies.order_statistics import COORDINATE_MEDIAN, TRIMMED_MEAN
 from fedmaestro.strategies.partitioned_product import PARTITIONED_PRODUCT
 from fedmaestro.strategies.product_svd import PRODUCT_SVD
 from fedmaestro.strategies.reordered import REORDER, REORDERED
@@ -30,6 +33,10 @@ AGGREGATIONS: dict[str, AnyAggregation] = {
         PARTITIONED_PRODUCT,
         BLOCK_PRODUCT,
         REORDERED,
+        NORM_CLIPPING,
+        COORDINATE_MEDIAN,
+        TRIMMED_MEAN,
+        MULTI_KRUM,
     )
 }
 """How the devices' submodels become the next global state."""

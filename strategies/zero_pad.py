@@ -29,7 +29,7 @@ def _mean(name: str, partial: Partial[State], old: Tensor) -> Tensor:
     return total.div_(weight).to(old.dtype) if weight else old.clone()
 
 
-ZERO_PAD = Aggregation(
+ZERO_PAD: Aggregation[State] = Aggregation(
     name="zero-pad",
     finish=finish,
     mixes=True,

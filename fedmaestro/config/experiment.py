@@ -28,6 +28,9 @@ BY_DATA = Unset("default")
 DEVICES = 20
 """Of a federation that says nothing of their number."""
 
+BY_ATTACK = Unset("default")
+"""Unset: what the attack's row says (``fleet.attacks``)."""
+
 AUTO = Unset("auto")
 """Unset: decided while it runs."""
 
@@ -119,6 +122,14 @@ class FleetConfig(Table):
     deadline_seconds: Annotated[Annotated[float, Field(gt=0)] | None, NONE] = Field(
         None, description="virtual seconds of a round at most; none: no limit"
     )
+    attack: str = Field("none", description="what attackers do (`fedmaestro list attacks`), or none")
+    attackers: float = Field(
+        0.3, gt=0, le=1, description="part of the devices of each tier that attack, for attack other than none"
+    )
+    attack_tiers: str = Field("all", description="names of the tiers that have attackers, separated by commas, or all")
+    attack_strength: Annotated[Annotated[float, Field(ge=0)] | None, BY_ATTACK] = Field(
+        None, description="how strong the attack is; default: the attack's own"
+    )
     match_macs: bool = Field(
         False, description="give rank and width submodels of a tier the same MACs (within 3 %), to compare them"
     )
@@ -202,6 +213,12 @@ class TrainConfig(Table):
     )
     reply_timeout_seconds: Annotated[Annotated[float, Field(gt=0)] | None, NONE] = Field(
         None, description="wall seconds to wait for hosts; devices of late replies count as failed; none: no limit"
+    )
+    assumed_attackers: float = Field(
+        0.3,
+        ge=0,
+        lt=0.5,
+        description="part of the devices that robust aggregations (trimmed-mean, multi-krum) take for attackers",
     )
     max_idle_rounds: int = Field(
         10, ge=0, description="the run stops after so many rounds in a row without an update that counts; 0: never"

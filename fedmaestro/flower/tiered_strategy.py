@@ -46,7 +46,6 @@ from fedmaestro.rounds.server import (
     step,
     with_controls,
 )
-from fedmaestro.strategies.base import by_examples
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Score
 
@@ -114,8 +113,7 @@ class TieredStrategy(FlowerStrategy):
         self._gathering = Gathering(self.env, self.server, planned, server_round)
         nodes = sorted(grid.get_node_ids())
         parts = self._parts | self._device_parts
-        # Whose weights follow from its tensors, a device is sent alone: the server weighs what it gets itself.
-        alone = self.env.method.aggregation.weigh is not by_examples
+        alone = self.env.method.aggregation.alone
         cohorts = cut(
             planned.groups,
             lambda cohort: self._pace.seconds(("train", cohort.submodel), cohort.work),

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from fedmaestro.rounds.norms import checked_norm
 from fedmaestro.rounds.placement import placed
 from fedmaestro.rounds.stacked import Stacks, best_size, train_stack, why_not
 from fedmaestro.rounds.storage import Owner
-from fedmaestro.rounds.training import augmenting, local_training, train_device
+from fedmaestro.rounds.training import local_training, train_device
 from fedmaestro.rounds.tree import Join, Span, reduced
 from fedmaestro.runs.code import located
 from fedmaestro.strategies.base import SUMS, AnyAggregation, AnyPartial, Parts
 from fedmaestro.submodel import Signature, State, load
 from fedmaestro.tasks.goal import Goal
-from fedmaestro.tasks.task import Score, evaluate
+from fedmaestro.tasks.task import Batch, Score, evaluate
 from fedmaestro.threads import one_thread
 
 log = logging.getLogger("fedmaestro")
@@ -130,8 +130,17 @@ def train_cohort(
     new_controls: dict[int, State] = {}
     where, augments = placed(), env.config.data.augment != "none"
 
+    def own(device: int, batch: Batch) -> Batch:
+        """Return examples as the device sees them."""
+        if env.attackers is not None:
+            batch = replace(batch, targets=env.attackers.labels(device, batch.targets, env.task.num_classes))
+        return batch.to(where)
+
+    def augmented(device: int, generator: np.random.Generator) -> Batch:
+        return own(device, env.task.batch(env.parts[device], generator))
+
     def trained(position: int) -> tuple[State, float]:
-        device, batch = devices[position], env.task.plain(env.parts[devices[position]]).to(where)
+        device, batch = devices[position], own(devices[position], env.task.plain(env.parts[devices[position]]))
         control = None if controls is None else controls[device]
         # Dropout, and whatever else an own model draws. ``torch.manual_seed`` takes 1 ms: it keeps a stack trace for
         # every kind of accelerator that is not there.
@@ -147,7 +156,7 @@ def train_cohort(
             settings,
             rng.generator(env.config.seed, "train", server_round, device),
             padding=env.task.padding,
-            augmented=augmenting(env.task, env.parts[device], where) if augments else None,
+            augmented=partial(augmented, device) if augments else None,
             control=control,
         )
         if control is not None:
@@ -161,12 +170,10 @@ def train_cohort(
             prefixes,
             start,
             env.method.objective,
-            [env.task.plain(env.parts[device]).to(where) for device in chosen],
+            [own(device, env.task.plain(env.parts[device])) for device in chosen],
             settings,
             [rng.generator(env.config.seed, "train", server_round, device) for device in chosen],
-            augmented=(lambda i, generator: env.task.batch(env.parts[chosen[i]], generator).to(where))
-            if augments
-            else None,
+            augmented=(lambda i, generator: augmented(chosen[i], generator)) if augments else None,
         )
         return [({name: x[i] for name, x in states.items()}, loss) for i, loss in enumerate(losses)]
 
@@ -179,6 +186,8 @@ def train_cohort(
         try:
             state, loss = stacks(position)
             sent = {name: tensor for name, tensor in state.items() if name not in frozen}
+            if env.attackers is not None:
+                sent = env.attackers.sent(device, server_round, sent, start)
             norm = checked_norm(sent, start, bound)
         except Exception as error:
             failures[device] = failure_of(error, located(error))

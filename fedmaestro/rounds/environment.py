@@ -15,6 +15,7 @@ from fedmaestro.config.experiment import PREFIXES, ExperimentConfig
 from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder
 from fedmaestro.data.parts import NO_PARTS, DealtParts, Indices, Parts, SplitParts
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.fleet.attacks import Attackers, find_attackers
 from fedmaestro.fleet.learned import Rederivation
 from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
 from fedmaestro.fleet.tiers import assign_tiers, load_tiers
@@ -52,6 +53,8 @@ class Environment:
     """What every device is tested on, besides the test set."""
     plan: Plan
     """The run's first plan; ranks may change later (``rederivation``, ``plan_at``)."""
+    attackers: Attackers | None = None
+    """Devices that mean harm."""
     code: Code = NO_CODE
     """The user's."""
 
@@ -153,6 +156,7 @@ def open_environment(
         )
     _check_correction(config, method)
     tier_of = assign_tiers(tiers, devices, config.seed)
+    attackers = _attackers(config, tier_of, [tier.name for tier in tiers], task)
     architecture, task = _architecture(config, method, task)
     plan = make_plan(
         architecture,
@@ -187,8 +191,27 @@ def open_environment(
         tier_of=tier_of,
         device_tests=device_tests,
         plan=plan,
+        attackers=attackers,
         code=code,
     )
+
+
+def _attackers(config: ExperimentConfig, tier_of: Indices, names: list[str], task: Task) -> Attackers | None:
+    fleet = config.fleet
+    found = find_attackers(
+        fleet.attack,
+        fleet.attackers,
+        fleet.attack_tiers,
+        fleet.attack_strength,
+        tier_of=tier_of,
+        names=names,
+        seed=config.seed,
+    )
+    if found is not None and found.attack.labels is not None and task.goal.targets != "classes":
+        raise UserError(
+            f"fleet.attack={fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
+        )
+    return found
 
 
 def _device_tests(config: ExperimentConfig, task: Task, parts: Parts) -> tuple[Parts, DeviceTests]:

@@ -108,7 +108,7 @@ def method_of(config: ExperimentConfig) -> Method:
         settings=settings,
         submodel=SUBMODELS[str(settings["train.submodel"])],
         objective=OBJECTIVES[str(settings["train.objective"])],
-        aggregation=aggregation,
+        aggregation=aggregation.of(config.get),
         server=chain_of(value, config.get),
         optimizer=OPTIMIZERS[train.optimizer],
         schedule=SCHEDULES[train.schedule],

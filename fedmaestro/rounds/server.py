@@ -322,7 +322,7 @@ class Gathering:
 
     def facts(self) -> dict[str, Any]:
         """Return what ``RoundRecord`` says of the round's training."""
-        examples = sum(report.examples for report in self.reports)
+        examples, attackers = sum(report.examples for report in self.reports), self._env.attackers
         loss = math.fsum(report.loss * report.examples for report in self.reports)
         return {
             "train_loss": loss / examples if self.reports else None,
@@ -330,6 +330,7 @@ class Gathering:
             "failed": len(self.failures),
             "failed_by": dict(sorted(Counter(failure.kind for failure in self.failures.values()).items())),
             "dropped": len(self._schedule.dropped),
+            "attackers": 0 if attackers is None else sum(report.device in attackers.devices for report in self.reports),
             "updates": self._updates(),
             "download_bytes": self._schedule.download_bytes,
             "upload_bytes": self._upload_bytes,

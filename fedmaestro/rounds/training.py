@@ -18,7 +18,7 @@ from fedmaestro.lod import group_lasso
 from fedmaestro.lod.suffix import Tail
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.submodel import State, load
-from fedmaestro.tasks.task import Batch, Task
+from fedmaestro.tasks.task import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +159,6 @@ def check_finite(state: State, loss: float) -> None:
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(f"parameter {name} is not finite after training")
-
-
-def augmenting(task: Task, part: np.ndarray, where: torch.device) -> Callable[[np.random.Generator], Batch]:
-    """Return what augments a device's examples."""
-    return lambda generator: task.batch(part, generator).to(where)
 
 
 def _penalised(loss: Tensor, model: nn.Module, settings: LocalTraining) -> Tensor:

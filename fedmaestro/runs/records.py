@@ -92,6 +92,8 @@ class RoundRecord(Record):
     failed_by: dict[str, int] = Field(default_factory=dict)
     """Of them, by kind (``rounds.failure.KINDS``)."""
     dropped: int = 0
+    attackers: int = 0
+    """Of the devices whose updates count (``fleet.attack``)."""
     updates: dict[str, Updates] = Field(default_factory=dict)
     """Of each tier that was sampled."""
     download_bytes: int = 0
