@@ -12,7 +12,8 @@ splitting the same ``add`` calls over several partial results changes nothing bu
 results are bit-identical, whoever computes which part of it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial as bound
 from typing import Any, Generic, TypeVar
@@ -133,6 +134,11 @@ def by_examples(submodel: Mapping[str, Tensor], examples: float) -> float:  # no
     return examples
 
 
+def equally(submodel: Mapping[str, Tensor], examples: float) -> float:  # noqa: ARG001
+    """Return the weight of a device where all weigh the same: 1."""
+    return 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Aggregation(Generic[S]):
     """How submodels become the next global state; ``finish`` is the rule, the rest is shared."""
@@ -145,8 +151,8 @@ class Aggregation(Generic[S]):
     """Setting of each further parameter of ``finish``."""
     reduction: Reduction[S] = WEIGHTED_SUMS  # type: ignore[assignment]
     weigh: Callable[[Mapping[str, Tensor], float], float] = by_examples
-    """``(submodel, examples) -> weight`` of a device. Under another rule than the default, devices are sent one by
-    one, so that the server weighs them itself."""
+    """``(submodel, examples) -> weight`` of a device. Under a rule that looks at tensors, devices are sent one by one,
+    so that the server weighs them itself."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None
@@ -159,7 +165,11 @@ class Aggregation(Generic[S]):
     @property
     def alone(self) -> bool:
         """Whether devices are sent one by one: the server weighs each itself, or tells them from each other."""
-        return self.weigh is not by_examples or self.reduction.keeps_devices
+        return self.weigh not in (by_examples, equally) or self.reduction.keeps_devices
+
+    def weight_of(self, examples: Iterable[float]) -> float:
+        """Return what devices of so many examples weigh together, where their tensors do not matter."""
+        return math.fsum(self.weigh({}, count) for count in examples)
 
     def of(self, value: Callable[[str], Any]) -> "Aggregation[S]":
         """Return the rule whose parameters have the ``value`` of their settings."""

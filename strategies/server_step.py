@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fedmaestro.config.base import Value
@@ -40,10 +41,14 @@ class Round:
     """What the round's devices amount to."""
     aggregation: AnyAggregation
     """How that was made into a model."""
+    expected: State | None = None
+    """Devices of each entry in expectation, where their number itself is private; None: it is known."""
 
     @cached_property
     def contributors(self) -> State:
         """How many devices each entry of the aggregated model comes from (``Aggregation.contributors``)."""
+        if self.expected is not None:
+            return {name: self.expected.get(name, torch.zeros_like(x)).float() for name, x in self.before.items()}
         return self.aggregation.contributors(self.partial, self.before)
 
 

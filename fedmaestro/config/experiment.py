@@ -287,6 +287,18 @@ class RanksConfig(Table):
     )
 
 
+class PrivacyConfig(Table):
+    """Differential privacy of devices (`rounds/privacy.py`)."""
+
+    noise_multiplier: float = Field(
+        0.0, ge=0, description="Gaussian noise on the sum of a round's updates, in clip norms; 0: no privacy"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="length that a device's whole update is clipped to")
+    delta: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BY_DATA] = Field(
+        None, description="δ of the (ε, δ) that is reported; default: 0.1 / devices"
+    )
+
+
 class ExperimentConfig(Settings):
     """One whole run. Frozen; its resolved form is written to ``config.toml`` in the run folder."""
 
@@ -310,6 +322,7 @@ class ExperimentConfig(Settings):
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
     ranks: RanksConfig = RanksConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -111,6 +111,8 @@ class Selection:
 
     name: str
     select: Select
+    exact: bool = True
+    """Whether it returns as many as are wanted; otherwise as many in expectation."""
     summary: str
     source: str = ""
 
@@ -122,8 +124,9 @@ def selected(row: Selection, this: Round, candidates: Ids, history: History, see
     chosen = [int(i) for i in row.select(this, candidates, history, rng.generator(seed, "sample", this.number))]
     # Candidates ascend.
     places = np.minimum(np.searchsorted(candidates, chosen), len(candidates) - 1)
-    right = bool((candidates[places] == chosen).all())
-    if len(set(chosen)) != this.wanted or len(chosen) != this.wanted or not right:
+    right = bool((candidates[places] == np.array(chosen, np.int64)).all())
+    wrong_number = row.exact and len(chosen) != this.wanted
+    if len(set(chosen)) != len(chosen) or wrong_number or not right:
         raise UserError(
             f"train.selection={row.name!r} must return {this.wanted} different candidates in round {this.number}, "
             f"returned {chosen[:10]}{'…' if len(chosen) > 10 else ''}"
@@ -134,6 +137,12 @@ def selected(row: Selection, this: Round, candidates: Ids, history: History, see
 def _uniform(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:  # noqa: ARG001
     drawn = generator.choice(len(candidates), this.wanted, replace=False)
     return [int(candidates[i]) for i in drawn]
+
+
+def _poisson(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:  # noqa: ARG001
+    """Let every device decide for itself, with the same probability: wanted over all devices of the fleet."""
+    chosen = generator.random(len(this.tiers)) < this.wanted / len(this.tiers)
+    return [int(i) for i in candidates[chosen[candidates]]]
 
 
 def _stratified(this: Round, candidates: Ids, history: History, generator: np.random.Generator) -> Sequence[int]:  # noqa: ARG001
@@ -203,6 +212,13 @@ SELECTIONS: dict[str, Selection] = {
     row.name: row
     for row in (
         Selection(name="uniform", select=_uniform, summary="all candidates alike", source="FedAvg (1602.05629)"),
+        Selection(
+            name="poisson",
+            select=_poisson,
+            exact=False,
+            summary="every device by itself, as many as wanted in expectation (for differential privacy)",
+            source="Poisson sampling (1908.10530)",
+        ),
         Selection(name="stratified", select=_stratified, summary="each tier by its share of the candidates"),
         Selection(
             name="power-of-choice",

@@ -247,6 +247,7 @@ class Federation:
             model=env.config.model.name,
             interrupted=interrupted,
             stopped=self.stopped,
+            delta=None if env.privacy is None else env.privacy.delta,
         )
         summary = summary.model_copy(update={"seal": seal_of(summary, self._history)})
         if self.stopped:

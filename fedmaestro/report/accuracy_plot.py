@@ -31,7 +31,7 @@ _Rounds = Sequence[RoundRecord]
 
 
 def plot_tier_accuracy(rounds: _Rounds, path_without_suffix: Path | str, title: str = "") -> tuple[Path, Path]:
-    """Draw the main metric (accuracy in %) per tier over rounds and, where time was simulated, over virtual time.
+    """Draw the main metric (accuracy in %) per tier over rounds, virtual time if simulated, and ε if private.
 
     Args:
         rounds: Lines of ``rounds.jsonl``.
@@ -82,15 +82,20 @@ def _shown(curves: Sequence[Curve]) -> Shown:
 def _figure(rounds: _Rounds, title: str) -> "Figure":
     curves = tier_curves(rounds)
     seconds = max((curve.virtual_seconds[-1] for curve in curves), default=0.0)
-    panels = 2 if seconds > 0 else 1
+    private = any(epsilon == epsilon for curve in curves for epsilon in curve.epsilons)
+    panels = 1 + (seconds > 0) + private
     figure = new_figure(3.0 + 4.3 * panels, 4.4)
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     _draw(axes[0], curves, [curve.rounds for curve in curves], "Communication round")
-    if panels == 2:
+    if seconds > 0:
         unit, size = time_unit(seconds)
         times = [[s / size for s in curve.virtual_seconds] for curve in curves]
         _draw(axes[1], curves, times, f"Virtual time ({unit})")
-    _finish(figure, axes, curves, title)
+    if private:
+        # Before the first round nothing is spent.
+        spent = [[epsilon if epsilon == epsilon else 0.0 for epsilon in curve.epsilons] for curve in curves]
+        _draw(axes[-1], curves, spent, "Privacy spent (ε)")
+    _finish(figure, axes, curves, title, has_time=seconds > 0)
     return figure
 
 
@@ -118,7 +123,7 @@ def _draw(axes: "Axes", curves: Sequence[Curve], positions: Sequence[Sequence[fl
     axes.grid(visible=True)
 
 
-def _finish(figure: "Figure", axes: "Sequence[Axes]", curves: Sequence[Curve], title: str) -> None:
+def _finish(figure: "Figure", axes: "Sequence[Axes]", curves: Sequence[Curve], title: str, *, has_time: bool) -> None:
     """Set limits and labels, and say in words what the limits hide."""
     from matplotlib.ticker import MaxNLocator
 
@@ -130,7 +135,7 @@ def _finish(figure: "Figure", axes: "Sequence[Axes]", curves: Sequence[Curve], t
         figure.suptitle(title, fontsize=11.5, fontweight="bold")
     if curves:
         _legend(figure, axes[0], curves)
-    note = _note(curves, low, high, has_time=len(axes) == 2)
+    note = _note(curves, low, high, has_time=has_time)
     if note:
         figure.supxlabel(note, fontsize=8.5, color=MUTED)
 

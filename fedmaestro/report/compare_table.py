@@ -149,7 +149,8 @@ def score_columns(results: Results) -> list[Column]:
     columns = [column(tier, [tier_stat(results, row, tier, "final") for row in rows]) for tier in results.tiers]
     for heading, over, kind in overall:
         columns.append(column(heading, [overall_stat(results, row, over, kind) for row in rows]))
-    return [*columns, _monotone_column(rows)]
+    columns.append(_monotone_column(rows))
+    return [*columns, _epsilon_column(rows)] if any(row.epsilon is not None for row in rows) else columns
 
 
 def macs_gap(results: Results) -> MacsGap | None:
@@ -222,7 +223,9 @@ def table_csv(results: Results) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     metric = results.metric.name
-    writer.writerow(["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS, *_CSV_UPDATES])
+    writer.writerow(
+        ["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS, *_CSV_UPDATES, "epsilon"]
+    )
     for row in results.strategies:
         for index, seed in enumerate(row.seeds):
             for tier in results.tiers:
@@ -230,7 +233,8 @@ def table_csv(results: Results) -> str:
                 cells = [_csv_cell(budget(row, tier, key)) for key in _CSV_BUDGETS]
                 counts = row.updates.get(tier)
                 asked = [getattr(counts, key) if counts else "" for key in _CSV_UPDATES]
-                writer.writerow([row.name, seed, tier, *scores, *cells, *asked])
+                spent = "" if row.epsilon is None else row.epsilon
+                writer.writerow([row.name, seed, tier, *scores, *cells, *asked, spent])
     return buffer.getvalue()
 
 
@@ -264,6 +268,13 @@ def _monotone_column(rows: Sequence[Row]) -> Column:
     values = [n / seeds if ok else math.nan for (n, seeds), ok in zip(counts, known, strict=True)]
     return Column(
         heading="Monotone seeds", texts=texts, values=values, best=_are_best(values, list(map(str, values)), Shown())
+    )
+
+
+def _epsilon_column(rows: Sequence[Row]) -> Column:
+    texts = [MISSING if row.epsilon is None else f"{row.epsilon:.3g}" for row in rows]
+    return Column(
+        heading="Privacy ε", texts=texts, values=[as_number(row.epsilon) for row in rows], best=[False] * len(rows)
     )
 
 

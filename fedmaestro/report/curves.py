@@ -19,6 +19,7 @@ class Curve:
         virtual_seconds: Simulated time since the start of the run at the end of each of these rounds.
         values: Shares are fractions 0..1; nan where the evaluation gave none.
         metric: The metric.
+        epsilons: ε of differential privacy at the end of each of these rounds; nan where there is none.
 
     """
 
@@ -27,6 +28,7 @@ class Curve:
     virtual_seconds: tuple[float, ...]
     values: tuple[float, ...]
     metric: MetricFacts = ACCURACY
+    epsilons: tuple[float, ...] = ()
 
     @property
     def finite(self) -> tuple[float, ...]:
@@ -76,9 +78,9 @@ def _virtual_clock(rounds: Sequence[RoundRecord]) -> list[float]:
 
 def _curve(name: str, rounds: Sequence[RoundRecord], clock: Sequence[float], metric: MetricFacts) -> Curve:
     points = [
-        (row.round, now, as_number(row.tiers[name].get(metric.name)))
+        (row.round, now, as_number(row.tiers[name].get(metric.name)), as_number(row.epsilon))
         for row, now in zip(rounds, clock, strict=True)
         if name in row.tiers
     ]
-    numbers, times, values = zip(*points, strict=True)
-    return Curve(tier=name, rounds=numbers, virtual_seconds=times, values=values, metric=metric)
+    numbers, times, values, epsilons = zip(*points, strict=True)
+    return Curve(tier=name, rounds=numbers, virtual_seconds=times, values=values, metric=metric, epsilons=epsilons)

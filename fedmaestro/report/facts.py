@@ -72,6 +72,11 @@ def totals(run: RunRecord) -> dict[str, float]:
     return {"rounds": max((row.round for row in run.rounds), default=0), **sums}
 
 
+def epsilon(run: RunRecord) -> float | None:
+    """Return ε of the rounds so far; None without differential privacy."""
+    return next((row.epsilon for row in reversed(run.rounds) if row.epsilon is not None), None)
+
+
 def rank_history(run: RunRecord) -> list[tuple[float, dict[str, dict[str, int]]]]:
     """Return (round, ``{tier: {layer: rank}}``) where ranks could change; the last entry is the last round's."""
     changes = [(float(row.round), row.ranks) for row in run.rounds if row.ranks]

@@ -87,6 +87,13 @@ class Shown:
         return self.metric.better(right, left)
 
 
+def format_privacy(epsilon: float | None, delta: float | None) -> str:
+    """Return what differential privacy a model has: ``ε = 3.21 at δ = 1e-05``."""
+    if epsilon is None:
+        return MISSING
+    return f"ε = {epsilon:.3g}" + (f" at δ = {delta:.2g}" if delta is not None else "")
+
+
 def format_seconds(s: float | None) -> str:
     """Return seconds as their two largest units: ``12.5 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
     if s is None or not math.isfinite(s):

@@ -8,6 +8,7 @@ from fedmaestro.report.accuracy_plot import tier_accuracy_svg
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.facts import (
     NAN,
+    epsilon,
     flat_config,
     full_ranks,
     headline,
@@ -20,7 +21,15 @@ from fedmaestro.report.facts import (
     totals,
 )
 from fedmaestro.report.figure import inline_svg
-from fedmaestro.report.format import MISSING, format_bytes, format_count, format_seconds, lost_share, lost_text
+from fedmaestro.report.format import (
+    MISSING,
+    format_bytes,
+    format_count,
+    format_privacy,
+    format_seconds,
+    lost_share,
+    lost_text,
+)
 from fedmaestro.report.html import Cell, Content, Markup, details, escape, table
 from fedmaestro.report.rank_plot import tier_rank_svg
 from fedmaestro.runs.reader import RunRecord
@@ -88,6 +97,8 @@ def _totals(run: RunRecord) -> str:
         "wall time": format_seconds(sums["wall_seconds"]),
         "device updates lost": lost if sums["failed"] + sums["dropped"] else "0",
     }
+    if (spent := epsilon(run)) is not None:
+        facts["differential privacy"] = format_privacy(spent, run.summary.delta if run.summary else None)
     items = (f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
     return f'<dl class="totals">{"".join(items)}</dl>'
 

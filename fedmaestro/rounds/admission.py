@@ -67,7 +67,8 @@ def _check_devices(asked: Asked, result: CohortResult) -> None:
 
 def _check_parts(asked: Asked, result: CohortResult, start: State, layout: Layout | None) -> None:
     aggregation = asked.env.method.aggregation
-    count, weight = len(result.reports), math.fsum(report.examples for report in result.reports)
+    count = len(result.reports)
+    weight = aggregation.weight_of(report.examples for report in result.reports)
     check_layout(result.parts, layout, "the update")
     # A norm that is finite is one of finite numbers.
     if len(asked.devices) == 1:

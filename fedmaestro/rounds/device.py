@@ -188,6 +188,8 @@ def train_cohort(
             sent = {name: tensor for name, tensor in state.items() if name not in frozen}
             if env.attackers is not None:
                 sent = env.attackers.sent(device, server_round, sent, start)
+            if env.privacy is not None:
+                sent = env.privacy.clipped(sent, start)
             norm = checked_norm(sent, start, bound)
         except Exception as error:
             failures[device] = failure_of(error, located(error))
@@ -273,7 +275,7 @@ def read_node(
         partial = aggregation.add(empty, result.parts[SUMS], result.reports[0].examples, start=start)
     else:
         sent = sent_back(env, submodel, server_round)
-        weight = math.fsum(report.examples for report in result.reports)
+        weight = aggregation.weight_of(report.examples for report in result.reports)
         partial = aggregation.unpack(result.parts, sent, weight, len(result.reports), sizes)
     return Node(partial=partial, probes=result.probes)
 

@@ -22,7 +22,9 @@ from fedmaestro.fleet.tiers import assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.method import Method, method_of
+from fedmaestro.rounds.privacy import Privacy, find_privacy
 from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
+from fedmaestro.strategies.base import equally
 from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import as_asked, open_data
 from fedmaestro.tasks.task import Task
@@ -53,6 +55,8 @@ class Environment:
     """What every device is tested on, besides the test set."""
     plan: Plan
     """The run's first plan; ranks may change later (``rederivation``, ``plan_at``)."""
+    privacy: Privacy | None = None
+    """How devices' data are protected."""
     attackers: Attackers | None = None
     """Devices that mean harm."""
     code: Code = NO_CODE
@@ -155,6 +159,11 @@ def open_environment(
             f"data.devices={devices}: lower it, or simulate more devices"
         )
     _check_correction(config, method)
+    privacy = find_privacy(config, method, devices)
+    if privacy is not None:
+        # The server divides the sum itself, by what does not depend on who took part.
+        aggregation = replace(method.aggregation, name="private-mean", weigh=equally)
+        method = replace(method, aggregation=aggregation)
     tier_of = assign_tiers(tiers, devices, config.seed)
     attackers = _attackers(config, tier_of, [tier.name for tier in tiers], task)
     architecture, task = _architecture(config, method, task)
@@ -192,6 +201,7 @@ def open_environment(
         device_tests=device_tests,
         plan=plan,
         attackers=attackers,
+        privacy=privacy,
         code=code,
     )
 

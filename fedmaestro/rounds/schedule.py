@@ -111,7 +111,8 @@ def schedule_round(
     )
     known = History.empty(len(tiers)) if history is None else history
     sampled = selected(selection, this, candidates, known, seed)
-    outcome = close_round([float(seconds[d]) for d in sampled], devices_per_round, deadline_seconds)
+    awaited = devices_per_round if selection.exact else len(sampled)
+    outcome = close_round([float(seconds[d]) for d in sampled], awaited, deadline_seconds)
     finished = np.array([sampled[i] for i in outcome.finished], np.int64)
     return Schedule(
         groups=tuple(

@@ -41,6 +41,7 @@ from fedmaestro.rounds.device import (
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.failure import Failure
 from fedmaestro.rounds.norms import UpdateNorms, scale_of
+from fedmaestro.rounds.privacy import expected_devices
 from fedmaestro.rounds.schedule import Schedule, schedule_round
 from fedmaestro.rounds.storage import Models, Owner
 from fedmaestro.rounds.tree import Tree
@@ -106,14 +107,23 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
         server_round: from 1 on.
     """
     models, memory = dict(server.models), dict(server.memory)
-    if any(partial.devices for partial in partials.values()):
+    # With privacy, noise says nothing about whether anybody trained.
+    if env.privacy is not None or any(partial.devices for partial in partials.values()):
         for owner, before in server.models.items():
+            aggregation, expected = env.method.aggregation, expected_of(env, server, owner, server_round)
             this = Round(
-                number=server_round, before=before, partial=partials[owner], aggregation=env.method.aggregation
+                number=server_round,
+                before=before,
+                partial=partials[owner],
+                aggregation=aggregation,
+                expected=expected,
             )
-            aggregation = env.method.aggregation
             with user_code(f"aggregation {aggregation.name!r} in round {server_round}"):
-                aggregated = _same_shapes(aggregation.finish(this.partial, before), before, aggregation.name)
+                if env.privacy is None or expected is None:
+                    aggregated = aggregation.finish(this.partial, before)
+                else:
+                    aggregated = env.privacy.released(this.partial, before, expected, server_round)
+                aggregated = _same_shapes(aggregated, before, aggregation.name)
             with user_code(f"server.steps in round {server_round}"):
                 state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
             _same_shapes(state, before, "server.steps")
@@ -129,6 +139,18 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
             updates = count_updates(updates, ranks, block.devices)
     after = replace(server, round=server_round, models=models, memory=memory, updates=updates)
     return _rederived(env, after) if env.rederivation.due(server_round, env.config.train.rounds) else after
+
+
+def expected_of(env: Environment, server: ServerState, owner: Owner, server_round: int) -> State | None:
+    """Return how many devices hold each entry of a model in expectation, with privacy; None without."""
+    if env.privacy is None:
+        return None
+    sizes = {
+        tier.index: sent_back(env, tier.trains, server_round)
+        for tier in server.plan.tiers
+        if tier.trains is not None and storage.owner_of(server.plan, tier.trains) == owner
+    }
+    return expected_devices(server.plan, env.devices_of, env.privacy.rate, sizes, server.models[owner])
 
 
 def _same_shapes(state: Any, before: State, what: str) -> State:
@@ -259,7 +281,8 @@ class Gathering:
 
     def bound_of(self, submodel: Submodel) -> float:
         """Return the largest norm of the update of a device that trains ``submodel``."""
-        factor = self._env.config.train.max_update_norm
+        # Updates are clipped anyway, and a bound by others' norms would let devices depend on each other.
+        factor = self._env.config.train.max_update_norm if self._env.privacy is None else 0.0
         return self._server.norms.bound(factor, self._scale_of(submodel))
 
     def _scale_of(self, submodel: Submodel) -> float:
@@ -335,6 +358,7 @@ class Gathering:
             "download_bytes": self._schedule.download_bytes,
             "upload_bytes": self._upload_bytes,
             "virtual_seconds": self._schedule.virtual_seconds,
+            "epsilon": None if self._env.privacy is None else self._env.privacy.epsilon(self._round),
             "factor_bias": self._factor_bias(),
         }
 

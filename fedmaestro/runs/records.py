@@ -99,6 +99,9 @@ class RoundRecord(Record):
     download_bytes: int = 0
     upload_bytes: int = 0
     virtual_seconds: float = 0.0
+    epsilon: float | None = None
+    """ε of all rounds so far at ``privacy.delta``, with differential privacy: of the models, not of what else is in
+    this file."""
     wall_seconds: float = 0.0
     """Since the round before was complete: a round's evaluation overlaps with the training of the next one."""
     device_test: dict[str, dict[str, float | None]] = Field(default_factory=dict)
@@ -194,6 +197,10 @@ class Summary(Record):
     """By kind (``rounds.failure.KINDS``)."""
     updates: Updates = Updates()
     """Of all tiers."""
+    epsilon: float | None = None
+    """ε of the whole run, with differential privacy."""
+    delta: float | None = None
+    """Its δ."""
     stopped: str | None = None
     """Why the run ended before its last round, unless it was interrupted."""
     wall_seconds: float
@@ -375,6 +382,8 @@ class StrategyResults(Record):
     upload_bytes: float | None
     virtual_seconds: float | None
     failed: float | None
+    epsilon: float | None = None
+    """Of differential privacy, mean over seeds; None without."""
     updates: dict[str, Updates] = Field(default_factory=dict)
     """Of each tier, all seeds together."""
     failed_by: dict[str, int] = Field(default_factory=dict)

@@ -52,6 +52,7 @@ def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyRes
     def mean_of(key: str) -> float | None:
         return statistics.fmean(getattr(cell.summary, key) for cell in cells) if cells else None
 
+    spent = [cell.summary.epsilon for cell in cells if cell.summary.epsilon is not None]
     return StrategyResults(
         **facts,
         seeds=[cell.seed for cell in cells],
@@ -70,6 +71,7 @@ def strategy_results(cells: Sequence[FinishedCell], **facts: str) -> StrategyRes
         upload_bytes=mean_of("upload_bytes"),
         virtual_seconds=mean_of("virtual_seconds"),
         failed=mean_of("failed"),
+        epsilon=statistics.fmean(spent) if spent else None,
         updates={name: sum((tier.updates for tier in tiers), Updates()) for name, tiers in of_tier.items()},
         failed_by=dict(sorted(sum((Counter(cell.summary.failed_by) for cell in cells), Counter()).items())),
         series=[_series(cell) for cell in cells],

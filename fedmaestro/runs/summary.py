@@ -53,6 +53,7 @@ def summarize(
         updates=_updates(counts for record in records for counts in record.updates.values()),
         wall_seconds=round(sum(record.wall_seconds for record in records), 3),
         virtual_seconds=sum(record.virtual_seconds for record in records),
+        epsilon=next((record.epsilon for record in reversed(records) if record.epsilon is not None), None),
         model_sha256=model_sha256,
     )
 

@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmaestro.report.curves import metric_of
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds, lost_text
+from fedmaestro.report.format import (
+    MISSING,
+    Shown,
+    format_bytes,
+    format_count,
+    format_privacy,
+    format_seconds,
+    lost_text,
+)
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
@@ -138,7 +146,7 @@ class ComparisonDisplay(LiveDisplay):
 
     def on_cell(self, label: str, seed: int) -> None:
         """Show a cell that starts."""
-        self._rounds = []
+        self._rounds, self._started = [], time.monotonic()
         self._label = f"{label}, seed {seed}"
         self._bars.update(self._bar, description=self._label, completed=0, total=None)
 
@@ -237,5 +245,8 @@ def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
         f"wall {format_seconds(summary['wall_seconds'])}, virtual {format_seconds(summary['virtual_seconds'])}, "
         f"down {format_bytes(summary['download_bytes'])}, up {format_bytes(summary['upload_bytes'])}"
     )
+    if summary.get("epsilon") is not None:
+        spent = format_privacy(summary["epsilon"], summary["delta"])
+        console.print(f"differential privacy of the model: {spent}", soft_wrap=True)
     console.print(f"model_sha256 {summary['model_sha256']}", soft_wrap=True)
     console.print(f"results: {path} (report.html, plots/tier_accuracy.png)", soft_wrap=True)

@@ -104,9 +104,9 @@ def test_any_bytes_as_a_file(tmp_path: Path) -> None:
     for _ in range(300 * MANY):
         content = bytearray(rng.choice(good).encode())
         for _ in range(rng.randint(1, 6)):
-            at = rng.randrange(len(content))
+            at = rng.randrange(len(content) or 1)
             kind = rng.randrange(4)
-            if kind == 0:
+            if kind == 0 and content:
                 content[at] = rng.randrange(256)
             elif kind == 1:
                 del content[at : at + rng.randint(1, 40)]

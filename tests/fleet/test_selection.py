@@ -38,9 +38,22 @@ def test_as_many_candidates_as_are_wanted(name: str, devices: int, seed: int, da
     this = round_of(devices, wanted, number=4, seed=seed)
     chosen = selected(SELECTIONS[name], this, candidates, history, seed)
     assert chosen == sorted(set(chosen))
-    assert len(chosen) == wanted
+    assert len(chosen) == wanted or not SELECTIONS[name].exact
     assert set(chosen) <= set(candidates.tolist())
     assert chosen == selected(SELECTIONS[name], this, candidates, history, seed)
+
+
+def test_poisson_asks_every_device_by_itself() -> None:
+    """As many as wanted of the whole fleet in expectation; who else can be reached makes no difference."""
+    devices = 2000
+    this = round_of(devices, 500)
+    history, row = History.empty(devices), SELECTIONS["poisson"]
+    counts = [len(selected(row, this, np.arange(devices), history, seed)) for seed in range(30)]
+    assert np.mean(counts) == pytest.approx(500, abs=4 * np.sqrt(375 / 30))
+    assert np.std(counts) == pytest.approx(np.sqrt(375), rel=0.5)
+    some = np.arange(0, devices, 3)
+    everybody = selected(row, this, np.arange(devices), history, 1)
+    assert selected(row, this, some, history, 1) == sorted({*everybody} & {*some.tolist()})
 
 
 def test_stratified_gives_each_tier_its_share() -> None:
