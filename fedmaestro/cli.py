@@ -76,6 +76,9 @@ _LogFormat = Annotated[
     LogFormat, typer.Option(help="What is printed: for people (text), or a line of JSON for each event (json).")
 ]
 _Out = Annotated[Path | None, typer.Option(help="Folder of the results; a new one under runs/ by default.")]
+_Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the code that a run folder holds, also where somebody else has written it.")
+]
 _RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster; by default one is started here.")
 ]
@@ -91,6 +94,7 @@ def run(
     actors: _Actors = None,
     gpus_per_actor: _Gpus = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    trust: _Trust = False,
     ray_address: _RayAddress = None,
     track: _Track = None,
     log_format: _LogFormat = LogFormat.TEXT,
@@ -118,6 +122,7 @@ def run(
                 actors=actors,
                 gpus_per_actor=gpus_per_actor,
                 resume=resume,
+                trust=trust,
                 ray_address=ray_address,
                 observers=[display, *trackers],
             )
@@ -159,6 +164,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
     ] = False,
+    trust: _Trust = False,
     ray_address: _RayAddress = None,
     track: _Track = None,
     log_format: _LogFormat = LogFormat.TEXT,
@@ -191,6 +197,7 @@ def compare(
                 actors=actors,
                 gpus_per_actor=gpus_per_actor,
                 resume=resume,
+                trust=trust,
                 ray_address=ray_address,
                 observers=[display, *trackers],
             )
@@ -216,6 +223,7 @@ def train(
     data_dir: _DataDir = None,
     out: _Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the training in --out.")] = False,
+    trust: _Trust = False,
     compare: Annotated[
         Path | None, typer.Option(help="Finished training (of the dense model, say) to draw beside this one.")
     ] = None,
@@ -239,6 +247,7 @@ def train(
                 data_dir=data_dir,
                 out=out,
                 resume=resume,
+                trust=trust,
                 compare=compare,
                 observers=[display],
             )
@@ -274,6 +283,7 @@ def extract(
     calibration: Annotated[int, typer.Option(min=1, help="Training examples of the rank search.")] = 2048,
     out: Annotated[Path | None, typer.Option(help="New folder; under RUN_DIR/extracted by default.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of local datasets; that of the run by default.")] = None,
+    trust: _Trust = False,
 ) -> None:
     """Write the model for a tier or a budget, with a card of what it costs and how accurate it is."""
     from fedmaestro.deploy.extract import Target
@@ -292,6 +302,7 @@ def extract(
             calibration=calibration,
             latency_batch=latency_batch,
             note=status.update,
+            trust=trust,
         )
     card = extracted.card
     shown = Shown(MetricFacts(**card["metric"]))

@@ -69,9 +69,10 @@ class PolledGrid:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache out of the tests; one cache serves all of them."""
+    """Keep the user's key and cache out of the tests; one cache serves all of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMAESTRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
         patch.delenv("FEDMAESTRO_DATA_DIR", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)

@@ -27,6 +27,7 @@ from fedmaestro.runs.code import read_code, write_code
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import ModelCard, load_model, read_card, write_model
 from fedmaestro.runs.reader import read_toml
+from fedmaestro.runs.trust import honoured
 from fedmaestro.submodel import state_of
 from fedmaestro.tasks.opening import open_task
 from fedmaestro.tasks.task import Batch, Task, evaluate, metric_facts
@@ -81,6 +82,7 @@ class Extraction:
         return load_model(self.path)
 
 
+@honoured
 def extract(
     run_dir: str | Path,
     target: Target,
@@ -90,6 +92,7 @@ def extract(
     calibration: int = 2048,
     latency_batch: int = 1,
     note: Note = lambda _text: None,
+    trust: bool = False,  # noqa: ARG001 - ``honoured`` reads it
 ) -> Extraction:
     """Write the submodel for ``target`` and its card.
 
@@ -101,6 +104,7 @@ def extract(
         calibration: training examples of the search.
         latency_batch: examples of a measured forward pass.
         note: is told what goes on.
+        trust: run the code that the folder holds, also where somebody else has written it.
 
     Raises:
         UserError: no readable model or data, an unknown tier, a budget below the smallest possible model, a taken

@@ -39,6 +39,7 @@ from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary
 from fedmaestro.runs.results import FinishedCell, strategy_results
 from fedmaestro.runs.start import check_folder, code_of, name_of, resolve
+from fedmaestro.runs.trust import honoured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,6 +115,7 @@ class Comparison:
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
+@honoured
 def compare(
     experiment: str | Path | ExperimentConfig | None,
     strategies: Sequence[str],
@@ -131,6 +133,7 @@ def compare(
     actors: int | None = None,
     gpus_per_actor: float = 0.0,
     resume: bool = False,
+    trust: bool = False,  # noqa: ARG001 - ``honoured`` reads it
     ray_address: str | None = None,
     observers: Sequence[ComparisonObserver] = (),
     client_app: ClientApp = default_client_app,
@@ -157,6 +160,8 @@ def compare(
         actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
         gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
         resume: go on with the comparison in ``out``; strategies and seeds may be added.
+        trust: run the code that a run folder holds (``out``, or that of ``experiment``), also where somebody else has
+            written it.
         ray_address: a running Ray cluster.
         observers: are told about the progress.
         client_app: the hosts' app.

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from fedmaestro.errors import UserError
 from fedmaestro.flower.identity import SERVER_NODE, identify, take_identity
 from fedmaestro.interrupt import InterruptedRunError
+from fedmaestro.runs.code import objects_welcome
 
 log = logging.getLogger("fedmaestro")
 
@@ -267,6 +268,7 @@ class HostCall:
     def __call__(self, message: Message) -> Message:
         """Return the app's reply."""
         threads = torch.get_num_threads()
+        welcome = objects_welcome.set(True)
         try:
             # A host in this process must leave the user's own random numbers and threads alone.
             with torch.random.fork_rng(devices=[]):
@@ -274,6 +276,7 @@ class HostCall:
         except Exception as error:
             return Message(Error(HOST_ERROR, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
+            objects_welcome.reset(welcome)
             torch.set_num_threads(threads)
 
 

@@ -12,6 +12,7 @@ from flwr.app import Message
 
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.data import cache, data_folder
+from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import JOB
 from fedmaestro.runs.code import LARGE, cached
 from fedmaestro.tasks.opening import is_here
@@ -52,5 +53,8 @@ def pack(fingerprint: str) -> Parcel | None:
 
 
 def unpack(parcel: Parcel) -> None:
-    """Put a parcel into this machine's cache; UserError if that cannot be written."""
-    cache.unpack(cache.cache_root() / parcel.place, parcel.files)
+    """Put a parcel into this machine's cache; UserError if that cannot be written, or it would lie elsewhere."""
+    place = Path(parcel.place)
+    if place.is_absolute() or ".." in place.parts or any(Path(name).name != name for name in parcel.files):
+        raise UserError(f"a parcel for {parcel.place!r} does not belong into the cache")
+    cache.unpack(cache.cache_root() / place, parcel.files)

@@ -27,6 +27,7 @@ from fedmaestro.runs.model import load_model
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import RoundRecord, Summary
 from fedmaestro.runs.start import check_folder, code_of, folder_of, name_of, resolve
+from fedmaestro.runs.trust import honoured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,7 @@ class Run:
         return load_model(self.path, tier)
 
 
+@honoured
 def run(
     experiment: str | Path | ExperimentConfig | None = None,
     *,
@@ -85,6 +87,7 @@ def run(
     actors: int | None = None,
     gpus_per_actor: float = 0.0,
     resume: bool = False,
+    trust: bool = False,  # noqa: ARG001 - ``honoured`` reads it
     ray_address: str | None = None,
     observers: Sequence[Observer] = (),
     client_app: ClientApp = default_client_app,
@@ -112,6 +115,8 @@ def run(
             change the speed, not the result.
         gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
         resume: go on with the run in ``out`` from its checkpoint; without ``experiment`` its own configuration is used.
+        trust: run the code that a run folder holds (``out``, or that of ``experiment``), also where somebody else has
+            written it.
         ray_address: a running Ray cluster; by default the Ray that this process is in, or one of our own.
         observers: are told about the progress.
         client_app: the hosts' app.

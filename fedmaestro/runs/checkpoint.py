@@ -132,10 +132,11 @@ def _load(pointer: Path) -> Checkpoint:
             raise _OtherVersionError(
                 f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew"
             )
+        if progress["file"] != _file_name(progress["round"]):  # nothing else is read, wherever it lies
+            raise ValueError(f"it names {progress['file']!r}")
         content = read_file(folder / progress["file"], None)
         tensors = {tuple(map(unquote, key.split("/"))): tensor for key, tensor in load(content).items()}
         intact = progress["sha256"] == _digest(content, progress["facts"])
-        intact = intact and progress["file"] == _file_name(progress["round"])
         checkpoint = Checkpoint(
             number=progress["round"], tensors=tensors, facts=progress["facts"], fingerprint=progress["fingerprint"]
         )

@@ -5,7 +5,8 @@ them, and objects that a script or a notebook gave (pickled by value with cloudp
 loads it, which puts its rows into the tables (``fedmaestro.extend``), and works with what the text says, not with what
 lies on that machine's disk.
 
-Loading a run folder runs the code that it holds, as importing it would: open those of people that you trust.
+Loading a run folder runs the code that it holds, as importing it would. That happens where this user has written it, or
+says that it is to be trusted (``runs.trust``). Objects are pickled for hosts only: no file of a run folder is a pickle.
 """
 
 import ast
@@ -26,6 +27,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,11 +38,14 @@ from fedmaestro.data import cache
 from fedmaestro.errors import UserError
 from fedmaestro.extend import Registered, forget_loaded, register_loaded, session
 from fedmaestro.places import read_file
+from fedmaestro.runs import trust
 from fedmaestro.runs.folder import write_atomically
 
-_FOLDER, _MANIFEST = "code", "code.json"
+_FOLDER, _MANIFEST, _SIGNATURE = "code", "code.json", "signature"
 LARGE = "code-sha256"
 """What a message names code by that it does not carry."""
+LARGE_DIGEST = "code-bytes"
+"""And the hash of what the cache must hold: it is a pickle, and others may be able to write there."""
 SHIPPED_BYTES = 1 << 20
 """Code of at most this size travels with every message; more is read from the cache: hosts share it, or are sent it."""
 
@@ -70,7 +75,7 @@ class Code:
     """Modules to import, in this order."""
     sources: tuple[Source, ...] = ()
     objects: bytes = b""
-    """Pickled ``Registered`` rows."""
+    """Pickled ``Registered`` rows; empty in what a run folder keeps."""
     object_digests: Mapping[str, str] = field(default_factory=dict)
     """What tells whether an object is the same: by ``KIND NAME``."""
 
@@ -96,18 +101,23 @@ class Code:
             return ""
         return hashlib.sha256(json.dumps([self.entries, sorted(self.digests.items())]).encode()).hexdigest()
 
-    def to_bytes(self) -> bytes:
-        """Return what ``from_bytes`` reads."""
-        form = {**asdict(self), "objects": base64.b64encode(self.objects).decode("ascii")}
+    def to_bytes(self, *, objects: bool = True) -> bytes:
+        """Return what ``from_bytes`` reads; without ``objects``, those have to be there already when it is loaded."""
+        form = {**asdict(self), "objects": base64.b64encode(self.objects).decode("ascii") if objects else ""}
         return json.dumps(form).encode()
 
     @staticmethod
     def from_bytes(content: bytes) -> "Code":
         """Read what ``to_bytes`` wrote."""
         form = json.loads(content)
+        sources = tuple(Source(**source) for source in form["sources"])
+        for source in sources:
+            # They become files of a run folder.
+            if not all(part.isidentifier() for part in str(source.module).split(".")):
+                raise ValueError(f"{source.module!r} is no name of a module")
         return Code(
             entries=tuple(form["entries"]),
-            sources=tuple(Source(**source) for source in form["sources"]),
+            sources=sources,
             objects=base64.b64decode(form["objects"]),
             object_digests=form["object_digests"],
         )
@@ -372,7 +382,12 @@ def activate(code: Code) -> None:
         try:
             here = {f"{kind} {name}": row for (kind, name), row in session().items()}
             known = {key for key, row in here.items() if code.object_digests.get(key) == digest_of(row.value)}
-            rows = pickle.loads(code.objects) if code.object_digests.keys() - known else []
+            if (lacking := sorted(code.object_digests.keys() - known)) and not code.objects:
+                raise UserError(
+                    f"{_named(lacking)} was an object of a script or a notebook, which run folders do not keep: define "
+                    "it here as it was then (fedmaestro.extend), or start from a file that use names"
+                )
+            rows = pickle.loads(code.objects) if lacking else []
             # The script's own objects, where this is its process: what they write to is then what it sees.
             rows = [row for row in rows if f"{row.kind} {row.name}" not in known]
             register_loaded(rows, lambda: [importlib.import_module(entry) for entry in code.entries])
@@ -420,26 +435,42 @@ def located(error: BaseException) -> str:
 
 
 def write_code(folder: Path, code: Code) -> None:
-    """Write the copy that a run folder keeps: files to read, and ``code.json``, which has all of it."""
+    """Write the copy that a run folder keeps: files to read, ``code.json``, which has all of it, and its signature."""
     if not code:
         return
     for source in code.sources:
         write_atomically(folder / _FOLDER / source.file, source.text)
-    write_atomically(folder / _FOLDER / _MANIFEST, code.to_bytes())
+    content = code.to_bytes(objects=False)
+    write_atomically(folder / _FOLDER / _SIGNATURE, trust.sign(content))
+    write_atomically(folder / _FOLDER / _MANIFEST, content)
+
+
+def check_trust(folder: Path, content: bytes = b"", signature: str = "") -> None:
+    """Raise UserError unless this user has written the code of a folder, or says that it is to be trusted."""
+    if not trust.is_trusted(content, signature):
+        raise UserError(
+            f"{folder} holds code that your runs on this machine have not written: read it, and add --trust (in "
+            "Python, trust=True) if it may run"
+        )
 
 
 def read_code(folder: Path) -> Code:
     """Return the code that a run folder keeps; none if it keeps none.
 
     Raises:
-        UserError: the copy is damaged.
+        UserError: the copy is damaged, or not this user's and not to be trusted (``runs.trust``).
     """
     path = folder / _FOLDER / _MANIFEST
     if not path.is_file():
         return NO_CODE
     try:
-        return Code.from_bytes(path.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_file(path)
+        signed = read_file(path.with_name(_SIGNATURE)).decode() if path.with_name(_SIGNATURE).is_file() else ""
+        check_trust(folder, content, signed)
+        return Code.from_bytes(content)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it, or start anew") from None
 
 
@@ -455,25 +486,47 @@ def shipped(code: Code) -> dict[str, Any]:
         lambda folder: write_atomically(folder / _MANIFEST, content),
         lambda folder: Code.from_bytes((folder / _MANIFEST).read_bytes()),
     )
-    return {LARGE: code.fingerprint}
+    # What lies there may be another pickle of the same objects.
+    stored = (cached(code.fingerprint) / _MANIFEST).read_bytes()
+    return {LARGE: code.fingerprint, LARGE_DIGEST: hashlib.sha256(stored).hexdigest()}
+
+
+objects_welcome: ContextVar[bool] = ContextVar("objects_welcome", default=False)
+"""Whether messages may hold pickled objects: those of this process, and of a Ray that it is part of."""
 
 
 def received(job: dict[str, Any]) -> Code:
     """Return the code of a message, and take it out of ``job``.
 
     Raises:
-        UserError: it is not in this machine's cache.
+        UserError: it is not in this machine's cache, or has pickled objects from somewhere else.
     """
+    code = _received(job)
+    if code.objects and not objects_welcome.get():
+        raise UserError(
+            "objects of scripts and notebooks go to the hosts of this process and its Ray only: put them into a file "
+            "that use names"
+        )
+    return code
+
+
+def _received(job: dict[str, Any]) -> Code:
     if (content := job.pop("code", None)) is not None:
         return Code.from_bytes(content)
     if (fingerprint := job.pop(LARGE, None)) is None:
         return NO_CODE
-    return _from_cache(cached(fingerprint))
+    return _from_cache(cached(fingerprint), job.pop(LARGE_DIGEST, ""))
 
 
 @lru_cache(maxsize=2)
-def _from_cache(entry: Path) -> Code:
-    found = cache.read(entry, lambda folder: Code.from_bytes((folder / _MANIFEST).read_bytes()))
+def _from_cache(entry: Path, digest: str) -> Code:
+    def read(folder: Path) -> Code:
+        content = (folder / _MANIFEST).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError("other code than the message means")
+        return Code.from_bytes(content)
+
+    found = cache.read(entry, read)
     if found is None:
         raise UserError(
             f"this host lacks the experiment's objects, which are larger than a message (no usable {entry}): "

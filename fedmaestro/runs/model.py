@@ -26,6 +26,7 @@ from fedmaestro.runs.code import activate, read_code
 from fedmaestro.runs.folder import write_atomically, write_record
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import Record
+from fedmaestro.runs.trust import honoured
 from fedmaestro.submodel import State, cut, load, shapes_of
 
 
@@ -183,12 +184,14 @@ def _read_tensors(folder: Path) -> tuple[State, ModelCard]:
     return state, card
 
 
-def load_model(folder: str | Path, tier: str | None = None) -> nn.Module:
+@honoured
+def load_model(folder: str | Path, tier: str | None = None, *, trust: bool = False) -> nn.Module:  # noqa: ARG001
     """Return the model that a run, a training or an extraction left in ``folder``, in evaluation mode.
 
     Args:
         folder: holds ``model.safetensors`` and ``model.json``.
         tier: cut the model of a federation to what serves this tier; None: the whole one.
+        trust: run the code that the folder holds, also where somebody else has written it.
 
     Raises:
         UserError: no readable model, an unknown tier, or tensors that do not belong to the card.

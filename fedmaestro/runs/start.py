@@ -9,7 +9,7 @@ from fedmaestro.config.base import Schema, Settings, is_file_name, read
 from fedmaestro.errors import UserError
 from fedmaestro.extend import session_rows
 from fedmaestro.places import absolute, new_folder
-from fedmaestro.runs.code import Code, gather, read_code
+from fedmaestro.runs.code import Code, check_trust, gather, read_code
 from fedmaestro.runs.folder import RunFolder, holds_a_run
 
 
@@ -42,6 +42,10 @@ def resolve(
         own = RunFolder(absolute(str(changes["out"]))).config
         source = own if own.exists() else None
     config = read(schema, source, changes)
+    if isinstance(source, str | Path) and config.get("use") and "use" not in changes:
+        folder = absolute(source).parent
+        if RunFolder(folder).holds_run() and not read_code(folder):
+            check_trust(folder)  # what it names as its code is not what a run has kept there
     if resume and config.get("out") is None:
         raise UserError("--resume needs the folder of the run: add --out DIR")
     return config
@@ -75,7 +79,7 @@ def code_of(config: Settings, folder: Path | None = None, *, more: str = "") -> 
             f"{folder} was run with other code: {changed} ({folder / 'code'} has what was run): resume with the same "
             "code, or start a new run"
         )
-    return before
+    return now
 
 
 def name_of(source: object, config: Settings) -> str:

@@ -33,6 +33,7 @@ from fedmaestro.runs.model import ModelCard, load_model, write_model
 from fedmaestro.runs.reader import read_json, read_lines
 from fedmaestro.runs.records import CostCurve, EpochRecord, TrainingSummary
 from fedmaestro.runs.start import check_folder, code_of, folder_of, name_of, resolve
+from fedmaestro.runs.trust import honoured
 from fedmaestro.submodel import State
 from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import open_task
@@ -88,6 +89,7 @@ class TrainingRun:
         return load_model(self.path)
 
 
+@honoured
 def train(
     config: str | Path | TrainingConfig | None = None,
     *,
@@ -99,6 +101,7 @@ def train(
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    trust: bool = False,  # noqa: ARG001 - ``honoured`` reads it
     compare: str | Path | None = None,
     observers: Sequence[TrainingObserver] = (),
 ) -> TrainingRun:
@@ -114,6 +117,8 @@ def train(
         data_dir: folder of local data (``data.dir``).
         out: run folder; a new one under ``runs/`` by default.
         resume: go on with the run in ``out``; without ``config`` its own configuration is used.
+        trust: run the code that a run folder holds (``out``, or that of ``config``), also where somebody else has
+            written it.
         compare: folder of another training (of the dense model, say), whose curve is drawn along.
         observers: are told about the progress.
 
