@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types docs slow fuzz clean
+.PHONY: demo test check lint types docs slow fuzz audit sbom clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,13 +42,29 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	rm -rf build
 
-# Tests of more than a minute; run them before a release.
 # The long form of what `make check` has in short.
 fuzz: $(STAMP)
 	FUZZ=30 $(BIN)/python -m pytest tests/config/test_fuzz.py tests/runs/test_fuzz.py
 
+# Tests of more than a minute; run them before a release.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# Known vulnerabilities of everything that is installed (asks PyPI's database), and the list of it that a release has.
+# They are tools: an environment of their own keeps what they need out of the list.
+AUDIT := .audit
+$(AUDIT)/.installed: constraints.txt
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit cyclonedx-bom
+	touch $@
+
+audit: $(STAMP) $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --strict --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+
+sbom: $(STAMP) $(AUDIT)/.installed
+	mkdir -p dist
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+		-o dist/fedmaestro.cdx.json $(BIN)/python
+
 clean:
-	rm -rf $(VENV) build dist site .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(AUDIT) build dist site .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
