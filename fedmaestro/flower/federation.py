@@ -21,6 +21,7 @@ from fedmaestro.errors import UserError
 from fedmaestro.fleet.plan import Plan
 from fedmaestro.flower.hosts import exchange, find_hosts
 from fedmaestro.flower.tiered_strategy import TieredStrategy
+from fedmaestro.flower.watchdog import watched
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.rounds import storage
 from fedmaestro.rounds.environment import Environment
@@ -187,18 +188,22 @@ class Federation:
         evaluations = {id(message) for message in pending.messages}
         trained = 0
         timeout = self.env.config.train.reply_timeout_seconds
-        for sent, reply in exchange(self.grid, [*pending.messages, *messages], self.stop, timeout):
-            strategy.take(sent, reply)
-            if id(sent) in evaluations:
-                pending.missing -= 1
-                assert pending.server is not None
-                done, total = len(evaluations) - pending.missing, len(evaluations)
-                self._tell(Observer.on_progress, pending.server.round, "evaluate", done, total)
-            else:
-                trained += 1
-                self._tell(Observer.on_progress, number, "train", trained, len(messages))
-            if not pending.missing and not pending.complete:
-                self._complete(strategy, pending, writer)
+        everything = [*pending.messages, *messages]
+        predicted = strategy.predicted_seconds(everything, self.grid)
+        with watched(f"round {number}", len(everything), predicted) as watch:
+            for sent, reply in exchange(self.grid, everything, self.stop, timeout):
+                watch.replied()
+                strategy.take(sent, reply)
+                if id(sent) in evaluations:
+                    pending.missing -= 1
+                    assert pending.server is not None
+                    done, total = len(evaluations) - pending.missing, len(evaluations)
+                    self._tell(Observer.on_progress, pending.server.round, "evaluate", done, total)
+                else:
+                    trained += 1
+                    self._tell(Observer.on_progress, number, "train", trained, len(messages))
+                if not pending.missing and not pending.complete:
+                    self._complete(strategy, pending, writer)
         if not pending.complete:
             self._complete(strategy, pending, writer)
 

@@ -268,6 +268,8 @@ class RayRuntime:
                     _system_config={
                         "max_direct_call_object_size": INLINE_BYTES,
                         "worker_niceness": 0,
+                        # A history of all tasks, for a dashboard that there is not: its memory grows with the rounds.
+                        "task_events_report_interval_ms": 0,
                         "gcs_rpc_server_reconnect_timeout_s": PATIENCE_SECONDS,
                     },
                 )

@@ -167,6 +167,18 @@ class TieredStrategy(FlowerStrategy):
             self._records[submodel] = to_arrays(storage.download(plan, self.server.models, submodel))
         return message(kind, node, self.env, self._records[submodel], more, tier=tier.tier.name, **job)
 
+    def predicted_seconds(self, messages: Iterable[Message], grid: Grid) -> float | None:
+        """Return what the hosts will take for messages that this object has made; None before anything was measured."""
+        if not self._pace.known:
+            return None
+        total, parts = 0.0, self._parts | self._device_parts
+        for one in messages:
+            if (sent := self._cohorts.get(id(one))) is not None:
+                total += self._pace.seconds(("train", sent[1].submodel), sent[1].work)
+            elif (part := parts.get(id(one))) is not None:
+                total += self._pace.seconds(part.kind, part.work)
+        return total / max(1, len(list(grid.get_node_ids())))
+
     def take(self, message: Message, reply: Message) -> None:
         """Take the reply to one of the messages that this object has made."""
         failed = reply.has_error()

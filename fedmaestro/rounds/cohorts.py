@@ -72,6 +72,11 @@ class Pace:
         known = self._measured
         return work * known.get(kind, sum(known.values()) / len(known) if known else GUESS)
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self._measured)
+
     def measure(self, kind: Hashable, work: float, seconds: float) -> None:
         """Take note of how long ``work`` MACs of a kind took."""
         if work > 0 and seconds > 0:
