@@ -308,11 +308,17 @@ def _result_table(results: Results) -> str:
 
 def _budget_table(results: Results) -> str:
     lines = [
-        [_md(row.name), _md(tier), *(to_text(as_number(budget(row, tier, key))) for _, key, to_text in BUDGETS)]
+        [
+            _md(row.name),
+            _md(tier),
+            *(to_text(as_number(budget(row, tier, key))) for _, key, to_text in BUDGETS),
+            lost_text(row.updates.get(tier)),
+        ]
         for row in results.strategies
         for tier in results.tiers
     ]
-    return _table(["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS)], lines, text_columns=2)
+    header = ["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS), "Updates lost"]
+    return _table(header, lines, text_columns=2)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:

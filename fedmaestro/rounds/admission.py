@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmaestro.clients.scaffold import Control
 from fedmaestro.fleet.plan import Plan, Submodel
 from fedmaestro.rounds import spectrum
 from fedmaestro.rounds.device import CohortResult, sent_back, sizes_of
@@ -22,6 +23,7 @@ from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.failure import KINDS, Failure, RejectedError
 from fedmaestro.rounds.norms import checked_norm, longer, scale_of
 from fedmaestro.rounds.storage import owner_of
+from fedmaestro.rounds.training import local_training
 from fedmaestro.rounds.tree import Span, reduced
 from fedmaestro.strategies.base import SUMS, WEIGHTED_SUMS, AnyAggregation, AnyPartial, Block, Partial, Parts, Sizes
 from fedmaestro.submodel import Signature, State
@@ -53,8 +55,8 @@ class Asked:
     round: int
     bound: float
     """Of each device's update."""
-    controls: bool = False
-    """Whether every device sends its control variate."""
+    controls: Mapping[int, Control] | None = None
+    """What each device corrects its steps by; each sends its new control variate then. None: none does."""
 
 
 def _check_devices(asked: Asked, result: CohortResult) -> None:
@@ -99,7 +101,7 @@ def _check_probes(asked: Asked, result: CohortResult) -> None:
 
 
 def _check_controls(asked: Asked, result: CohortResult) -> None:
-    trained = [report.device for report in result.reports] if asked.controls else []
+    trained = [report.device for report in result.reports] if asked.controls is not None else []
     if sorted(result.controls) != trained:
         raise RejectedError("devices", f"control variates are of {_some(sorted(result.controls))}")
     for device, control in result.controls.items():
@@ -109,6 +111,20 @@ def _check_controls(asked: Asked, result: CohortResult) -> None:
             if start is None or name in frozen or x.shape != start.shape or x.dtype != start.dtype:
                 raise RejectedError("tensors", f"the control variate of device {device} has another {name!r}")
         check_finite({"controls": control}, f"the control variate of device {device}")
+        # What algorithm 1 makes of an update within the bound is not longer.
+        assert asked.controls is not None
+        settings = local_training(asked.env, asked.round)
+        steps = settings.epochs * math.ceil(int(asked.env.parts.sizes[device]) / settings.batch_size)
+        known = asked.controls[device]
+        limit = _length(known.own) + _length(known.server) + asked.bound / (steps * settings.lr)
+        if not (norm := _length(control)) <= limit * SLACK:
+            raise RejectedError(
+                "too-large", f"the control variate of device {device} has norm {norm:.3g}, it can have {limit:.3g}"
+            )
+
+
+def _length(state: Mapping[str, Tensor]) -> float:
+    return math.sqrt(math.fsum(float(x.double().square().sum()) for x in state.values()))
 
 
 def layout_of(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmaestro import rng
+from fedmaestro.clients.scaffold import Control
 from fedmaestro.config.experiment import FleetConfig, TrainConfig
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.cost import BYTES_PER_SCALAR
@@ -301,8 +302,12 @@ class Gathering:
             start=self.start_of(cohort.submodel),
             round=self._round,
             bound=self.bound_of(cohort.submodel),
-            controls=env.method.correction == "scaffold",
+            controls=self._controls_of(cohort) if env.method.correction == "scaffold" else None,
         )
+
+    def _controls_of(self, cohort: Cohort) -> dict[int, Control]:
+        ours = control_of(self._server, cohort.submodel)
+        return {device: Control(server=ours, own=self._server.controls.get(device, {})) for device in cohort.devices}
 
     def receive(self, cohort: Cohort, result: CohortResult) -> None:
         """Add the result of a cohort, which ``admission`` has let in."""

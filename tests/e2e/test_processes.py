@@ -98,3 +98,34 @@ def test_every_command_ends_in_order(tmp_path: Path, command: str, number: signa
     assert "Traceback" not in stdout + stderr
     if command != "compare":
         assert json.loads((out / "summary.json").read_text())["interrupted"]
+
+
+TWICE = {
+    "run": ("run", "--actors", "2", *MANY),
+    "run-here": ("run", "--actors", "0", *MANY),
+    "compare": ("compare", "--actors", "2", "--strategies", "nested", "--seeds", "1", *MANY),
+    "train": ("train", "--set", "train.epochs=2000"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.02, 0.5])
+@pytest.mark.parametrize("when", ["at once", "while it works"])
+@pytest.mark.parametrize("command", TWICE)
+def test_ctrl_c_twice_ends_every_command_at_once(tmp_path: Path, command: str, when: str, pause: float) -> None:
+    """Without a traceback, and nothing of it is left; what is complete can be resumed."""
+    mark, out = uuid.uuid4().hex, tmp_path / "out"
+    process = start(mark, *TWICE[command], "--out", str(out))
+    if when == "at once":
+        time.sleep(1.5)
+    else:
+        below = {"train": "epochs.jsonl", "compare": "cells/nested-seed0/rounds.jsonl"}.get(command, "rounds.jsonl")
+        wait_for_lines(out / below, 3, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    stdout, stderr = process.communicate(timeout=30)
+    # A shell says 130 of a process that the second one has ended, too.
+    assert process.returncode in (130, -signal.SIGINT), (process.returncode, stdout, stderr)
+    assert "Traceback" not in stdout + stderr, stdout + stderr
+    assert not wait_for_end(MARK, mark, 20)

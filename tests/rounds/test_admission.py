@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import Error, Message
+from flwr.app import Array, Error, Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.flower.client_app import app, read_device_values, read_score, seconds_of
@@ -146,3 +147,28 @@ def test_a_run_goes_on_without_a_bad_evaluation(federate: Callable[..., Any]) ->
     assert summary["tiers"]["mid"]["final_accuracy"] is None
     assert summary["tiers"]["high"]["final_accuracy"] is not None
     assert "rejected (malformed): the evaluation has accuracy" in folder.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("factor", "kind"), [(1.0, None), (1e4, "too-large"), (float("nan"), "not-finite")], ids=["honest", "long", "nan"]
+)
+def test_control_variates_are_as_long_as_updates_allow(
+    federate: Callable[..., Any], factor: float, kind: str | None
+) -> None:
+    host = HostCall(app, 0, 1)
+
+    def change(content: Any) -> None:
+        record = content.array_records["controls"]
+        for name in list(record):
+            record[name] = Array((factor * record[name].numpy()).astype(np.float32))
+
+    def spoil(message: Message) -> Message | None:
+        job: Any = message.content.config_records["job"]
+        if message.metadata.message_type == "train" and job["round"] == 3 and factor != 1.0:
+            return tampered(host(message), change)
+        return None
+
+    settings = {"train.strategy": "scaffold", "train.rounds": 4, "train.evaluate-every": 4, "model.name": "mlp"}
+    _, folder, _ = federate(settings, spoil=spoil)
+    by_round = [record.failed_by for record in folder.read_rounds()]
+    assert by_round == [{}, {}, {}, {kind: 10} if kind else {}, {}]
