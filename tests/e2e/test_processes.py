@@ -128,4 +128,5 @@ def test_ctrl_c_twice_ends_every_command_at_once(tmp_path: Path, command: str, w
     # A shell says 130 of a process that the second one has ended, too.
     assert process.returncode in (130, -signal.SIGINT), (process.returncode, stdout, stderr)
     assert "Traceback" not in stdout + stderr, stdout + stderr
-    assert not wait_for_end(MARK, mark, 20)
+    # Ray's agents find out within a minute that their raylet was not ended in order.
+    assert not wait_for_end(MARK, mark, 90)
