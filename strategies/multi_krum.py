@@ -3,11 +3,15 @@ r"""Multi-Krum, block by block of a nested model.
 A block is all entries, of all tensors, that the same sizes hold: the rank segment between two tiers' ranks, say. Of the
 ``m`` devices that hold it, ``f = ⌊βm⌋`` are assumed to be attackers (``β`` is ``train.assumed-attackers``). A device's
 score is the sum of the squared distances, within the block, to the ``max(1, m − f − 2)`` devices nearest to it; the
-``m − f`` devices of the smallest scores are averaged, weighted by examples (Blanchard et al., NeurIPS 2017, Section 4).
-On one size this is Flower's Multi-Krum that keeps ``m − f``.
+``f`` devices of the largest scores are left out and the others averaged, weighted by examples (Blanchard et al.,
+NeurIPS 2017, Section 4). On one size this is Flower's Multi-Krum that keeps ``m − f``.
 
 Blocks and not whole updates, because a device of a small tier has no distance to another in the tail, and a whole
 update of a large tier is far from all others by its size alone.
+
+Each size loses its share of the ``f`` (largest remainders), those of its devices with the largest scores. What devices
+of a small tier learn in a block that they share with larger ones is far from what those learn: chosen from all
+together, Multi-Krum leaves the small tier out (experiments/README.md has what that costs).
 
 Departures: each block chooses for itself, so that a device may count in one and not in another. The bound of the paper
 needs ``m ≥ 2f + 3``; with fewer holders, as in the tail, ``f`` becomes 0 and the rule is the mean.
@@ -18,7 +22,7 @@ others' are left out.
 Cost: the memory of all submodels of a round, and ``O(m² d)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,12 +30,13 @@ from torch import Tensor
 
 from fedmaestro.strategies.base import Aggregation, Partial
 from fedmaestro.strategies.each_device import EACH_DEVICE, Devices, with_examples
-from fedmaestro.submodel import State, leading_block
+from fedmaestro.submodel import State, leading_block, num_elements
 
 
 def finish(partial: Partial[Devices], global_state: Mapping[str, Tensor], attackers: float) -> State:
     """Return the mean of the chosen devices, block by block."""
-    sizes = list(with_examples(partial))
+    # Whatever the order in which they came: ties are broken by it.
+    sizes = sorted(with_examples(partial), key=lambda size: -num_elements(size[0]))
     codes = {name: torch.zeros(old.shape, dtype=torch.int64) for name, old in global_state.items()}
     for number, (shapes, _) in enumerate(sizes):
         for name, shape in shapes.items():
@@ -44,7 +49,8 @@ def finish(partial: Partial[Devices], global_state: Mapping[str, Tensor], attack
         entries = {name: tensor == code for name, tensor in codes.items() if bool((tensor == code).any())}
         # Where all of them have it, a block has nothing of tensors that only some of them send.
         values = {name: torch.cat([_of(name, mask, size) for size in holders]) for name, mask in entries.items()}
-        chosen = best(torch.cat(list(values.values()), dim=1), attackers)
+        counts = [len(sums.weights) for _, sums in holders]
+        chosen = best(torch.cat(list(values.values()), dim=1), counts, attackers)
         share = weights[chosen] / weights[chosen].sum()
         for name, mask in entries.items():
             new[name][mask] = (share @ values[name][chosen]).to(new[name].dtype)
@@ -57,8 +63,8 @@ def _of(name: str, mask: Tensor, size: tuple[Mapping[str, tuple[int, ...]], Devi
     return sums.states[name][:, leading_block(mask, shapes[name])].double()
 
 
-def best(values: Tensor, attackers: float) -> Tensor:
-    """Return which rows of ``values (m, d)`` count, by position."""
+def best(values: Tensor, sizes: Sequence[int], attackers: float) -> Tensor:
+    """Return which rows of ``values (m, d)`` count, by position; ``sizes``: how many rows of each size, in turn."""
     count = len(values)
     assumed = int(attackers * count)
     if not assumed:
@@ -68,8 +74,23 @@ def best(values: Tensor, attackers: float) -> Tensor:
     scores = distances.sort(dim=1).values[:, 1 : nearest + 1].sum(dim=1).tolist()
     # Two that are nearest to each other have one score where it is that of one neighbour.
     totals = distances.sum(dim=1).tolist()
-    order = sorted(range(count), key=lambda i: (scores[i], totals[i]))
-    return torch.tensor(sorted(order[: count - assumed]))
+    chosen: list[int] = []
+    first = 0
+    for own, left_out in zip(sizes, apportioned(assumed, sizes), strict=True):
+        order = sorted(range(first, first + own), key=lambda i: (scores[i], totals[i]))
+        chosen += order[: own - left_out]
+        first += own
+    return torch.tensor(sorted(chosen))
+
+
+def apportioned(total: int, sizes: Sequence[int]) -> list[int]:
+    """Return how many of ``total`` each size gets, in proportion, by largest remainders (ties: the larger size)."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(x) for x in exact]
+    order = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], -sizes[i], i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 MULTI_KRUM = Aggregation(

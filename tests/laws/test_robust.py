@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedmaestro.strategies import AGGREGATIONS
 from fedmaestro.strategies.base import AnyAggregation
+from fedmaestro.strategies.multi_krum import apportioned
 from fedmaestro.submodel import Shapes, State, cut, leading_block
 
 ROBUST = ("norm-clipping", "coordinate-median", "trimmed-mean", "multi-krum")
@@ -108,11 +109,12 @@ def test_multi_krum_chooses_in_each_block(fleet: tuple[list[State], list[float],
         distances = [[float(((x - y) ** 2).sum()) for y in values] for x in values]
         nearest = max(1, len(holders) - assumed - 2)
         keys = [(sum(sorted(row)[1 : nearest + 1]), sum(row)) for row in distances]
-        chosen = (
-            sorted(range(len(holders)), key=lambda i: keys[i])[: len(holders) - assumed]
-            if assumed
-            else [*range(len(holders))]
-        )
+        # Each size loses its share of those assumed, the worst of its own.
+        own_ranks = [ranks[i] for i in holders]
+        groups = [[i for i, rank in enumerate(own_ranks) if rank == one] for one in sorted({*own_ranks}, reverse=True)]
+        chosen = []
+        for group, lost in zip(groups, apportioned(assumed, [len(group) for group in groups]), strict=True):
+            chosen += sorted(group, key=lambda i: keys[i])[: len(group) - lost]
         share = np.array([weights[holders[i]] for i in chosen])
         expected = np.average(np.stack([values[i] for i in chosen]), axis=0, weights=share)
         np.testing.assert_allclose(block(new), expected, rtol=1e-5, atol=1e-6)
