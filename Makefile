@@ -44,7 +44,7 @@ docs: $(STAMP)
 
 # The long form of what `make check` has in short.
 fuzz: $(STAMP)
-	FUZZ=30 $(BIN)/python -m pytest tests/config/test_fuzz.py tests/runs/test_fuzz.py
+	FUZZ=30 $(BIN)/python -m pytest tests/config/test_fuzz.py tests/runs/test_fuzz.py tests/rounds/test_admission.py
 
 # Tests of more than a minute; run them before a release.
 slow: $(STAMP)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from fedmaestro.cli import main
-from fedmaestro.config.base import describe, parse_assignment, read
+from fedmaestro.config.base import describe, kebab, parse_assignment, read
 from fedmaestro.config.experiment import ExperimentConfig, load_config
 from fedmaestro.errors import LINE, UserError, one_line
-from fedmaestro.fleet.tiers import assign_tiers, load_tiers
+from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers, own_fleet
 from fedmaestro.flower.run import prepare
 
 MANY = int(os.environ.get("FUZZ", "1"))
@@ -120,6 +120,31 @@ def test_any_bytes_as_a_file(tmp_path: Path) -> None:
                 opened()
             except UserError as error:
                 check_line(error, bytes(content))
+
+
+def test_any_fleet() -> None:
+    """Tables of tiers with odd names and numbers: a fleet whose devices all have a tier, or one line."""
+    rng = random.Random(0)
+    keys = [kebab(name) for name in Tier.model_fields if name != "name"] + ["nosuch", "", "name"]
+    names = ["a", "b", "c d", "", "x" * 61, "../x", "é", "a\x00", " a", "[/red]"]
+    good = 0
+    for _ in range(700 * MANY):
+        count = rng.randint(1, 4)
+        tables: dict[str, Any] = {}
+        for name in rng.sample(names[:3], count) if count < 4 and rng.random() < 0.8 else rng.sample(names, count):
+            table: Any = {"share": 1 / count, "rank-fraction": 0.5}
+            for _ in range(rng.choice((0, 0, 1, 2))):
+                table[rng.choice(keys)] = rng.choice(ODD)
+            tables[name] = table if rng.random() < 0.95 else rng.choice(ODD)
+        try:
+            tiers = own_fleet("fuzzed", tables, "").tiers
+            tier_of = assign_tiers(tiers, 20, 0)
+        except UserError as error:
+            check_line(error, tables)
+        else:
+            good += 1
+            assert sorted({*tier_of.tolist()}) == list(range(len(tiers))), tables
+    assert good > 50 * MANY
 
 
 def test_files_that_would_keep_a_reader_waiting(tmp_path: Path) -> None:

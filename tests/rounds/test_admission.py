@@ -1,5 +1,8 @@
 """Whatever a host replies: it counts as it must, or it does not count, is counted, and the round goes on."""
 
+import contextlib
+import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Error, Message
+from flwr.app import Array, ArrayRecord, Error, Message
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.flower.client_app import app, read_device_values, read_score, seconds_of
@@ -172,3 +175,66 @@ def test_control_variates_are_as_long_as_updates_allow(
     _, folder, _ = federate(settings, spoil=spoil)
     by_round = [record.failed_by for record in folder.read_rounds()]
     assert by_round == [{}, {}, {}, {kind: 10} if kind else {}, {}]
+
+
+ODD: tuple[Any, ...] = (0, -1, 1, 2**62, 0.0, -1.0, 1e308, float("nan"), float("inf"), "x", b"x", True, [], [0], [-1.5])
+
+
+def damage(content: Any, rng: random.Random) -> None:
+    """Change something in a reply, whatever it is."""
+    kind, record = rng.choice([(k, r) for k, r in content.items() if len(r) or k in ("failures", "probes")])
+    if rng.random() < 0.05:
+        del content[kind]
+        return
+    keys = list(record)
+    key = rng.choice(keys) if keys else "new"
+    what = rng.randrange(4)
+    if isinstance(record, ArrayRecord):
+        array = record[key] if keys else Array(np.zeros(2))
+        if what == 0 and keys:
+            del record[key]
+        elif what == 1:
+            record[f"{key}{rng.choice(('', 'x', '.u'))}"] = Array(np.full((rng.randrange(4),) * rng.randrange(3), 7.0))
+        elif what == 2:
+            data = bytearray(array.data)
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice((0, 1))] = bytes([rng.randrange(256)])
+            record[key] = Array(array.dtype, array.shape, array.stype, bytes(data))
+        else:
+            stype, dtype = rng.choice((array.stype, "pickle", "")), rng.choice((array.dtype, "object", "int8", ""))
+            record[key] = Array(dtype, array.shape[: rng.randrange(4)], stype, array.data[: rng.randrange(300)])
+    elif what == 0 and keys:
+        del record[key]
+    else:
+        value = rng.choice(ODD)
+        old = record.get(key)
+        if what == 1 and isinstance(old, list) and old:
+            value = [*old]
+            value[rng.randrange(len(value))] = rng.choice(ODD[:9])
+        with contextlib.suppress(TypeError, ValueError):  # Flower's records refuse some of it themselves
+            record[key] = value
+
+
+@pytest.mark.parametrize("aggregation", ["coverage-mean", "partitioned-product", "coordinate-median"])
+def test_damaged_replies_end_no_run(rounds: Callable[[str, int], Any], aggregation: str) -> None:
+    """At random, and several at once: what is let in is finite, what is not costs its devices (``FUZZ``: more)."""
+    made, _, without = rounds(aggregation, SEVERAL)
+    rng = random.Random(0)
+    rejected = 0
+    for number in range(40 * int(os.environ.get("FUZZ", "1"))):
+
+        def change(content: Any) -> None:
+            for _ in range(rng.randint(1, 3)):
+                if content:
+                    damage(content, rng)
+
+        server, facts = made.end(lambda reply: tampered(reply, change))
+        lost_now = sum(facts["failed_by"].values())
+        assert facts["devices"] + lost_now == 12, number
+        assert set(facts["failed_by"]) <= set(KINDS)
+        if lost_now == made.devices:
+            rejected += 1
+            assert same(server, without), number
+        for state in server.models.values():
+            assert all(bool(torch.isfinite(x).all()) for x in state.values()), number
+    assert rejected > 10
