@@ -68,6 +68,7 @@ def rows() -> str:
     from fedmaestro.clients import OBJECTIVES
     from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES
     from fedmaestro.data import DATASETS, PARTITIONS
+    from fedmaestro.fleet.attacks import ATTACKS
     from fedmaestro.fleet.selection import SELECTIONS
     from fedmaestro.fleet.tiers import FLEETS
     from fedmaestro.models import MODELS
@@ -92,6 +93,7 @@ def rows() -> str:
         "Tasks": ("data.task", TASKS),
         "Metrics": ("data.metrics", METRICS),
         "Fleets": ("fleet.preset", FLEETS),
+        "Attacks": ("fleet.attack", ATTACKS),
     }
     parts = [
         "# Rows",

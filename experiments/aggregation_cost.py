@@ -13,11 +13,13 @@ from fractions import Fraction
 import torch
 
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.rounds.tree import Span, joined, reduced
 from fedmaestro.strategies import AGGREGATIONS
-from fedmaestro.strategies.base import SUMS, AnyAggregation, Parts
-from fedmaestro.submodel import State, cut, shapes_of, signature
+from fedmaestro.strategies.base import AnyPartial
+from fedmaestro.submodel import State, cut, signature
 
 DEVICES, REPEATS = 100, 3
+SETTINGS = {"train.assumed-attackers": 0.3}
 MODELS = {"lenet": (1, 28, 28), "cnn": (3, 32, 32)}
 
 
@@ -38,26 +40,26 @@ def random_state(architecture: Architecture) -> State:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def upload(aggregation: AnyAggregation, submodel: State, examples: int) -> tuple[Parts, float]:
-    """Return what one device sends: the mean of its cohort, and the weight."""
-    (block,) = aggregation.add(aggregation.init(submodel), submodel, examples).blocks.values()
-    return aggregation.mean(block), block.weight
-
-
 def round_seconds(model: str, rule: str) -> float:
-    """Return the time to add the replies of ``DEVICES`` devices and to finish."""
+    """Return the time to add the replies of ``DEVICES`` devices, along their tiers' trees, and to finish."""
     architecture = Architecture(name=model, input_shape=MODELS[model], num_classes=10)
-    state, aggregation = random_state(architecture), AGGREGATIONS[rule]
+    state, aggregation = random_state(architecture), AGGREGATIONS[rule].of(SETTINGS.get)
     tiers = [architecture.shapes(architecture.size_at(Fraction(1, 2**i))) for i in range(5)]
     sizes = [signature(tier) for tier in tiers]
-    submodels = [{name: x + 0.01 for name, x in cut(state, tiers[k % 5]).items()} for k in range(DEVICES)]
-    replies = [upload(aggregation, submodel, 100 + k) for k, submodel in enumerate(submodels)]
+    starts = [cut(state, tier) for tier in tiers]
+    replies = [{name: x + 0.01 * (1 + k) for name, x in starts[k % 5].items()} for k in range(DEVICES)]
 
     def work() -> None:
-        partial = aggregation.init(state, sizes)
-        for k, (mean, weight) in enumerate(replies):
-            partial = aggregation.receive(partial, sizes[k % 5], mean, weight, 1)
-        aggregation.finish(partial, state)
+        empty = aggregation.init(state, sizes)
+        whole = empty
+        for tier, start in enumerate(starts):
+            own = replies[tier::5]
+
+            def leaf(k: int, own: list[State] = own, start: State = start) -> AnyPartial:
+                return aggregation.add(empty, own[k], 100 + k, start=start)
+
+            whole = joined(whole, reduced(Span(0, len(own)), leaf, aggregation.merge), aggregation.merge)
+        aggregation.finish(whole, state)
 
     return seconds(work)
 
@@ -66,11 +68,10 @@ def reply_ratio() -> float:
     """Return the time to add one reply of the whole ResNet-18 under the coverage mean, over copying it."""
     architecture = Architecture(name="resnet18", input_shape=(3, 32, 32), num_classes=10)
     reply, aggregation = random_state(architecture), AGGREGATIONS["coverage-mean"]
-    key = signature(shapes_of(reply))
-    partial = aggregation.receive(aggregation.init(reply), key, {SUMS: reply}, 3.0, 1)
+    partial = aggregation.add(aggregation.init(reply), reply, 3.0)
 
     def merge() -> None:
-        aggregation.receive(partial, key, {SUMS: reply}, 7.0, 1)
+        aggregation.merge(partial, aggregation.add(aggregation.init(reply), reply, 7.0))
 
     return seconds(merge, 7) / seconds(lambda: {name: x.clone() for name, x in reply.items()}, 7)
 
