@@ -9,8 +9,10 @@ import secrets
 import socket
 import stat
 import tempfile
+import time
 import zlib
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from fedmaestro.errors import UserError, shown
@@ -41,6 +43,9 @@ def exists(path: Path) -> bool:
 
 LARGEST_TEXT = 2**26
 """Bytes of a file that people write, or of a run's history, at most."""
+
+STALE_SECONDS = 24 * 3600
+"""After which a temporary file is nobody's."""
 
 LONGEST = 100
 """Characters of a name that becomes that of a file; systems allow 255 bytes, of which some go to what is put around."""
@@ -87,8 +92,14 @@ def own_tag() -> str:
     return f"{_machine():08x}-{os.getpid()}"
 
 
-def is_left(tag: str) -> bool:
-    """Return whether the process of a tag ran on this machine and is gone: nobody else removes its files."""
+def is_left(tag: str, path: Path) -> bool:
+    """Return whether nobody works on a temporary file or folder any more: its process, by its tag, is gone.
+
+    Of processes that were elsewhere, or before the machine was started anew, that is not known for a day.
+    """
+    with contextlib.suppress(OSError):  # another process may be removing it
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            return True
     machine, _, number = tag.partition("-")
     if machine != f"{_machine():08x}" or not number.isdecimal():
         return False
@@ -101,8 +112,13 @@ def is_left(tag: str) -> bool:
     return False
 
 
+@cache
 def _machine() -> int:
-    return zlib.crc32(socket.gethostname().encode())
+    """Return what tells where a process number means something: the machine since its start, and the namespace."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no Linux
+        parts += [str(Path("/proc/self/ns/pid").readlink()), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    return zlib.crc32(" ".join(parts).encode())
 
 
 def new_folder(name: str) -> Path:

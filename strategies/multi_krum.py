@@ -14,9 +14,10 @@ of a small tier learn in a block that they share with larger ones is far from wh
 together, Multi-Krum leaves the small tier out (experiments/README.md has what that costs).
 
 Departures: each block chooses for itself, so that a device may count in one and not in another. The bound of the paper
-needs ``m ≥ 2f + 3``; with fewer holders, as in the tail, ``f`` becomes 0 and the rule is the mean.
+needs ``m ≥ 2f + 3``; where ``βm < 1``, as in the tail, ``f`` is 0 and the rule is the mean.
 
-Known pathologies: attackers who send the same are nearest to each other; honest devices whose data differ from the
+Known pathologies: attackers who are more than ``β`` of one size's devices count in part, also where they are fewer of
+all; attackers who send the same are nearest to each other; honest devices whose data differ from the
 others' are left out.
 
 Cost: the memory of all submodels of a round, and ``O(m² d)``.

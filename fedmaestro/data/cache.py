@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,6 @@ META = "meta.json"
 """Of an entry of data: says its fingerprint, and what else is no array."""
 _MANIFEST = "manifest.json"
 _STAGING_PREFIX = ".tmp-"
-_STALE_SECONDS = 24 * 3600
 _TRIES = 5
 
 
@@ -186,7 +184,7 @@ def _remove_stale(parent: Path) -> None:
     for path in parent.glob(f"{_STAGING_PREFIX}*"):
         with contextlib.suppress(OSError):  # another process may be removing it too
             tag = path.name.removeprefix(_STAGING_PREFIX).rpartition("-")[0]
-            if is_left(tag) or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if is_left(tag, path):
                 shutil.rmtree(path)
 
 

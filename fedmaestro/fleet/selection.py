@@ -88,7 +88,8 @@ class Round:
 
     Attributes:
         number: from 1 on.
-        wanted: how many devices to select; there are as many candidates at least.
+        wanted: how many devices to select; there are as many candidates at least (or, for a selection that is not
+            exact, in expectation of all devices).
         tiers: ``(devices,)``, position in the fleet of every device's tier.
         examples: ``(devices,)``, training examples.
         seconds: ``(devices,)``, virtual seconds that the round takes each device; nan of those that are no candidates.
@@ -119,7 +120,7 @@ class Selection:
 
 def selected(row: Selection, this: Round, candidates: Ids, history: History, seed: int) -> list[int]:
     """Return the devices of a round, ascending; UserError unless they are as many candidates as are wanted."""
-    if not this.wanted:
+    if not this.wanted or not len(candidates):
         return []
     chosen = [int(i) for i in row.select(this, candidates, history, rng.generator(seed, "sample", this.number))]
     # Candidates ascend.

@@ -164,6 +164,8 @@ class Federation:
     def _why_stop(self, idle: int, number: int, facts: dict[str, Any]) -> str | None:
         """Return why the run should not go on after a round; None: it should."""
         limit = self.env.config.train.max_idle_rounds
+        if self.env.privacy is not None:  # how many rounds there are would say who took part
+            return None
         if not limit or idle < limit:
             return None
         why = ", ".join(f"{count} × {kind}" for kind, count in facts["failed_by"].items())

@@ -14,7 +14,7 @@ from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.data import cache, data_folder
 from fedmaestro.errors import UserError
 from fedmaestro.flower.client_app import JOB
-from fedmaestro.runs.code import LARGE, cached
+from fedmaestro.runs.code import LARGE, cached, stored
 from fedmaestro.tasks.opening import is_here
 
 
@@ -38,7 +38,7 @@ def lacking(message: Message) -> list[str]:
     data = ExperimentConfig.model_validate_json(job["experiment"]).data
     found = {job["data"]: is_here(data.name, data_folder(data.dir), job["data"])}
     if (code := job.get(LARGE)) is not None:
-        found[code] = cache.read(cached(code), lambda entry: entry) is not None
+        found[code] = cache.read(cached(code), lambda entry: stored(entry, code)) is not None
     return [fingerprint for fingerprint, here in found.items() if not here]
 
 

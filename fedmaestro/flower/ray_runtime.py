@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -495,8 +496,18 @@ def forget_session(session: Path) -> None:
 def forget_left_sessions(folder: Path) -> None:
     """Remove the sessions of runs that were killed. A Ray that was lost or could not start keeps its logs."""
     for ours in folder.glob(f"session_*/{OURS}"):
+        # Everybody can write to the folder: what looks like ours may be somebody's link to a file of ours.
+        if not all(_is_own(path, kind) for path, kind in ((ours.parent, stat.S_ISDIR), (ours, stat.S_ISREG))):
+            continue
         with contextlib.suppress(OSError, Timeout), FileLock(ours, timeout=0):
             shutil.rmtree(ours.parent, ignore_errors=True)
+
+
+def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    with contextlib.suppress(OSError):
+        about = path.lstat()
+        return is_kind(about.st_mode) and about.st_uid == os.getuid()
+    return False
 
 
 def check_reachable(address: str) -> None:

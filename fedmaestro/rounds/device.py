@@ -193,6 +193,7 @@ def train_cohort(
             norm = checked_norm(sent, start, bound)
         except Exception as error:
             failures[device] = failure_of(error, located(error))
+            new_controls.pop(device, None)
             return None
         reports.append(DeviceReport(device=device, examples=count, loss=loss, norm=norm))
         probes = spectrum.probe(state, ends) if ends else {}

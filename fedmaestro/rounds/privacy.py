@@ -17,13 +17,16 @@ have no bound.
 
 **Accounting.** Opacus' RDP accountant for the Poisson-subsampled Gaussian (Mironov et al., arXiv 1908.10530), which is
 an upper bound; two fleets are neighbours if one has one device more. ``q`` is ``train.devices-per-round /
-data.devices``; devices that cannot be reached, fail or come too late do so by themselves, so they take part less
-often, which costs nothing.
+data.devices``; devices that cannot be reached, whose training fails, or that miss the virtual deadline do so by
+themselves, so they take part less often, which costs nothing. (A host that fails takes whole cohorts with it: ε is that
+of a run in which none did, which ``failed_by`` says.) The server sees to the clip norm itself (``rounds.admission``).
 
 Departures from DP-FedAvg: one flat clip norm, not one per layer; noise also for blocks that no device of the round
 holds, which has to be there: its absence would say so.
 """
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,10 +40,14 @@ from fedmaestro import rng
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.plan import Plan
+from fedmaestro.fleet.selection import SELECTIONS
 from fedmaestro.rounds.method import Method
 from fedmaestro.strategies.base import Partial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
 from fedmaestro.submodel import Signature, State
+
+_NO_RESULT = {"out", "use", "data.dir", "data.file", "fleet.file", "train.cohort-size"}
+"""Settings that name places, or change the speed only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class Privacy:
         delta: of (ε, δ).
         rate: ``q``, the probability that a device takes part in a round, at most.
         seed: of the run.
+        settings: a hash of the experiment's: two that differ must not have the same noise, or the difference of their
+            models is without.
     """
 
     noise_multiplier: float
@@ -60,6 +69,7 @@ class Privacy:
     delta: float
     rate: float
     seed: int
+    settings: str = ""
 
     def clipped(self, state: State, start: Mapping[str, Tensor]) -> State:
         """Return what a device sends: its update, scaled to ``clip_norm`` where it is longer."""
@@ -72,7 +82,12 @@ class Privacy:
         return {name: (start[name].to(x).double() + factor * moved[name]).to(x) for name, x in state.items()}
 
     def released(
-        self, partial: Partial[State], before: Mapping[str, Tensor], expected: State, server_round: int
+        self,
+        partial: Partial[State],
+        before: Mapping[str, Tensor],
+        expected: State,
+        server_round: int,
+        owner: str | None = None,
     ) -> State:
         """Return the model after a round.
 
@@ -81,8 +96,9 @@ class Privacy:
             before: what the round started from.
             expected: ``W`` of each entry (``expected_devices``); tensors that nobody sends are left out.
             server_round: from 1 on.
+            owner: of the model, where tiers have models of their own: each has noise of its own.
         """
-        generator = rng.generator(self.seed, "privacy", server_round)
+        generator = rng.generator(self.seed, f"privacy {self.settings} {owner or ''}", server_round)
         new: State = {}
         for name, old in before.items():
             if name not in expected:
@@ -161,7 +177,15 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
             "pip install 'fedmaestro[privacy]', or leave it out"
         ) from None
     for wrong, why in (
-        (method.selection.exact, "train.selection=poisson: accounting is for devices that take part independently"),
+        (
+            method.selection is not SELECTIONS["poisson"],
+            "train.selection=poisson: accounting is for devices that take part independently",
+        ),
+        (
+            config.train.reply_timeout_seconds is not None,
+            "train.reply-timeout-seconds=none: who is late then depends on other devices",
+        ),
+        (config.ranks.shrink_threshold > 0, "ranks.shrink-threshold=0: it goes by how many devices took part"),
         (config.fleet.over_commit != 1, "fleet.over-commit=1: who is dropped then depends on other devices"),
         (
             method.aggregation.name != COVERAGE_MEAN.name,
@@ -169,7 +193,6 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
         ),
         (method.correction != "none", "train.correction=none: control variates are not clipped"),
         (method.norm == "static", "model.norm=group: static norms are set by training examples"),
-        (method.settings.get("server.damping"), "server.damping=0: it goes by who took part"),
         (method.settings.get("server.tail-decay"), "server.tail-decay=0: it goes by who took part"),
     ):
         if wrong:
@@ -181,4 +204,7 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
         delta=delta,
         rate=min(1.0, config.train.devices_per_round / devices),
         seed=config.seed,
+        settings=hashlib.sha256(
+            json.dumps({key: value for key, value in config.flat().items() if key not in _NO_RESULT}).encode()
+        ).hexdigest(),
     )

@@ -102,9 +102,11 @@ def schedule_round(
         takes = [device_timing(tier.tier, cost, n * local_epochs, tier.step_macs).total for n in sizes.tolist()]
         seconds[able] = np.array(takes)[which]
     candidates = np.nonzero(~np.isnan(seconds))[0]
+    wanted = math.ceil(round(devices_per_round * over_commit, 9))
     this = Round(
         number=server_round,
-        wanted=min(math.ceil(round(devices_per_round * over_commit, 9)), len(candidates)),
+        # Where every device decides for itself, how many others there are makes no difference.
+        wanted=min(wanted, len(candidates)) if selection.exact else wanted,
         tiers=tiers,
         examples=counts,
         seconds=seconds,

@@ -112,18 +112,20 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
     if env.privacy is not None or any(partial.devices for partial in partials.values()):
         for owner, before in server.models.items():
             aggregation, expected = env.method.aggregation, expected_of(env, server, owner, server_round)
+            partial = partials[owner]
             this = Round(
                 number=server_round,
                 before=before,
-                partial=partials[owner],
+                # What the steps of the chain could see of the devices would not be private.
+                partial=partial if env.privacy is None else aggregation.init(before),
                 aggregation=aggregation,
                 expected=expected,
             )
             with user_code(f"aggregation {aggregation.name!r} in round {server_round}"):
                 if env.privacy is None or expected is None:
-                    aggregated = aggregation.finish(this.partial, before)
+                    aggregated = aggregation.finish(partial, before)
                 else:
-                    aggregated = env.privacy.released(this.partial, before, expected, server_round)
+                    aggregated = env.privacy.released(partial, before, expected, server_round, owner)
                 aggregated = _same_shapes(aggregated, before, aggregation.name)
             with user_code(f"server.steps in round {server_round}"):
                 state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
@@ -282,8 +284,10 @@ class Gathering:
 
     def bound_of(self, submodel: Submodel) -> float:
         """Return the largest norm of the update of a device that trains ``submodel``."""
-        # Updates are clipped anyway, and a bound by others' norms would let devices depend on each other.
-        factor = self._env.config.train.max_update_norm if self._env.privacy is None else 0.0
+        if self._env.privacy is not None:
+            # Public, and the sensitivity rests on it; a bound by others' norms would let devices depend on each other.
+            return self._env.privacy.clip_norm
+        factor = self._env.config.train.max_update_norm
         return self._server.norms.bound(factor, self._scale_of(submodel))
 
     def _scale_of(self, submodel: Submodel) -> float:

@@ -43,9 +43,8 @@ from fedmaestro.runs.folder import write_atomically
 
 _FOLDER, _MANIFEST, _SIGNATURE = "code", "code.json", "signature"
 LARGE = "code-sha256"
-"""What a message names code by that it does not carry."""
-LARGE_DIGEST = "code-bytes"
-"""And the hash of what the cache must hold: it is a pickle, and others may be able to write there."""
+"""What a message names code by that it does not carry: its fingerprint, and the hash of the bytes in the cache, since
+those are a pickle, and others may be able to write there."""
 SHIPPED_BYTES = 1 << 20
 """Code of at most this size travels with every message; more is read from the cache: hosts share it, or are sent it."""
 
@@ -467,7 +466,12 @@ def read_code(folder: Path) -> Code:
         content = read_file(path)
         signed = read_file(path.with_name(_SIGNATURE)).decode() if path.with_name(_SIGNATURE).is_file() else ""
         check_trust(folder, content, signed)
-        return Code.from_bytes(content)
+        code = Code.from_bytes(content)
+        for source in code.sources:
+            shown = folder / _FOLDER / source.file
+            if not shown.is_file() or read_file(shown).decode() != source.text:
+                raise UserError(f"{shown} is not what {path} holds, which is what would run: restore both")
+        return code
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -481,14 +485,12 @@ def shipped(code: Code) -> dict[str, Any]:
     content = code.to_bytes()
     if len(content) <= SHIPPED_BYTES:
         return {"code": content}
+    # By its bytes, not by its fingerprint: others may have put another pickle of the same objects there.
+    name = f"{code.fingerprint}-{hashlib.sha256(content).hexdigest()}"
     cache.fetch(
-        cached(code.fingerprint),
-        lambda folder: write_atomically(folder / _MANIFEST, content),
-        lambda folder: Code.from_bytes((folder / _MANIFEST).read_bytes()),
+        cached(name), lambda folder: write_atomically(folder / _MANIFEST, content), lambda folder: stored(folder, name)
     )
-    # What lies there may be another pickle of the same objects.
-    stored = (cached(code.fingerprint) / _MANIFEST).read_bytes()
-    return {LARGE: code.fingerprint, LARGE_DIGEST: hashlib.sha256(stored).hexdigest()}
+    return {LARGE: name}
 
 
 objects_welcome: ContextVar[bool] = ContextVar("objects_welcome", default=False)
@@ -513,20 +515,22 @@ def received(job: dict[str, Any]) -> Code:
 def _received(job: dict[str, Any]) -> Code:
     if (content := job.pop("code", None)) is not None:
         return Code.from_bytes(content)
-    if (fingerprint := job.pop(LARGE, None)) is None:
+    if (name := job.pop(LARGE, None)) is None:
         return NO_CODE
-    return _from_cache(cached(fingerprint), job.pop(LARGE_DIGEST, ""))
+    return _from_cache(cached(name))
+
+
+def stored(folder: Path, name: str) -> Code:
+    """Return what an entry of the cache holds; ValueError unless it is, byte for byte, what ``name`` says."""
+    content = (folder / _MANIFEST).read_bytes()
+    if hashlib.sha256(content).hexdigest() != name.rpartition("-")[2]:
+        raise ValueError("other code than the message means")
+    return Code.from_bytes(content)
 
 
 @lru_cache(maxsize=2)
-def _from_cache(entry: Path, digest: str) -> Code:
-    def read(folder: Path) -> Code:
-        content = (folder / _MANIFEST).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError("other code than the message means")
-        return Code.from_bytes(content)
-
-    found = cache.read(entry, read)
+def _from_cache(entry: Path) -> Code:
+    found = cache.read(entry, lambda folder: stored(folder, entry.name))
     if found is None:
         raise UserError(
             f"this host lacks the experiment's objects, which are larger than a message (no usable {entry}): "
@@ -535,6 +539,6 @@ def _from_cache(entry: Path, digest: str) -> Code:
     return found
 
 
-def cached(fingerprint: str) -> Path:
+def cached(name: str) -> Path:
     """Return the cache entry of code that is too large for messages."""
-    return cache.cache_root() / "code" / fingerprint
+    return cache.cache_root() / "code" / name

@@ -170,7 +170,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = f".{path.name}."
     for other in path.parent.iterdir():
-        if other.name.startswith(hidden) and is_left(other.name.removeprefix(hidden)):
+        if other.name.startswith(hidden) and is_left(other.name.removeprefix(hidden), other):
             other.unlink(missing_ok=True)
     temporary = path.with_name(f"{hidden}{own_tag()}")
     try:

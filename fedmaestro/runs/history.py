@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fedmaestro.errors import UserError
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.reader import read_json
-from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary
+from fedmaestro.runs.records import DeviceRecord, Record, RoundRecord, Summary
 
 
 class HistoryHash:
@@ -30,7 +31,7 @@ class HistoryHash:
 
     def add(self, record: RoundRecord | DeviceRecord) -> None:
         """Take note of a line; that of the devices comes before that of their round."""
-        self._hash.update(json.dumps([type(record).__name__, record.to_dict()], sort_keys=True).encode())
+        self._hash.update(json.dumps([type(record).__name__, _content(record)], sort_keys=True).encode())
 
     @property
     def digest(self) -> str:
@@ -63,9 +64,14 @@ def kept_rounds(folder: RunFolder, last: int, digest: str | None) -> tuple[list[
     return rounds, history
 
 
+def _content(record: Record) -> dict[str, Any]:
+    """Return what a record says that goes without saying otherwise: a later version's further fields change nothing."""
+    return record.model_dump(mode="json", exclude_defaults=True)
+
+
 def seal_of(summary: Summary, history: HistoryHash) -> str:
     """Return what a summary and the history that it is about are recognised by."""
-    content = summary.model_copy(update={"seal": ""}).to_dict()
+    content = _content(summary.model_copy(update={"seal": ""}))
     return hashlib.sha256(json.dumps([content, history.digest], sort_keys=True).encode()).hexdigest()
 
 

@@ -43,12 +43,23 @@ def resolve(
         source = own if own.exists() else None
     config = read(schema, source, changes)
     if isinstance(source, str | Path) and config.get("use") and "use" not in changes:
-        folder = absolute(source).parent
-        if RunFolder(folder).holds_run() and not read_code(folder):
-            check_trust(folder)  # what it names as its code is not what a run has kept there
+        _check_use(str(config.get("use")), absolute(source).parent)
     if resume and config.get("out") is None:
         raise UserError("--resume needs the folder of the run: add --out DIR")
     return config
+
+
+def _check_use(use: str, folder: Path) -> None:
+    """Raise UserError where an experiment in a run folder names other code than this user's run has kept there."""
+    if not RunFolder(folder).holds_run():
+        return
+    kept = read_code(folder)
+    try:
+        named = gather(use)
+    except UserError:  # it is gone: nothing of it can run
+        return
+    if kept.difference(named):
+        check_trust(folder)
 
 
 def code_of(config: Settings, folder: Path | None = None, *, more: str = "") -> Code:

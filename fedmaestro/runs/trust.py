@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 _LENGTH = 32
 """Bytes of a key."""
+_TRIES = 100
 _own_key = secrets.token_bytes(_LENGTH)
 
 
@@ -66,13 +68,12 @@ def _key() -> bytes:
         path = folder / "signing.key"
         if not path.exists() and writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            made = folder / f".signing.key.{secrets.token_hex(8)}"
-            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_LENGTH))
-            # Of two processes that make one, the first wins: a link is not made where there is a file.
-            with contextlib.suppress(FileExistsError):
-                os.link(made, path)
-            made.unlink()
-        if len(key := path.read_bytes()) >= _LENGTH:
-            return key
+            with contextlib.suppress(FileExistsError):  # of two processes that make one, the first wins
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.write(descriptor, secrets.token_bytes(_LENGTH))
+                os.close(descriptor)
+        for _ in range(_TRIES):
+            if len(key := path.read_bytes()) >= _LENGTH:
+                return key
+            time.sleep(0.01)  # another process has made the file, and is about to write it
     return _own_key

@@ -93,14 +93,16 @@ def test_objects_too_large_for_messages_are_sent(
     rng = np.random.default_rng(0)
     env = opened(extend.given({"dataset": {"x": rng.normal(size=(40, 3)), "y": np.arange(40) % 2}}))
     hello = message(DESCRIBE, 2, env)
-    parcels = [pack(env.task.fingerprint), pack(env.code.fingerprint)]
+    code = str(hello.content.config_records["job"][code_module.LARGE])
+    assert code.startswith(env.code.fingerprint)
+    parcels = [pack(env.task.fingerprint), pack(code)]
     elsewhere()
-    assert lacking(hello) == [env.task.fingerprint, env.code.fingerprint]
+    assert lacking(hello) == [env.task.fingerprint, code]
     for parcel in parcels:
         assert parcel is not None
         unpack(parcel)
     assert lacking(hello) == []
-    assert cached(env.code.fingerprint).is_dir()
+    assert cached(code).is_dir()
 
 
 def test_a_cache_that_machines_share_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,22 @@ def test_control_variates_are_as_long_as_updates_allow(
     assert by_round == [{}, {}, {}, {kind: 10} if kind else {}, {}]
 
 
+def test_a_device_that_fails_under_scaffold_costs_itself_only(federate: Callable[..., Any]) -> None:
+    """Its control variate was made before it turned out that its update is too long."""
+    settings = {
+        "train.strategy": "scaffold",
+        "train.rounds": 2,
+        "model.name": "mlp",
+        "train.devices-per-round": 20,
+        "fleet.attack": "scale",
+        "fleet.attackers": 0.25,
+        "fleet.attack-strength": 1e6,
+        "train.cohort-size": 4,
+    }
+    _, folder, _ = federate(settings, nodes=1)
+    assert [record.failed_by for record in folder.read_rounds()[1:]] == [{"too-large": 5}] * 2
+
+
 ODD: tuple[Any, ...] = (0, -1, 1, 2**62, 0.0, -1.0, 1e308, float("nan"), float("inf"), "x", b"x", True, [], [0], [-1.5])
 
 

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, Context, Message
+from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fedmaestro
-from fedmaestro.errors import UserError
+from fedmaestro import extend
+from fedmaestro.errors import UntrainedError, UserError
+from fedmaestro.fleet.selection import Selection
+from fedmaestro.flower.client_app import app as sound
 from fedmaestro.report import write_report
 from fedmaestro.rounds.privacy import Privacy
 from fedmaestro.strategies import AGGREGATIONS
@@ -227,7 +232,8 @@ def test_a_round_without_devices_is_as_noisy_as_any(tmp_path: Path) -> None:
         ({"train.aggregation": "coordinate-median"}, "train.aggregation=coverage-mean"),
         ({"train.strategy": "scaffold", "server.reorder-every": "never"}, "train.correction=none"),
         ({"train.strategy": "heterofl", "train.aggregation": "coverage-mean"}, "model.norm=group"),
-        ({"server.damping": 1.0}, "server.damping=0"),
+        ({"train.reply-timeout-seconds": 60.0}, "train.reply-timeout-seconds=none"),
+        ({"ranks.shrink-threshold": 0.1, "ranks.shrink-every": 2}, "ranks.shrink-threshold=0"),
         ({"server.tail-decay": 0.1}, "server.tail-decay=0"),
     ],
 )
@@ -242,6 +248,73 @@ def test_without_opacus_there_is_an_error_and_no_guess(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(UserError, match=r"pip install 'fedmaestro\[privacy\]'"):
         fedmaestro.run(overrides=SMALL, out=tmp_path / "r", actors=0)
+
+
+def test_models_of_their_own_and_other_settings_have_noise_of_their_own() -> None:
+    """Where two have the same, the difference of what is released is without."""
+    before = drawn(5, torch.Generator().manual_seed(0))
+    empty, divisor = AGGREGATIONS["coverage-mean"].init(before), expected({5: 2.0}, before)
+    one = privacy(settings="a").released(empty, before, divisor, 1, "low")["fc.u"] - before["fc.u"]
+    for other in (
+        privacy(settings="a").released(empty, before, divisor, 1, "high"),
+        privacy(settings="a").released(empty, before, divisor, 2, "low"),
+        privacy(settings="b").released(empty, before, divisor, 1, "low"),
+        privacy(settings="a", seed=1).released(empty, before, divisor, 1, "low"),
+    ):
+        moved = (other["fc.u"] - before["fc.u"]).flatten()
+        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), moved]))[0, 1])) < 0.6
+
+
+def test_the_server_sees_to_the_clip_norm_itself(tmp_path: Path) -> None:
+    """What hosts send is longer than agreed: it does not count."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = sound(message, context)
+        sums = reply.content.array_records["sums"]
+        for name in list(sums):
+            sums[name] = Array(sums[name].numpy() + 0.1)
+        return reply
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return sound(message, context)
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return sound(message, context)
+
+    with pytest.raises(UntrainedError) as error:
+        fedmaestro.run(overrides=SMALL, out=tmp_path / "r", actors=0, client_app=app)
+    kinds = json.loads((error.value.path / "summary.json").read_text())["failed_by"]
+    assert list(kinds) == ["too-large"]
+
+
+def test_steps_of_a_users_own_see_nothing_of_the_devices(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    @extend.server_step("peek")
+    def peek(state: State, memory: Any, server_round: Any) -> Any:
+        seen.append((server_round.partial.devices, float(server_round.contributors["fc3.bias"].max())))
+        return state, memory
+
+    fedmaestro.run(overrides=SMALL | {"server.steps": "optimizer peek"}, out=tmp_path / "r", actors=0)
+    assert seen == [(0, 8.0)] * 4, "eight devices in expectation"
+
+
+def test_another_selection_is_no_poisson_sampling(tmp_path: Path) -> None:
+    own = Selection(name="by-size", select=lambda _round, candidates, *_: candidates[:3], exact=False, summary="")
+    extend.selection("by-size")(own)
+    with pytest.raises(UserError, match=r"needs train\.selection=poisson"):
+        fedmaestro.run(overrides=SMALL | {"train.selection": "by-size"}, out=tmp_path / "r", actors=0)
+
+
+def test_idle_rounds_do_not_end_a_private_run(tmp_path: Path) -> None:
+    few = SMALL | {"train.devices-per-round": 1, "train.rounds": 12, "train.max-idle-rounds": 1}
+    run = fedmaestro.run(overrides=few, out=tmp_path / "r", actors=0)
+    assert [record.round for record in run.rounds] == list(range(13))
+    assert 0 in [record.devices for record in run.rounds[1:]]
 
 
 @pytest.mark.parametrize("row", ["fedmaestro", "exclusive", "alternating", "fjord", "fedrolex"])

@@ -86,8 +86,10 @@ def test_what_a_killed_process_has_left_of_a_file_is_removed(tmp_path: Path) -> 
         tmp_path / f".summary.json.{tag}"
         for tag in (f"{machine}-{dead.pid}", f"00000000-{dead.pid}", f"{machine}-{os.getppid()}")
     )
-    for path in (left, elsewhere, alive):
+    old = tmp_path / ".summary.json.00000000-1"
+    for path in (left, elsewhere, alive, old):
         path.write_text("half")
+    os.utime(old, (0, 0))
     write_atomically(tmp_path / "summary.json", "{}")
     assert {*tmp_path.iterdir()} == {tmp_path / "summary.json", elsewhere, alive}
 

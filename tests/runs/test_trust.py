@@ -253,26 +253,59 @@ def test_a_crafted_message_is_not_unpickled(canary: Path, tmp_path: Path) -> Non
     assert canary.exists()
 
 
+@pytest.mark.parametrize("when", ["before it is stored", "afterwards"])
 def test_objects_in_a_cache_that_others_write_to_are_not_believed(
-    canary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    canary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, when: str
 ) -> None:
     from fedmaestro.runs import code as module
 
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(module, "SHIPPED_BYTES", 10)
     good = Code(objects=pickle.dumps([]), object_digests={"model x": "0"})
-    job = shipped(good)
-    entry = module.cached(good.fingerprint)
-    shutil.rmtree(entry)
     bad = Code(objects=pickle.dumps([Bomb(canary)]), object_digests={"model x": "0"})
-    assert bad.fingerprint == good.fingerprint
-    cache.fetch(entry, lambda folder: (folder / "code.json").write_bytes(bad.to_bytes()) and None, lambda _: True)
+    assert bad.fingerprint == good.fingerprint, "so a fingerprint says nothing of the bytes"
+    name = str(shipped(good)[module.LARGE])
+    names = [good.fingerprint, name]
+    for entry in map(module.cached, names):
+        shutil.rmtree(entry, ignore_errors=True)
+    if when == "afterwards":
+        shipped(good)
+    for entry in map(module.cached, names):
+        shutil.rmtree(entry, ignore_errors=True)
+        cache.fetch(entry, lambda folder: (folder / "code.json").write_bytes(bad.to_bytes()) and None, lambda _: True)
+    job = shipped(good) if when != "afterwards" else {module.LARGE: name}
+    module._from_cache.cache_clear()
     token = module.objects_welcome.set(True)
     try:
-        with pytest.raises(UserError, match="this host lacks the experiment's objects"):
-            received(dict(job))
+        if when == "afterwards":
+            with pytest.raises(UserError, match="this host lacks the experiment's objects"):
+                received(dict(job))
+        else:
+            assert received(dict(job)).objects == good.objects, "what was planted is replaced"
     finally:
         module.objects_welcome.reset(token)
+    assert not canary.exists()
+
+
+def test_what_is_shown_is_what_runs(foreign: Path, canary: Path) -> None:
+    """Somebody who reads ``code/*.py`` before they trust it reads what is in ``code.json``."""
+    (foreign / "code" / "mine.py").write_text("# harmless\n")
+    with pytest.raises(UserError, match=r"is not what .* holds, which is what would run"):
+        fedmaestro.load_model(foreign, "low", trust=True)
+    assert not canary.exists()
+
+
+def test_a_signature_is_for_the_code_that_is_signed(foreign: Path, canary: Path, tmp_path: Path) -> None:
+    """A folder of this user's that comes back with another ``use``."""
+    code = foreign / "code"
+    (code / "signature").write_text(sign((code / "code.json").read_bytes()))
+    (foreign / "evil.py").write_text(ROWS.format(canary=str(canary)).replace("(64, 16)", "(64, 18)"))
+    config = foreign / "config.toml"
+    lines = ['use = "evil.py"' if x.startswith("use =") else x for x in config.read_text().splitlines()]
+    config.write_text("\n".join(lines))
+    for more in ({"out": tmp_path / "new"}, {"out": foreign, "resume": True}):
+        with pytest.raises(UserError, match=r"--trust|other code"):
+            fedmaestro.run(config, actors=0, **more)
     assert not canary.exists()
 
 
