@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -24,6 +24,7 @@ from fedmaestro.flower.ray_grid import RayGrid
 from fedmaestro.flower.ray_runtime import RayRuntime, check_gpus, free_cpus, joined
 from fedmaestro.interrupt import interrupt_sets
 from fedmaestro.rounds.placement import placed_on
+from fedmaestro.runs.code import objects_welcome
 
 log = logging.getLogger("fedmaestro")
 
@@ -143,6 +144,26 @@ def simulate(
         server(grid)
 
 
+class _OwnHosts(ClientApp):
+    """Hosts of this process's Ray, which may be sent objects.
+
+    Args:
+        client_app: what they do.
+    """
+
+    def __init__(self, client_app: ClientApp) -> None:
+        super().__init__()
+        self._client_app = client_app
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Return the app's reply."""
+        welcome = objects_welcome.set(True)
+        try:
+            return self._client_app(message, context)
+        finally:
+            objects_welcome.reset(welcome)
+
+
 def _by_flower(server: Callable[[Grid], None], client_app: ClientApp, *, actors: int, stop: threading.Event) -> None:
     from flwr.simulation import run_simulation
 
@@ -155,7 +176,7 @@ def _by_flower(server: Callable[[Grid], None], client_app: ClientApp, *, actors:
     options: dict[str, Any] = {"client_resources": ACTOR_OPTIONS, "init_args": {"num_cpus": actors}}
     with interrupt_sets(stop):
         try:
-            run_simulation(server_app, client_app, NODES_PER_ACTOR * actors, backend_config=options)
+            run_simulation(server_app, _OwnHosts(client_app), NODES_PER_ACTOR * actors, backend_config=options)
         finally:
             # The server's thread must not wait for hosts that are gone.
             stop.set()

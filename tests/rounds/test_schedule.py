@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedmaestro.fleet.clock import device_timing
 from fedmaestro.fleet.plan import Plan, make_plan
 from fedmaestro.fleet.rule import SubmodelRule
+from fedmaestro.fleet.selection import SELECTIONS
 from fedmaestro.fleet.tiers import FLEETS, Tier, assign_tiers
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.cohorts import Pace, cut
@@ -167,6 +168,21 @@ def test_tiers_that_do_not_train_are_never_sampled() -> None:
         assert len(finished(schedule)) == 3
         seen |= {*finished(schedule), *schedule.dropped}
     assert seen == capable
+
+
+@given(SEEDS, ROUNDS, st.integers(1, DEVICES), st.sets(st.integers(0, DEVICES - 1), max_size=DEVICES - 1))
+def test_under_poisson_sampling_devices_do_not_depend_on_each_other(
+    seed: int, server_round: int, wanted: int, without_data: set[int]
+) -> None:
+    """Whoever else has no examples: a device takes part or not. Nobody is one too many."""
+    plan, poisson = plan_of(), SELECTIONS["poisson"]
+    shared = {"seed": seed, "server_round": server_round, "devices_per_round": wanted, "selection": poisson}
+    everybody = schedule_round(plan=plan, tier_of=TIER_OF, examples=EXAMPLES, **shared)  # type: ignore[arg-type]
+    examples = [0 if device in without_data else count for device, count in enumerate(EXAMPLES)]
+    fewer = schedule_round(plan=plan, tier_of=TIER_OF, examples=examples, **shared)  # type: ignore[arg-type]
+    assert sorted(finished(fewer)) == sorted(set(finished(everybody)) - without_data)
+    assert not fewer.dropped
+    assert not everybody.dropped
 
 
 def test_availability_is_the_share_of_reachable_devices() -> None:
