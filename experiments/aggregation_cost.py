@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import torch
 
+from fedmaestro.memory import keep_freed_memory
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.tree import Span, joined, reduced
 from fedmaestro.strategies import AGGREGATIONS
@@ -79,6 +80,7 @@ def reply_ratio() -> float:
 def main() -> None:
     """Print both as Markdown."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a run
     print(f"| rule | {' | '.join(f'{model}, s per round' for model in MODELS)} |\n|---|{'---|' * len(MODELS)}")
     for rule in AGGREGATIONS:
         print(f"| {rule} | {' | '.join(f'{round_seconds(model, rule):.3f}' for model in MODELS)} |", flush=True)
