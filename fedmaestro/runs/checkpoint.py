@@ -61,6 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "facts": facts,
         "fingerprint": checkpoint.fingerprint,
     }
+    progress["seal"] = _seal(progress)
     write_atomically(folder / name, content)
     if (before := _before(folder, checkpoint.number)) is not None:
         write_atomically(folder / OLDER, before)
@@ -132,6 +133,8 @@ def _load(pointer: Path) -> Checkpoint:
             raise _OtherVersionError(
                 f"the checkpoint in {folder} has format {number}, this version reads {FORMAT}: start anew"
             )
+        if progress.get("seal", sealed := _seal(progress)) != sealed:
+            raise ValueError("it is not as it was written")
         if progress["file"] != _file_name(progress["round"]):  # nothing else is read, wherever it lies
             raise ValueError(f"it names {progress['file']!r}")
         content = read_file(folder / progress["file"], None)
@@ -162,6 +165,12 @@ def file_key(*parts: str) -> str:
 
 def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(content + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _seal(progress: Mapping[str, Any]) -> str:
+    """Return what says that a pointer is as it was written."""
+    content = {key: value for key, value in progress.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _file_name(number: int) -> str:
