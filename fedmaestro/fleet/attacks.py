@@ -195,6 +195,8 @@ def find_attackers(
     chosen = names if tiers == ALL_TIERS else [tier.strip() for tier in tiers.split(",")]
     for tier in chosen:
         check_name("fleet.attack-tiers", tier, [ALL_TIERS, *names])
+    if strength is not None and ATTACKS[name].update is None:
+        raise UserError(f"fleet.attack-strength={strength:g} has no effect: {name} changes labels: leave it out")
     devices: list[int] = []
     for index, tier in enumerate(names):
         if tier in chosen:

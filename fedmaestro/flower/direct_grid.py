@@ -268,15 +268,13 @@ class HostCall:
     def __call__(self, message: Message) -> Message:
         """Return the app's reply."""
         threads = torch.get_num_threads()
-        welcome = objects_welcome.set(True)
         try:
             # A host in this process must leave the user's own random numbers and threads alone.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), objects_welcome():
                 return _reply(self._app(message, self._context), message)
         except Exception as error:
             return Message(Error(HOST_ERROR, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
-            objects_welcome.reset(welcome)
             torch.set_num_threads(threads)
 
 

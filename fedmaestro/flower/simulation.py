@@ -157,11 +157,8 @@ class _OwnHosts(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Return the app's reply."""
-        welcome = objects_welcome.set(True)
-        try:
+        with objects_welcome():
             return self._client_app(message, context)
-        finally:
-            objects_welcome.reset(welcome)
 
 
 def _by_flower(server: Callable[[Grid], None], client_app: ClientApp, *, actors: int, stop: threading.Event) -> None:

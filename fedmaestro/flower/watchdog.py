@@ -9,7 +9,7 @@ from contextlib import contextmanager
 log = logging.getLogger("fedmaestro")
 
 FACTOR = 10
-"""Times the predicted duration that a round may take before anything is said, and that many times more each time."""
+"""Times the predicted duration that a round may take before anything is said."""
 
 LEAST_SECONDS = 30.0
 """Nothing is said before."""

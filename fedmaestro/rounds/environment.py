@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.attacks import Attackers, find_attackers
 from fedmaestro.fleet.learned import Rederivation
 from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
-from fedmaestro.fleet.tiers import assign_tiers, load_tiers
+from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.method import Method, method_of
@@ -140,7 +140,8 @@ def open_environment(
     ):
         check_name(key, name, known)
     if data.devices is not None:
-        assign_tiers(tiers, data.devices, config.seed)  # what is wrong with it shows before data are decoded
+        # What is wrong with it shows before data are decoded.
+        _attackers(config, assign_tiers(tiers, data.devices, config.seed), tiers)
     task = open_data(
         data.name,
         data_folder(data.dir),
@@ -165,7 +166,11 @@ def open_environment(
         aggregation = replace(method.aggregation, name="private-mean", weigh=equally)
         method = replace(method, aggregation=aggregation)
     tier_of = assign_tiers(tiers, devices, config.seed)
-    attackers = _attackers(config, tier_of, [tier.name for tier in tiers], task)
+    attackers = _attackers(config, tier_of, tiers)
+    if attackers is not None and attackers.attack.labels is not None and task.goal.targets != "classes":
+        raise UserError(
+            f"fleet.attack={config.fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
+        )
     architecture, task = _architecture(config, method, task)
     plan = make_plan(
         architecture,
@@ -206,22 +211,17 @@ def open_environment(
     )
 
 
-def _attackers(config: ExperimentConfig, tier_of: Indices, names: list[str], task: Task) -> Attackers | None:
+def _attackers(config: ExperimentConfig, tier_of: Indices, tiers: Sequence[Tier]) -> Attackers | None:
     fleet = config.fleet
-    found = find_attackers(
+    return find_attackers(
         fleet.attack,
         fleet.attackers,
         fleet.attack_tiers,
         fleet.attack_strength,
         tier_of=tier_of,
-        names=names,
+        names=[tier.name for tier in tiers],
         seed=config.seed,
     )
-    if found is not None and found.attack.labels is not None and task.goal.targets != "classes":
-        raise UserError(
-            f"fleet.attack={fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
-        )
-    return found
 
 
 def _device_tests(config: ExperimentConfig, task: Task, parts: Parts) -> tuple[Parts, DeviceTests]:

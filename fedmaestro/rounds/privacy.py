@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from fedmaestro.fleet.selection import SELECTIONS
 from fedmaestro.rounds.method import Method
 from fedmaestro.strategies.base import Partial, add_to_leading_block
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
-from fedmaestro.submodel import Signature, State
+from fedmaestro.submodel import Signature, State, leading_block
 
 _NO_RESULT = {"out", "use", "data.dir", "data.file", "fleet.file", "train.cohort-size"}
 """Settings that name places, or change the speed only."""
@@ -108,7 +109,8 @@ class Privacy:
             for shapes, block in partial:
                 if name in shapes:
                     add_to_leading_block(total, block.sums[name], shapes[name])
-                    add_to_leading_block(total, -block.devices * _leading(old, shapes[name]), shapes[name])
+                    held = leading_block(old, shapes[name]).double()
+                    add_to_leading_block(total, -block.devices * held, shapes[name])
             noise = torch.from_numpy(np.asarray(generator.standard_normal(tuple(old.shape))))
             moved = (total + self.noise_multiplier * self.clip_norm * noise) / expected[name].clamp(min=1e-300)
             new[name] = torch.where(expected[name] > 0, (old.double() + moved).to(old.dtype), old)
@@ -117,10 +119,6 @@ class Privacy:
     def epsilon(self, rounds: int) -> float:
         """Return ε of so many rounds at ``delta``."""
         return _epsilon(self.noise_multiplier, self.rate, rounds, self.delta)
-
-
-def _leading(old: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return old[tuple(slice(n) for n in shape)].double()
 
 
 @lru_cache(maxsize=1024)
@@ -169,13 +167,12 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
     asked = config.privacy
     if not asked.noise_multiplier:
         return None
-    try:
-        import opacus  # noqa: F401
-    except ImportError:
+    # Hosts come by here too, and need none of what it imports.
+    if find_spec("opacus") is None:
         raise UserError(
             f"privacy.noise-multiplier={asked.noise_multiplier} needs the accountant of Opacus: "
             "pip install 'fedmaestro[privacy]', or leave it out"
-        ) from None
+        )
     for wrong, why in (
         (
             method.selection is not SELECTIONS["poisson"],

@@ -493,8 +493,17 @@ def shipped(code: Code) -> dict[str, Any]:
     return {LARGE: name}
 
 
-objects_welcome: ContextVar[bool] = ContextVar("objects_welcome", default=False)
-"""Whether messages may hold pickled objects: those of this process, and of a Ray that it is part of."""
+_objects_welcome: ContextVar[bool] = ContextVar("objects_welcome", default=False)
+
+
+@contextmanager
+def objects_welcome() -> Iterator[None]:
+    """Let messages hold pickled objects inside: those of this process, and of a Ray that it is part of."""
+    token = _objects_welcome.set(True)
+    try:
+        yield
+    finally:
+        _objects_welcome.reset(token)
 
 
 def received(job: dict[str, Any]) -> Code:
@@ -504,7 +513,7 @@ def received(job: dict[str, Any]) -> Code:
         UserError: it is not in this machine's cache, or has pickled objects from somewhere else.
     """
     code = _received(job)
-    if code.objects and not objects_welcome.get():
+    if code.objects and not _objects_welcome.get():
         raise UserError(
             "objects of scripts and notebooks go to the hosts of this process and its Ray only: put them into a file "
             "that use names"

@@ -54,6 +54,7 @@ def test_each_tier_has_its_share_of_attackers() -> None:
     [
         ({"name": "sign"}, "unknown fleet.attack 'sign': did you mean 'sign-flip'"),
         ({"tiers": "low,hihg"}, "unknown fleet.attack-tiers 'hihg': did you mean 'high'"),
+        ({"name": "label-flip", "strength": 2.0}, "fleet.attack-strength=2 has no effect: label-flip changes labels"),
         ({"share": 0.01}, "fleet.attackers=0.01 of the devices of each tier is nobody"),
     ],
 )

@@ -275,15 +275,12 @@ def test_objects_in_a_cache_that_others_write_to_are_not_believed(
         cache.fetch(entry, lambda folder: (folder / "code.json").write_bytes(bad.to_bytes()) and None, lambda _: True)
     job = shipped(good) if when != "afterwards" else {module.LARGE: name}
     module._from_cache.cache_clear()
-    token = module.objects_welcome.set(True)
-    try:
+    with module.objects_welcome():
         if when == "afterwards":
             with pytest.raises(UserError, match="this host lacks the experiment's objects"):
                 received(dict(job))
         else:
             assert received(dict(job)).objects == good.objects, "what was planted is replaced"
-    finally:
-        module.objects_welcome.reset(token)
     assert not canary.exists()
 
 
