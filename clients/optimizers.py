@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedmaestro.errors import UserError
+
 
 class Stepping(Protocol):
     """What a device needs of its optimiser."""
@@ -98,32 +100,62 @@ OPTIMIZERS: dict[str, LocalOptimizer] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decay:
+    """How far the learning rate falls."""
+
+    final: float = 1.0
+    """``train.lr-final-factor``."""
+    milestones: tuple[int, ...] = ()
+    """``train.lr-milestones``; none: half and three quarters of the rounds."""
+    gamma: float = 0.1
+    """``train.lr-gamma``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """One row of ``SCHEDULES``."""
 
     name: str
-    factor: Callable[[int, int, float], float]
-    """``(round from 1 on, rounds, train.lr-final-factor) -> factor`` of the learning rate."""
+    factor: Callable[[int, int, Decay], float]
+    """``(round from 1 on, rounds, decay) -> factor`` of the learning rate."""
     summary: str
 
 
-def _cosine(server_round: int, rounds: int, final: float) -> float:
+def decay_of(schedule: str, rounds: int, final: float, milestones: str, gamma: float) -> Decay:
+    """Return what settings say of a schedule's decay.
+
+    Raises:
+        UserError: milestones that are no ascending rounds before the last one, or of a schedule that has none.
+    """
+    words = milestones.replace(",", " ").split()
+    if words and schedule != "steps":
+        raise UserError(f"train.lr-milestones={milestones!r} has no effect: train.schedule is {schedule!r}: use steps")
+    if not all(word.isdecimal() and 0 < int(word) < rounds for word in words):
+        raise UserError(
+            f"train.lr-milestones={milestones!r}: write rounds from 1 to {rounds - 1} (train.rounds={rounds}), "
+            "separated by spaces"
+        )
+    return Decay(final=final, milestones=tuple(sorted({int(word) for word in words})), gamma=gamma)
+
+
+def _cosine(server_round: int, rounds: int, decay: Decay) -> float:
     done = (server_round - 1) / max(1, rounds - 1)
-    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    return decay.final + (1 - decay.final) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _steps(server_round: int, rounds: int, final: float) -> float:  # noqa: ARG001
-    return 0.1 ** sum(server_round > share * rounds for share in (0.5, 0.75))
+def _steps(server_round: int, rounds: int, decay: Decay) -> float:
+    passed = decay.milestones or [share * rounds for share in (0.5, 0.75)]
+    return decay.gamma ** sum(server_round > milestone for milestone in passed)
 
 
 SCHEDULES: dict[str, Schedule] = {
     row.name: row
     for row in (
         Schedule(name="cosine", factor=_cosine, summary="a cosine down to train.lr-final-factor of train.lr"),
-        Schedule(name="steps", factor=_steps, summary="×0.1 after half and after three quarters of the rounds"),
+        Schedule(name="steps", factor=_steps, summary="×train.lr-gamma after each of train.lr-milestones"),
         Schedule(
             name="exponential",
-            factor=lambda server_round, rounds, final: final ** ((server_round - 1) / max(1, rounds - 1)),
+            factor=lambda server_round, rounds, decay: decay.final ** ((server_round - 1) / max(1, rounds - 1)),
             summary="the same factor in every round, down to train.lr-final-factor of train.lr",
         ),
         Schedule(name="constant", factor=lambda *_: 1.0, summary="train.lr in every round"),

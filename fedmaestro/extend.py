@@ -266,7 +266,7 @@ def _schedule(name: str, value: Any, options: Mapping[str, Any]) -> Any:
         return _record(name, value)
     if not callable(value):
         raise _refuse("schedule", name, value)
-    factor = lambda server_round, rounds, _final: float(value(server_round, rounds))  # noqa: E731
+    factor = lambda server_round, rounds, _decay: float(value(server_round, rounds))  # noqa: E731
     return Schedule(name=name, factor=factor, summary=_summary(value, options))
 
 

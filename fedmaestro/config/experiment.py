@@ -67,6 +67,11 @@ class DataConfig(Table):
     )
     partition: str = Field("dirichlet", description="how examples are spread (`fedmaestro list partitions`)")
     alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: smaller is more skewed")
+    self_balancing: bool = Field(
+        False,
+        description="for partition = dirichlet: a device with more than N / devices examples gets none of the classes "
+        "that follow (flwr-datasets' self_balancing)",
+    )
     classes_per_device: Positive = Field(2, description="for partition = pathological")
     min_examples: int = Field(1, ge=0, description="fewest examples of a device, for partition = dirichlet or quantity")
     share_examples: int = Field(
@@ -83,6 +88,11 @@ class DataConfig(Table):
         "users, where the data name users",
     )
     augment: str = Field("none", description="random changes of training examples (`fedmaestro list augmentations`)")
+    normalize: Literal["dataset", "unit"] = Field(
+        "dataset",
+        description="pixels of images: dataset: minus the training images' mean, over their standard deviation; unit: "
+        "over 255 only",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +119,9 @@ class ModelConfig(Table):
         None,
         description="HeteroFL's scaler: narrow models divide activations by their width; default: the strategy's",
     )
+    width: float = Field(
+        1.0, gt=0, le=1, description="part of the model's channels that the whole network of the experiment has"
+    )
 
 
 class FleetConfig(Table):
@@ -116,6 +129,11 @@ class FleetConfig(Table):
 
     preset: str = Field("five-tiers", description="fleet (`fedmaestro list fleets`)")
     file: PathSetting = Field(None, description="TOML file with tiers of your own; overrides the preset")
+    assignment: Literal["fixed", "dynamic"] = Field(
+        "fixed",
+        description="fixed: a device's tier is its own; dynamic: every device draws one in each round, by the tiers' "
+        "shares (HeteroFL)",
+    )
     over_commit: float = Field(
         1.0, ge=1.0, le=10.0, description="sample this many times more devices and take the first to finish"
     )
@@ -182,6 +200,12 @@ class TrainConfig(Table):
     lr_final_factor: float = Field(
         0.05, gt=0, le=1, description="part of lr that the cosine or exponential schedule ends with; 1: constant"
     )
+    lr_milestones: str = Field(
+        "",
+        description="for schedule = steps: rounds after which lr is multiplied by lr-gamma, separated by spaces; "
+        "empty: half and three quarters of the rounds",
+    )
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="for schedule = steps: factor of lr at each milestone")
     warmup_rounds: int = Field(0, ge=0, description="rounds in which the learning rate grows linearly at first")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the local optimiser sgd")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the local optimiser")

@@ -45,6 +45,11 @@ class TrainingData(Table):
         3, description="multi30k: tokens that are rarer in the training sentences become unknown"
     )
     augment: str = Field("none", description="random changes of training examples (`fedmaestro list augmentations`)")
+    normalize: Literal["dataset", "unit"] = Field(
+        "dataset",
+        description="pixels of images: dataset: minus the training images' mean, over their standard deviation; unit: "
+        "over 255 only",
+    )
 
 
 class TrainedModel(Table):

@@ -41,6 +41,7 @@ class Dealing:
         classes_per_device: ``data.classes-per-device``.
         min_examples: ``data.min-examples``.
         share_examples: ``data.share-examples``.
+        self_balancing: ``data.self-balancing``.
     """
 
     count: int
@@ -52,6 +53,7 @@ class Dealing:
     classes_per_device: int = 2
     min_examples: int = 1
     share_examples: int = 0
+    self_balancing: bool = False
 
     @property
     def classes(self) -> Indices:
@@ -99,6 +101,7 @@ def partition(
     classes_per_device: int = 2,
     min_examples: int = 1,
     share_examples: int = 0,
+    self_balancing: bool = False,
     groups: Indices | None = None,
     count: int | None = None,
 ) -> Parts:
@@ -120,6 +123,7 @@ def partition(
         min_examples: every device has as many; "dirichlet" draws again up to 10 times to reach it.
         share_examples: examples that each device draws from all, independently of the others; 0: none is shared.
             "dirichlet" then draws a device's classes from its own Dirichlet draw (Hsu et al., 2019, arXiv 1909.06335).
+        self_balancing: for "dirichlet": devices with more than N / num_devices examples get none of further classes.
         groups: (N,) users of the examples, for "natural".
         count: N, where there are neither labels nor groups.
 
@@ -142,6 +146,7 @@ def partition(
         classes_per_device=classes_per_device,
         min_examples=min_examples,
         share_examples=share_examples,
+        self_balancing=self_balancing,
     )
     _check(dealing, scheme)
     row = PARTITIONS[scheme]
@@ -198,6 +203,11 @@ def _check(dealing: Dealing, scheme: str) -> None:
             raise UserError(f"{setting} = {value}: must be at least {lowest}")
     if not (dealing.alpha > 0 and math.isfinite(dealing.alpha)):
         raise UserError(f"data.alpha = {dealing.alpha}: must be a positive number")
+    if dealing.self_balancing and (scheme != "dirichlet" or dealing.share_examples):
+        raise UserError(
+            "data.self-balancing = true: it is for data.partition = 'dirichlet' without data.share-examples: leave it "
+            "out"
+        )
     if row.needs == "labels" and dealing.labels is None:
         raise UserError(
             f"data.partition = {scheme!r} goes by classes, and the data have none: use iid, quantity or natural"
@@ -301,6 +311,8 @@ def _dirichlet(dealing: Dealing) -> DealtParts:
     generator = np.random.default_rng(dealing.seed)
     for _ in range(_DRAWS):
         shares = _shares(generator, dealing, len(members))
+        if dealing.self_balancing:
+            shares = _self_balanced(shares, members, dealing)
         ends = np.stack([(np.cumsum(row) * len(of)).astype(int)[:-1] for row, of in zip(shares, members, strict=True)])
         # Sizes first: most draws that fail would only be dealt to be thrown away.
         counts = np.diff(ends, axis=1, prepend=0, append=np.array([[len(of)] for of in members]))
@@ -320,6 +332,21 @@ def _shares(generator: np.random.Generator, dealing: Dealing, rows: int) -> list
     if not all(np.isfinite(row).all() for row in shares):
         raise _no_draw(dealing)
     return shares
+
+
+def _self_balanced(
+    shares: Sequence[npt.NDArray[np.float64]], members: Sequence[Indices], dealing: Dealing
+) -> list[npt.NDArray[np.float64]]:
+    """Take their shares of a class from the devices that have more than ``N / devices`` examples of those before."""
+    dealt, balanced = np.zeros(dealing.devices), []
+    for row, of in zip(shares, members, strict=True):
+        open_to = row * (dealt <= dealing.count / dealing.devices)
+        total = sum(open_to.tolist())  # in this order, as flwr-datasets adds them: shares end at whole examples
+        if not total > 0:
+            raise _no_draw(dealing)
+        balanced.append(open_to / total)
+        dealt += np.diff((np.cumsum(balanced[-1]) * len(of)).astype(int)[:-1], prepend=0, append=len(of))
+    return balanced
 
 
 def _no_draw(dealing: Dealing) -> UserError:

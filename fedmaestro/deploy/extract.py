@@ -142,6 +142,7 @@ def extract(
         form=architecture.form,
         keep_dense=card.keep_dense,
         norm=card.norm,
+        width=card.width,
         input_shape=card.input_shape,
         num_classes=card.num_classes,
         inputs=card.inputs,

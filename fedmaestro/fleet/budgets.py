@@ -57,6 +57,12 @@ def within_ranks(tier: Tier, fractions: Sequence[Fraction]) -> Sequence[Fraction
     return [f for f in fractions if f <= cap] or fractions[:1]
 
 
+def within_widths(tier: Tier, fractions: Sequence[Fraction]) -> Sequence[Fraction]:
+    """Return those of ``fractions`` (ascending) that the tier's width allows: the smallest one in any case."""
+    cap = Fraction(1) if tier.width is None else exact(tier.width)
+    return [f for f in fractions if f <= cap] or fractions[:1]
+
+
 def fit(tier: Tier, chain: Sequence[Link], cost_at: Callable[[Link], Cost], full: Cost) -> Link:
     """Return the largest of a ``chain`` of nested sizes (ascending) whose cost fits every budget of ``tier``.
 
@@ -86,7 +92,12 @@ def exact(fraction: float) -> Fraction:
 
 
 def with_macs_budget(tier: Tier, macs: int) -> Tier:
-    """Return ``tier`` for a width-scaled model: the MACs of its ranks take the place of the rank fraction."""
+    """Return ``tier`` for a width-scaled model: the MACs of its ranks take the place of the rank fraction.
+
+    A tier that says its width, and nothing of ranks, has no ranks of its own.
+    """
+    if tier.width is not None and tier.rank_fraction is None:
+        return tier
     limit = macs if tier.macs is None else min(macs, tier.macs)
     return tier.model_copy(update={"rank_fraction": None, "macs_fraction": None, "macs": limit})
 

@@ -7,7 +7,15 @@ from fractions import Fraction
 from functools import cache, cached_property
 
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
+from fedmaestro.fleet.budgets import (
+    budgets,
+    exact,
+    fit,
+    with_macs_budget,
+    within_ranks,
+    within_widths,
+    without_fraction,
+)
 from fedmaestro.fleet.cost import Cost, cost
 from fedmaestro.fleet.match import matched_sizes
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
@@ -130,10 +138,10 @@ def make_plan(
     """
     _check_ranked(architecture, tiers)
     setting = Setting(rule=rule, batch_size=batch_size, slots=slots, passes=passes)
-    fractions = _fit_fractions(architecture, tiers, setting)
+    dense = replace(architecture, form="dense")
+    fractions = _fit_fractions(architecture, [_at_width(tier, architecture, setting) for tier in tiers], setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
     if rule.form == "dense" or match_macs:
-        dense = replace(architecture, form="dense")
         macs = [_cost(architecture, size, setting).macs_per_example for size in sizes]
         if match_macs:
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
@@ -291,6 +299,16 @@ def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submo
     return {"own": own, "smallest": smallest}.get(rule.trains, whole)
 
 
+def _at_width(tier: Tier, architecture: Architecture, setting: Setting) -> Tier:
+    """Return ``tier`` for a rank model: the MACs of its width are a budget, or those of the smallest ranks if more."""
+    if tier.width is None:
+        return tier
+    dense = replace(architecture, form="dense")
+    sizes = (dense, dense.size_at(exact(tier.width))), (architecture, architecture.size_at(architecture.fractions()[0]))
+    macs = max(_cost(of, size, setting).macs_per_example for of, size in sizes)
+    return tier.model_copy(update={"macs": macs if tier.macs is None else min(macs, tier.macs)})
+
+
 def _fit_fractions(architecture: Architecture, tiers: Sequence[Tier], setting: Setting) -> list[Fraction]:
     """Fit every tier to the chain of the architecture's fractions."""
     chain = architecture.fractions()
@@ -299,7 +317,8 @@ def _fit_fractions(architecture: Architecture, tiers: Sequence[Tier], setting: S
     def cost_at(position: int) -> Cost:
         return _cost(architecture, architecture.size_at(chain[position]), setting)
 
-    reach = [len(within_ranks(tier, chain)) for tier in tiers]
+    within = within_widths if architecture.form == "dense" else within_ranks
+    reach = [len(within(tier, chain)) for tier in tiers]
     return [chain[i] for i in _fit_all(tiers, reach, cost_at, cost_at(len(chain) - 1), setting.together)]
 
 

@@ -37,6 +37,9 @@ class Tier(BaseModel):
     """Part of the fleet."""
     rank_fraction: float | None = Field(None, gt=0, le=1)
     """Ranks at most ``⌊fraction · R⌋`` (1 at least); width models get the MACs of those ranks as their budget."""
+    width: float | None = Field(None, gt=0, le=1)
+    """Channels at most this part of the whole network's; rank models get the MACs of that width as their budget, or the
+    smallest ranks where these cost more."""
     macs_fraction: float | None = Field(None, gt=0, le=1)
     """Forward MACs at most this part of the full model's."""
     macs: int | None = Field(None, gt=0)
@@ -82,6 +85,10 @@ class FleetPreset:
 
 
 FLEETS: dict[str, FleetPreset] = {
+    "uniform": FleetPreset(
+        summary="one tier that affords the whole network: plain federated learning",
+        tiers=(Tier(name="device", share=1.0, **_MEDIAN),),
+    ),
     "five-tiers": FleetPreset(
         summary="equal shares; ranks 1, 1/2, 1/4, 1/8, 1/16 (HeteroFL's levels, applied to ranks)",
         tiers=(
@@ -90,6 +97,15 @@ FLEETS: dict[str, FleetPreset] = {
             Tier(name="mid", share=0.2, rank_fraction=1 / 4, speed=_P50, **_MEDIAN),
             Tier(name="low", share=0.2, rank_fraction=1 / 8, speed=_P75, **_MEDIAN),
             Tier(name="minimal", share=0.2, rank_fraction=1 / 16, speed=_P95, **_SLOW),
+        ),
+    ),
+    "five-widths": FleetPreset(
+        summary="equal shares; channels 1, 1/2, 1/4, 1/8, 1/16 (HeteroFL's levels a to e)",
+        tiers=tuple(
+            Tier(name=name, share=0.2, width=2.0**-i, speed=speed, **link)
+            for i, (name, speed, link) in enumerate(
+                zip("abcde", (_P5, _P25, _P50, _P75, _P95), (_FAST, _FAST, _MEDIAN, _MEDIAN, _SLOW), strict=True)
+            )
         ),
     ),
     # Relative speeds 1, 0.42, 0.2, 0.1 with 8, 6, 4, 1 GB: measured latencies and RAM modes (FLHetBench,

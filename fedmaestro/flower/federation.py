@@ -304,6 +304,7 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
         form=architecture.form,
         keep_dense=env.config.model.keep_dense,
         norm=architecture.norm,
+        width=architecture.width,
         input_shape=list(env.task.input_shape),
         num_classes=env.task.num_classes,
         inputs=architecture.inputs,

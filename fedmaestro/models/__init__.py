@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedmaestro.models.cnn import cnn
+from fedmaestro.models.conv import conv
 from fedmaestro.models.init import initialize
 from fedmaestro.models.lenet import lenet
 from fedmaestro.models.mlp import mlp
@@ -47,6 +48,7 @@ MODELS: dict[str, ModelSpec] = {
     "mlp": _drawn(build=mlp, summary="perceptron, two hidden layers of 128 (digits)"),
     "lenet": _drawn(build=lenet, summary="LeNet-5, 44,426 parameters dense (MNIST)"),
     "cnn": _drawn(build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)"),
+    "conv": _drawn(build=conv, summary="HeteroFL's four convolutions, 1,556,874 parameters dense (MNIST)"),
     "resnet18": _drawn(build=resnet18, summary="ResNet-18 for CIFAR with GroupNorm"),
     "vgg19": _drawn(build=vgg19, summary="VGG-19 for CIFAR with GroupNorm"),
     "transformer": _drawn(build=transformer, summary="encoder-decoder Transformer, 6 + 6 layers of 512 (Multi30k)"),

@@ -57,6 +57,7 @@ class Architecture:
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
+        width: part of the model's channels that the whole network has; widths of sizes are parts of it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Architecture:
     scaler: bool = False
     norm: Norm = "group"
     inputs: Inputs = ()
+    width: Fraction = FULL
     spec: ModelSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -219,16 +221,16 @@ class Architecture:
 
         class Recorder(Scale):
             def __call__(self, channels: int) -> int:
-                counts.add(channels)
-                return channels
+                counts.add(super().__call__(channels))
+                return super().__call__(channels)
 
         if self.spec.scales:
             with torch.device("cpu" if self.own else "meta"), torch.random.fork_rng(devices=[]):
-                self.spec.build(self.input_shape, self.num_classes, Recorder())
+                self.spec.build(self.input_shape, self.num_classes, Recorder(self.width))
         return counts
 
     def _dense(self, width: Fraction) -> nn.Module:
-        model = self.spec.build(self.input_shape, self.num_classes, Scale(width))
+        model = self.spec.build(self.input_shape, self.num_classes, Scale(self.width * width))
         if self.own:
             _settle(model, self.inputs, self.name)
             use_static_batch_norms(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmaestro import rng
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.config.base import describe
 from fedmaestro.config.experiment import PREFIXES, ExperimentConfig
@@ -16,6 +17,7 @@ from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder
 from fedmaestro.data.parts import NO_PARTS, DealtParts, Indices, Parts, SplitParts
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.attacks import Attackers, find_attackers
+from fedmaestro.fleet.budgets import exact
 from fedmaestro.fleet.learned import Rederivation
 from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
 from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers
@@ -50,7 +52,7 @@ class Environment:
     parts: Parts
     """Training examples of every device."""
     tier_of: Indices
-    """``(devices,)``: tier of every device, as an index into the fleet."""
+    """``(devices,)``: tier of every device, as an index into the fleet; in a dynamic fleet, before the first round."""
     device_tests: DeviceTests
     """What every device is tested on, besides the test set."""
     plan: Plan
@@ -80,6 +82,14 @@ class Environment:
     def tier(self, device: int) -> TierPlan:
         """Return the plan of a device's tier."""
         return self.plan.by_index(int(self.tier_of[device]))
+
+    def tiers_in(self, server_round: int) -> Indices:
+        """Return ``(devices,)``: the tier of every device in a round, as an index into the fleet."""
+        if self.config.fleet.assignment == "fixed":
+            return self.tier_of
+        shares = np.array([self.plan.by_index(index).tier.share for index in range(len(self.plan.tiers))])
+        drawn = rng.generator(self.config.seed, "tiers", server_round).random(len(self.tier_of))
+        return np.minimum(np.searchsorted(np.cumsum(shares), drawn, side="right"), len(shares) - 1)
 
     @cached_property
     def devices_of(self) -> dict[int, int]:
@@ -148,6 +158,7 @@ def open_environment(
         progress=progress,
         data_fingerprint=data_fingerprint,
         augment=data.augment,
+        normalize=data.normalize,
         file=data.file,
         columns=data.columns,
     )
@@ -160,6 +171,7 @@ def open_environment(
             f"data.devices={devices}: lower it, or simulate more devices"
         )
     _check_correction(config, method)
+    _check_dynamic(config, method)
     privacy = find_privacy(config, method, devices)
     if privacy is not None:
         # The server divides the sum itself, by what does not depend on who took part.
@@ -195,6 +207,7 @@ def open_environment(
             classes_per_device=data.classes_per_device,
             min_examples=data.min_examples,
             share_examples=data.share_examples,
+            self_balancing=data.self_balancing,
         )
     parts, device_tests = _device_tests(config, task, parts)
     return Environment(
@@ -231,6 +244,8 @@ def _device_tests(config: ExperimentConfig, task: Task, parts: Parts) -> tuple[P
         return kept, DeviceTests(examples=held, held_out=True)
     if task.groups is None or task.test_groups is None or config.data.partition != "natural":
         return parts, DeviceTests()
+    if config.fleet.assignment == "dynamic":  # no tier's submodel is a device's own
+        return parts, DeviceTests()
     assert isinstance(parts, DealtParts)
     users, first = np.unique(task.groups, return_index=True)
     device_of = np.empty(len(task.groups), np.int64)
@@ -257,6 +272,22 @@ def _check_correction(config: ExperimentConfig, method: Method) -> None:
     ):
         if wrong:
             raise UserError(f"train.correction={method.correction} needs {why}: strategy {method.name!r} differs")
+
+
+def _check_dynamic(config: ExperimentConfig, method: Method) -> None:
+    """Refuse what belongs to a tier's devices where devices have no tier of their own."""
+    if config.fleet.assignment == "fixed":
+        return
+    for wrong, why in (
+        (method.correction != "none", f"train.correction={method.correction}"),
+        (config.fleet.attack != "none" and config.fleet.attack_tiers != "all", "fleet.attack-tiers"),
+        (config.data.device_test > 0, "data.device-test"),
+    ):
+        if wrong:
+            raise UserError(
+                f"fleet.assignment=dynamic draws a device's tier anew in every round, and {why} needs it to stay: "
+                "change one of them"
+            )
 
 
 def _users(task: Task) -> int:
@@ -303,8 +334,14 @@ def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple
             inputs=shaped.inputs,
             keep_dense=config.model.keep_dense,
             norm=method.norm,
+            width=exact(config.model.width),
         ),
     )
+    if config.model.width != 1 and not architecture.spec.scales:
+        raise UserError(
+            f"model.width={config.model.width}: model {config.model.name!r} has no narrower form: give its class a "
+            "parameter scale and build it with scale(channels) channels, or leave model.width out"
+        )
     if method.submodel.form == "dense" and not architecture.spec.scales:
         raise UserError(
             f"strategy {method.name!r} scales widths, and model {config.model.name!r} has no narrower form: give its "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from fedmaestro.clients import OBJECTIVES, Objective
-from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, LocalOptimizer, Schedule
+from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, Decay, LocalOptimizer, Schedule, decay_of
 from fedmaestro.config.base import Value
 from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig, decided_by_rows
 from fedmaestro.errors import UserError, check_name
@@ -34,6 +34,7 @@ class Method:
     server: tuple[ServerStep, ...]
     optimizer: LocalOptimizer
     schedule: Schedule
+    decay: Decay
     selection: Selection
     freeze: Literal["none", "v", "alternating"]
     logit_adjustment: float
@@ -112,6 +113,7 @@ def method_of(config: ExperimentConfig) -> Method:
         server=chain_of(value, config.get),
         optimizer=OPTIMIZERS[train.optimizer],
         schedule=SCHEDULES[train.schedule],
+        decay=decay_of(train.schedule, train.rounds, train.lr_final_factor, train.lr_milestones, train.lr_gamma),
         selection=SELECTIONS[train.selection],
         freeze=settings["train.freeze"],  # type: ignore[arg-type]
         logit_adjustment=cast(float, settings["train.logit-adjustment"]),

@@ -195,7 +195,7 @@ def _scheduled(
 ) -> Schedule:
     return schedule_round(
         plan=server.plan,
-        tier_of=env.tier_of,
+        tier_of=env.tiers_in(server_round),
         examples=env.parts.sizes,
         seed=env.config.seed,
         server_round=server_round,
@@ -373,7 +373,7 @@ class Gathering:
 
     def _updates(self) -> dict[str, Updates]:
         tiers = self._server.plan.tiers
-        of = self._env.tier_of
+        of = self._env.tiers_in(self._round)
         trained = Counter(int(of[report.device]) for report in self.reports)
         failed = Counter(int(of[device]) for device in self.failures)
         dropped = Counter(int(of[device]) for device in self._schedule.dropped)

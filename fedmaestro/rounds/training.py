@@ -59,7 +59,7 @@ def local_training(
 ) -> LocalTraining:
     """Return the local optimiser's settings of a round (from 1 on)."""
     train = env.config.train
-    factor = env.method.schedule.factor(server_round, train.rounds, train.lr_final_factor)
+    factor = env.method.schedule.factor(server_round, train.rounds, env.method.decay)
     if train.warmup_rounds:
         factor *= min(1.0, server_round / (train.warmup_rounds + 1))
     return LocalTraining(

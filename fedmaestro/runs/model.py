@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS
-from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.models.architecture import FULL, Architecture, Size
 from fedmaestro.models.shape import Input, Inputs
 from fedmaestro.models.static_norm import set_statistics
 from fedmaestro.places import read_file
@@ -49,6 +49,20 @@ CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
 """In JSON exactly ``{"ranks": {layer: rank}}`` or ``{"width": "1/4"}``."""
 
 
+def _width(form: Any) -> Fraction:
+    try:
+        width = Fraction(form)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise PydanticCustomError("width", f"no usable width: {type(error).__name__} {error}") from None
+    if not 0 < width <= 1:
+        raise PydanticCustomError("width", f"no usable width: {width} is not in (0, 1]")
+    return width
+
+
+CardWidth = Annotated[Fraction, PlainValidator(_width), PlainSerializer(str)]
+"""In JSON ``"1/4"``."""
+
+
 def _inputs(form: Any) -> Inputs:
     try:
         return tuple(x if isinstance(x, Input) else Input(tuple(map(int, x["shape"])), x["dtype"]) for x in form)
@@ -76,6 +90,8 @@ class ModelCard(Record):
     form: Literal["lod", "dense"]
     keep_dense: str
     norm: Literal["group", "static"] = "group"
+    width: CardWidth = FULL
+    """Of the whole network (``model.width``)."""
     input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
     num_classes: int = Field(ge=1, le=10**7)
     inputs: CardInputs = ()
@@ -110,6 +126,7 @@ class ModelCard(Record):
             form=self.form,
             keep_dense=self.keep_dense,
             norm=self.norm,
+            width=self.width,
         )
 
     def check_tier(self, tier: str | None, folder: Path) -> None:

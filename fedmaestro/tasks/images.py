@@ -20,6 +20,7 @@ def image_task(
     train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
     test_limit: int | None = None,
+    unit: bool = False,
 ) -> Task:
     """Return the task of naming the class of an image.
 
@@ -28,13 +29,16 @@ def image_task(
         train: indices of the training examples to learn from; None: all.
         held_out: indices of those that the validation split consists of; None: there is none.
         test_limit: score only this many test examples, the first.
+        unit: leave pixels in [0, 1] instead of standardising them by the channels' moments.
     """
+    channels = len(dataset.mean)
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if unit else (dataset.mean, dataset.std)
     chosen_labels = dataset.train_labels if train is None else dataset.train_labels[train]
     test_examples = len(dataset.test_labels[:test_limit])
 
     def make(images: np.ndarray, labels: np.ndarray) -> Batch:
         # Convolutions bring them into their weights' layout; a model that flattens them would have to bring them back.
-        return Batch((normalize(images, dataset.mean, dataset.std),), torch.from_numpy(np.asarray(labels)))
+        return Batch((normalize(images, mean, std),), torch.from_numpy(np.asarray(labels)))
 
     def plain(indices: np.ndarray) -> Batch:
         chosen = indices if train is None else train[indices]
@@ -66,5 +70,5 @@ def image_task(
         labels=chosen_labels,
         has_validation=held_out is not None,
         fingerprint=dataset.fingerprint,
-        facts={"mean": list(dataset.mean), "std": list(dataset.std)},
+        facts={"mean": list(mean), "std": list(std)},
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,7 @@ def open_data(
     progress: Progress | None = None,
     data_fingerprint: str = "",
     augment: str = "none",
+    normalize: Literal["dataset", "unit"] = "dataset",
     min_count: int = 3,
     test_limit: int | None = None,
     choose: Choice = _all,
@@ -57,6 +58,7 @@ def open_data(
         data_fingerprint: of the data that another process has; the cache is searched for them where this machine has
             no files, and before a dataset of the user's is made anew.
         augment: ``data.augment``.
+        normalize: ``data.normalize``.
         min_count: tokens of a translation that are rarer in the training sentences become unknown.
         test_limit: score only this many test examples, the first.
         choose: which training examples to use.
@@ -73,6 +75,10 @@ def open_data(
         row = file_row(name, file, columns)
     elif file or columns:
         raise UserError(f"data.{'file' if file else 'columns'}: dataset {name!r} reads no files: it is for {_KINDS}")
+    if normalize != "dataset" and (isinstance(row, OwnRow) or name == TRANSLATION):
+        raise UserError(
+            f"data.normalize={normalize!r}: dataset {name!r} is none of the built-in sets of images: leave it out"
+        )
     if isinstance(row, OwnRow):
         with user_code(f"dataset {name!r}"):
             own = own_dataset(row, data_fingerprint)
@@ -83,7 +89,7 @@ def open_data(
         return augmented(translation_task(pairs, train=choose(len(pairs.train))[0], **picked), augment)
     images = load_dataset(name, folder, progress=progress, fingerprint=data_fingerprint)
     train, held_out = choose(len(images.train_labels))
-    return augmented(image_task(images, train=train, held_out=held_out, **picked), augment)
+    return augmented(image_task(images, train=train, held_out=held_out, unit=normalize == "unit", **picked), augment)
 
 
 def is_here(name: str, folder: str, data_fingerprint: str) -> bool:
@@ -135,6 +141,7 @@ def open_task(config: TrainingConfig, progress: Progress | None = None) -> Task:
         data_folder(data.dir),
         progress=progress,
         augment=data.augment,
+        normalize=data.normalize,
         min_count=data.min_count,
         test_limit=data.test_limit,
         choose=choose,

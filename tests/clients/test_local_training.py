@@ -1,5 +1,6 @@
 """Local optimisers, schedules, FedProx and SCAFFOLD: by their formulas."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Prefixes
-from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES
+from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, Decay, decay_of
 from fedmaestro.clients.scaffold import Control
 from fedmaestro.config.experiment import load_config
 from fedmaestro.data.own import convert
@@ -66,11 +67,36 @@ def test_each_optimiser_is_pytorchs(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(rounds=st.integers(2, 50), final=st.floats(0.01, 1.0))
 def test_schedules_start_at_one_and_never_rise(name: str, rounds: int, final: float) -> None:
-    factors = [SCHEDULES[name].factor(i, rounds, final) for i in range(1, rounds + 1)]
+    factors = [SCHEDULES[name].factor(i, rounds, Decay(final=final)) for i in range(1, rounds + 1)]
     assert factors[0] == pytest.approx(1.0)
     assert all(b <= a + 1e-12 for a, b in pairwise(factors))
     if name in ("cosine", "exponential"):
         assert factors[-1] == pytest.approx(final)
+
+
+def test_steps_are_pytorchs_multi_step_rate() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 7], gamma=0.5)
+    decay = decay_of("steps", 10, 0.05, "7 3", 0.5)
+    for server_round in range(1, 11):
+        assert SCHEDULES["steps"].factor(server_round, 10, decay) == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "message"),
+    [
+        ("cosine", "5", "train.lr-milestones='5' has no effect: train.schedule is 'cosine': use steps"),
+        ("steps", "5 10", "write rounds from 1 to 9"),
+        ("steps", "0", "write rounds from 1 to 9"),
+        ("steps", "half", "write rounds from 1 to 9"),
+    ],
+)
+def test_milestones_that_cannot_be_are_refused(schedule: str, milestones: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        decay_of(schedule, 10, 0.05, milestones, 0.1)
 
 
 def test_warm_up_grows_to_the_schedule() -> None:

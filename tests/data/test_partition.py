@@ -61,6 +61,35 @@ def test_a_small_alpha_makes_devices_unlike() -> None:
     assert mean_top_share(0.1) > 0.45 > 0.2 > mean_top_share(1000)
 
 
+@given(devices=st.integers(2, 12), alpha=st.sampled_from([0.3, 1.0, 5.0]), seed=st.integers(0, 2**31))
+@settings(max_examples=20)
+def test_self_balancing_is_flowers(devices: int, alpha: float, seed: int) -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    ours = partition(
+        LABELS, scheme="dirichlet", num_devices=devices, seed=seed, alpha=alpha, min_examples=0, self_balancing=True
+    )
+    order = np.random.default_rng(seed).permutation(len(LABELS))
+    theirs = DirichletPartitioner(
+        num_partitions=devices,
+        partition_by="label",
+        alpha=alpha,
+        min_partition_size=0,
+        self_balancing=True,
+        shuffle=False,
+        seed=seed,
+    )
+    theirs.dataset = Dataset.from_dict({"index": order, "label": LABELS[order]})
+    for device in range(devices):
+        assert sorted(theirs.load_partition(device)["index"]) == ours[device].tolist()
+
+
+def test_self_balancing_is_for_dirichlet() -> None:
+    with pytest.raises(UserError, match=r"data\.self-balancing = true: it is for data\.partition = 'dirichlet'"):
+        partition(LABELS, scheme="iid", num_devices=5, seed=0, self_balancing=True)
+
+
 @pytest.mark.parametrize("classes_per_device", [1, 2, 10])
 def test_pathological_uses_every_class(classes_per_device: int) -> None:
     parts = partition(LABELS, scheme="pathological", num_devices=20, seed=3, classes_per_device=classes_per_device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fedmaestro
 from fedmaestro import extend
+from fedmaestro.clients.optimizers import Decay
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
 from fedmaestro.models import MODELS
@@ -256,7 +257,7 @@ def test_a_pretrained_module_starts_every_run(federate: Federate) -> None:
 def test_rows_of_a_notebook_can_be_defined_again() -> None:
     for value in (1.0, 2.0):
         extend.schedule("mine")(lambda _round, _rounds, value=value: value)
-        assert extend.KINDS["schedule"].rows["mine"].factor(1, 2, 0.1) == value
+        assert extend.KINDS["schedule"].rows["mine"].factor(1, 2, Decay()) == value
     with pytest.raises(UserError, match="built-in optimizer"):
         extend.optimizer("sgd")(torch.optim.SGD)
     assert extend.name_of("model", MODELS) == "model"
@@ -302,7 +303,7 @@ def test_packages_and_relative_imports_are_gathered(tmp_path: Path) -> None:
         "mine.py",
     ]
     activate(code)
-    assert extend.KINDS["schedule"].rows["seven"].factor(1, 1, 0.0) == 7
+    assert extend.KINDS["schedule"].rows["seven"].factor(1, 1, Decay()) == 7
     activate(NO_CODE)
     assert "seven" not in extend.KINDS["schedule"].rows
     assert "kit" not in sys.modules
