@@ -9,9 +9,9 @@ stays as a constant competitor with logit 0 instead of leaving the softmax (logi
 would have a loss of 0 and learn nothing. Its row of the head, weights and bias, gets a gradient of exactly 0.
 
 SGD then leaves these rows as they were sent, also with momentum, which starts at 0 on every device. Weight decay does
-not: it is added to every gradient, so each step shrinks them by ``lr · weight_decay``, as it does all parameters. An
-aggregation that goes by labels, as HeteroFL's does, ignores that; one that goes by which rows have changed
-(``masked_mean``) takes every device for a holder of every class then.
+not: it is added to every gradient, so each step shrinks them by ``lr · weight_decay``, as it does all parameters. The
+aggregation of HeteroFL, which goes by labels, ignores that; here the device puts such rows back at its end
+(``rounds.training.UntrainedRows``), which comes to the same for an aggregation that goes by what has changed.
 
 With a logit adjustment (``train.logit-adjustment``) the constant is ``τ log π_c`` instead of 0: the smaller it is, the
 less a device with one class learns.

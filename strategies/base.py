@@ -157,8 +157,6 @@ class Aggregation(Generic[S]):
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None
     """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
-    forbids: Mapping[str, str] = field(default_factory=dict)
-    """Settings that must stay zero or unset under this rule, and why: ends the sentence ``KEY=VALUE …``."""
     summary: str
     source: str
 

@@ -9,9 +9,10 @@ masks the loss so that the others do not move it. Departures: what has moved is 
 need not know labels, and the same holds for every tensor (rows of a V factor are its columns' partners); weights are
 example counts.
 
-Known pathologies: anything that moves all rows, such as weight decay or momentum carried over, makes this the plain
-coverage mean; so does a loss that is not masked, whose softmax pushes every row. A device whose round left a row as it
-was by chance is no vote for that value. Without ``start`` (it was not passed to ``Aggregation.add``) all rows count.
+Known pathologies: anything that moves all rows makes this the plain coverage mean (weight decay is taken back from rows
+that had no gradient, ``rounds.training.UntrainedRows``); so does a loss that is not masked, whose softmax pushes every
+row. A device whose round left a row as it was by chance is no vote for that value. Without ``start`` (it was not passed
+to ``Aggregation.add``) all rows count.
 """
 
 from collections.abc import Mapping
@@ -108,10 +109,6 @@ MASKED_MEAN = Aggregation(
     finish=finish,
     reduction=CHANGED_ROWS,
     changed_rows=lambda block, name: block.sums.rows[name] > 0,
-    forbids={
-        "train.weight-decay": "moves the rows that a device does not train, and aggregation 'masked-mean' counts the "
-        "devices that moved a row: set it to 0, or train.aggregation to coverage-mean"
-    },
     summary="each row averaged over the devices that changed it, weighted by examples",
     source="HeteroFL (2010.01264), classifier rows of own labels only, for every tensor",
 )

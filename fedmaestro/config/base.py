@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
@@ -55,6 +63,10 @@ def _absolute(path: str | None) -> str | None:
 
 PathSetting = Annotated[str | None, AfterValidator(_absolute), Unset("")]
 """A path, absolute once it is read: hosts may run in another working directory."""
+
+
+NumbersSetting = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]
+"""Whole numbers, separated by spaces; one of them may be given as a number."""
 
 
 UseSetting = Annotated[str, AfterValidator(lambda use: located_use(use, Path.cwd()))]
@@ -206,6 +218,9 @@ def read(
         tables["use"] = located_use(tables["use"], absolute(file).parent)
     if isinstance(data := tables.get("data"), dict) and isinstance(data.get("file"), str) and file:
         data["file"] = located_files(data["file"], absolute(file).parent)
+    if isinstance(fleet := tables.get("fleet"), dict) and isinstance(fleet.get("file"), str) and file:
+        beside = absolute(fleet["file"], absolute(file).parent)
+        fleet["file"] = str(beside) if exists(beside) else fleet["file"]
     settings = dict(settings or {})
     _check_keys(schema, known, settings, where)
     _check_text(flatten(tables), file)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fedmaestro.config.base import (
     FilesSetting,
+    NumbersSetting,
     PathSetting,
     Positive,
     Settings,
@@ -128,7 +129,11 @@ class FleetConfig(Table):
     """The devices' tiers and the simulated time."""
 
     preset: str = Field("five-tiers", description="fleet (`fedmaestro list fleets`)")
-    file: PathSetting = Field(None, description="TOML file with tiers of your own; overrides the preset")
+    file: PathSetting = Field(
+        None,
+        description="TOML file with tiers of your own (relative to the experiment's file, or to where you are); it "
+        "overrides the preset",
+    )
     assignment: Literal["fixed", "dynamic"] = Field(
         "fixed",
         description="fixed: a device's tier is its own; dynamic: every device draws one in each round, by the tiers' "
@@ -200,7 +205,7 @@ class TrainConfig(Table):
     lr_final_factor: float = Field(
         0.05, gt=0, le=1, description="part of lr that the cosine or exponential schedule ends with; 1: constant"
     )
-    lr_milestones: str = Field(
+    lr_milestones: NumbersSetting = Field(
         "",
         description="for schedule = steps: rounds after which lr is multiplied by lr-gamma, separated by spaces; "
         "empty: half and three quarters of the rounds",

@@ -8,7 +8,7 @@ from fedmaestro.clients import OBJECTIVES, Objective
 from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, Decay, LocalOptimizer, Schedule, decay_of
 from fedmaestro.config.base import Value
 from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig, decided_by_rows
-from fedmaestro.errors import UserError, check_name
+from fedmaestro.errors import check_name
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
@@ -99,9 +99,6 @@ def method_of(config: ExperimentConfig) -> Method:
     ):
         check_name(key, name, rows)
     aggregation = AGGREGATIONS[str(settings["train.aggregation"])]
-    for key, reason in aggregation.forbids.items():
-        if set_to := config.get(key):
-            raise UserError(f"{key}={set_to} {reason}")
     return Method(
         name=row.name,
         summary=row.summary,

@@ -123,6 +123,7 @@ def train_device(
     parameters = list(trained.values())
     optimizer = settings.optimizer.make(parameters, settings.lr, settings.momentum, settings.weight_decay)
     anchor = [start[name].to(where) for name in trained] if settings.proximal else []
+    rows = UntrainedRows(trained) if objective.masked and settings.weight_decay else None
     total = torch.zeros((), device=where)
     for _ in range(settings.epochs):
         order = torch.from_numpy(generator.permutation(count)).to(where)
@@ -140,13 +141,42 @@ def train_device(
             penalised.backward()  # type: ignore[no-untyped-call]
             if control is not None:
                 control.correct(model)
+            if rows is not None:
+                rows.see_gradients()
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             total += loss.detach() * len(indices)
+    if rows is not None:
+        rows.restore(start)
     mean = float(total) / (settings.epochs * count)
     check_finite(prefixes.state, mean)
     return mean
+
+
+class UntrainedRows:
+    """Takes weight decay back from rows (dimension 0 of a tensor) that no step had a gradient for.
+
+    Under a masked objective these are the classifier's rows of classes that the device lacks, which HeteroFL's server
+    ignores and ``masked_mean`` tells from the others by their bits; and those of units that no example activated.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
+        self._trained = trained
+        self._seen = {name: torch.zeros(x.shape[:1], dtype=torch.bool, device=x.device) for name, x in trained.items()}
+
+    def see_gradients(self) -> None:
+        """Note which rows the step at hand has a gradient for."""
+        for name, parameter in self._trained.items():
+            if (gradient := parameter.grad) is not None:
+                self._seen[name] |= gradient.flatten(1).any(1) if gradient.dim() > 1 else gradient != 0
+
+    @torch.no_grad()
+    def restore(self, start: Mapping[str, Tensor]) -> None:
+        """Put the other rows back to what the server sent."""
+        for name, parameter in self._trained.items():
+            untrained = ~self._seen[name]
+            parameter[untrained] = start[name].to(parameter.device)[untrained]
 
 
 def check_finite(state: State, loss: float) -> None:

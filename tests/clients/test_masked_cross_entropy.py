@@ -146,3 +146,24 @@ def test_nothing_runs_only_to_count_the_classes(model: nn.Module) -> None:
     settings = replace(SETTINGS, epochs=1, batch_size=100, logit_adjustment=1.0)
     train_device(prefixes_of(model), start, MASKED, batch(*data(PRESENT)), settings, np.random.default_rng(0))
     assert len(runs) == 1, "one step"
+
+
+def test_weight_decay_leaves_rows_of_absent_classes_as_they_were_sent(model: nn.Module) -> None:
+    settings = replace(SETTINGS, weight_decay=0.1, momentum=0.9, clip_norm=0.0, lr=0.05)
+    _, after = trained(model, PRESENT, settings=settings)
+    head, bias = (dict(model.state_dict())[name] for name in ("2.weight", "2.bias"))
+    assert torch.equal(after["2.weight"][ABSENT], head[ABSENT])
+    assert torch.equal(after["2.bias"][ABSENT], bias[ABSENT])
+    # All other rows are those of training with the decay on everything, since absent rows are no part of the loss.
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    images, labels = data(PRESENT)
+    generator = np.random.default_rng(0)
+    for _ in range(settings.epochs):
+        for indices in torch.split(torch.from_numpy(generator.permutation(len(labels))), settings.batch_size):
+            optimizer.zero_grad()
+            loss_of(plain, (images[indices], labels[indices]), mask(PRESENT)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    expected = plain.state_dict()
+    torch.testing.assert_close(after["2.weight"][PRESENT], expected["2.weight"][PRESENT])
+    torch.testing.assert_close(after["0.weight"], expected["0.weight"])

@@ -178,7 +178,6 @@ def test_static_norms_are_calibrated_the_same_on_every_host(federate: Federate) 
         ({"train.submodel": "widht"}, "train.submodel.*widht.*width"),
         ({"train.aggregation": "mean"}, "train.aggregation.*mean"),
         ({"server.optimizer": "sgd"}, "server.optimizer.*sgd"),
-        ({"train.strategy": "heterofl", "train.weight-decay": 1e-4}, "masked-mean.*counts the devices"),
     ],
 )
 def test_switches_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
