@@ -155,6 +155,8 @@ class Aggregation(Generic[S]):
     so that the server weighs them itself."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
+    rebases: bool = False
+    """Whether the rule gives trained factor pairs another basis, in which nobody's memory of them holds."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None
     """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
     summary: str

@@ -7,10 +7,10 @@ when nobody trains, and a segment that nobody trained keeps its bits.
 
 Source: the tier-preserving block aggregation of our notes (exact block product, truncated within the block).
 
-Known pathologies: the columns of a segment are rotated and ordered in every round, so moments of a server optimiser
-belong to another basis although ``Aggregation.mixes`` is False (a segment without contributors does keep both); what
-``M_b`` has beyond rank ``|b|`` is lost, while ``partitioned_product`` may find room for it in another segment. In our
-pilot it was worth no more than the coverage mean: the factor bias that it removes was small.
+Known pathologies: the columns of a segment are rotated and ordered in every round (a segment without contributors keeps
+both), so moments of factors would belong to another basis (``Aggregation.rebases``); what ``M_b`` has beyond rank
+``|b|`` is lost, while ``partitioned_product`` may find room for it in another segment. In our pilot it was worth no
+more than the coverage mean: the factor bias that it removes was small.
 """
 
 from collections.abc import Mapping
@@ -45,6 +45,7 @@ BLOCK_PRODUCT = Aggregation(
     name="block-product",
     finish=finish,
     reduction=SEGMENT_STACKS,
+    rebases=True,
     summary="products averaged per rank segment over the devices that hold it, factored within the segment",
     source="raFLoRA (2602.13486) without its re-ordering across tiers",
 )

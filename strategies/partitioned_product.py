@@ -228,6 +228,7 @@ PARTITIONED_PRODUCT = Aggregation(
     finish=finish,
     reduction=SEGMENT_STACKS,
     mixes=True,
+    rebases=True,
     summary="products averaged per rank segment over the devices that hold it, then cut to full rank by SVD",
     source="raFLoRA (2602.13486)",
 )

@@ -111,6 +111,7 @@ PRODUCT_SVD = Aggregation(
     finish=finish,
     reduction=STACKS,
     mixes=True,
+    rebases=True,
     summary="products averaged over all devices, then cut to full rank by SVD (shrinks the tail: rank collapse)",
     source="FlexLoRA, FedHM (2111.14655)",
 )

@@ -9,8 +9,8 @@ Source: the re-ordering is the truncated SVD of FlexLoRA and FedHM (arXiv 2111.1
 
 Known pathologies: columns are mixed across tier edges, so a round changes the function of every tier but the largest,
 also without training (it can overwrite what small tiers hold where their best prefix is not the model's); factor
-columns that nobody covered move too; moments of a server optimiser would belong to another basis
-(``Aggregation.mixes``); like the mean it starts from, it depends on the basis in which devices send their factors.
+columns that nobody covered move too; moments of factors would belong to another basis (``Aggregation.rebases``); like
+the mean it starts from, it depends on the basis in which devices send their factors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -48,6 +48,7 @@ REORDERED: Aggregation[State] = Aggregation(
     name="reordered",
     finish=finish,
     mixes=True,
+    rebases=True,
     summary="each entry averaged over the devices that hold it, then factor columns ordered by singular value",
     source="coverage mean, and the SVD of FlexLoRA/FedHM (2111.14655) without truncation",
 )

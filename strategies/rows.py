@@ -48,7 +48,8 @@ PLAIN: dict[str, Value] = {
     "server.reorder-every": "never",
     "server.tail-start": 0.0,
 }
-"""What a row does where it says nothing. A setting that is missing here, too, has no value of its own by default."""
+"""What a row does where it says nothing. A setting that is missing here, too, has no value of its own by default, or
+follows from the others (``server.space``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ With ``x`` the global state, ``Δ`` as above, ``s`` that scale, ``τ`` the adapt
 
 As in Reddi et al., without bias correction. Departure: ``v`` starts at 0, theirs at ``τ²`` or more.
 
-Rules that re-order columns (``Aggregation.mixes``) change the basis in every round, and moments of an old basis mean
-little in the new one: they are for ``none``.
+Rules that re-order columns (``Aggregation.rebases``, ``server.reorder-every``) change the basis of factors, and moments
+of an old basis mean nothing in the new one. So they are refused with optimisers that have moments of factors; those of
+products (``server.space = product``, ``product_space``) go with every rule.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fedmaestro.errors import check_name
+from fedmaestro.strategies import product_space
 from fedmaestro.strategies.server_step import Memory, Round, ServerStep, StepRow
 from fedmaestro.submodel import State
 
@@ -105,7 +107,9 @@ SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {
 """By name, with the constants that rows and ``server.optimizer`` start from."""
 
 
-def optimize(name: str, lr: float | None, momentum: float, damping: float) -> ServerStep:
+def optimize(
+    name: str, lr: float | None, momentum: float, damping: float, space: Literal["factors", "product"] = "factors"
+) -> ServerStep:
     """Return the step of an optimiser of ``SERVER_OPTIMIZERS``; ``lr`` None: its own."""
     check_name("server.optimizer", name, SERVER_OPTIMIZERS)
     row = SERVER_OPTIMIZERS[name]
@@ -114,9 +118,27 @@ def optimize(name: str, lr: float | None, momentum: float, damping: float) -> Se
     def apply(state: State, memory: Memory, server_round: Round) -> tuple[State, Memory]:
         if name == "none" and not damping:
             return state, memory
+        if space == "product":
+            return _on_products(optimizer, state, memory, server_round)
         return optimizer.step(server_round.before, state, memory, server_round.contributors)
 
-    return ServerStep(name="optimizer", apply=apply)
+    moves = name != "none"
+    return ServerStep(
+        name="optimizer",
+        apply=apply,
+        rebases=lambda _number: moves and space == "product",
+        remembers_factors=moves and space == "factors",
+    )
+
+
+def _on_products(optimizer: ServerOptimizer, state: State, memory: Memory, server_round: Round) -> tuple[State, Memory]:
+    """Take the step in the space of products; see ``product_space``."""
+    before = server_round.before
+    devices = product_space.holders(server_round.contributors, before)
+    products, kept = optimizer.step(
+        product_space.with_products(before), product_space.with_products(state), memory, devices
+    )
+    return product_space.with_factors(products, before, devices), kept
 
 
 OPTIMIZER = StepRow(
@@ -127,8 +149,13 @@ OPTIMIZER = StepRow(
         "lr": "server.lr",
         "momentum": "server.momentum",
         "damping": "server.damping",
+        "space": "server.space",
     },
-    idle={"server.lr": ("server.optimizer", "none"), "server.momentum": ("server.optimizer", "none")},
+    idle={
+        "server.lr": ("server.optimizer", "none"),
+        "server.momentum": ("server.optimizer", "none"),
+        "server.space": ("server.optimizer", "none"),
+    },
     summary="a step along the difference that the round made: none (all of it), momentum, adam or yogi",
     source="FedAvgM (1909.06335); FedAdam, FedYogi (2003.00295)",
 )

@@ -81,6 +81,8 @@ class ServerStep:
     """``(model, holders) -> model``, once."""
     rebases: Callable[[int], bool] = _never
     """Whether factors have another basis after the round of this number, in which nobody's memory of them holds."""
+    remembers_factors: bool = False
+    """Whether the step's memory is about factors: of no use where a rule or another step gives them a new basis."""
 
 
 @dataclass(frozen=True, kw_only=True)

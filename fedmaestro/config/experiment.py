@@ -275,6 +275,11 @@ class ServerConfig(Table):
     damping: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(
         None, description="devices at which a block takes half a server step; 0: whole steps; default: the strategy's"
     )
+    space: Annotated[Literal["factors", "product"] | None, BY_STRATEGY] = Field(
+        None,
+        description="what the server optimiser steps in: factors, each by itself; product: products of factor pairs, "
+        "which keep their meaning where columns are re-ordered; default: the strategy's",
+    )
     tail_decay: Annotated[Annotated[float, Field(ge=0, le=1)] | None, BY_STRATEGY] = Field(
         None,
         description="share of a factor column that fades in a round in which no device holds it, less where some do; "

@@ -1,6 +1,6 @@
 """A method: a row of ``STRATEGIES`` with the experiment's settings laid over it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -8,12 +8,13 @@ from fedmaestro.clients import OBJECTIVES, Objective
 from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, Decay, LocalOptimizer, Schedule, decay_of
 from fedmaestro.config.base import Value
 from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig, decided_by_rows
-from fedmaestro.errors import check_name
+from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
 from fedmaestro.strategies.base import AnyAggregation, factor_layers
 from fedmaestro.strategies.rows import PLAIN, STRATEGIES, SUBMODELS
+from fedmaestro.strategies.server_optimizers import OPTIMIZER
 from fedmaestro.strategies.server_step import ServerStep
 from fedmaestro.strategies.tables import AGGREGATIONS, chain_of
 
@@ -57,10 +58,34 @@ class Method:
 
     def describe_server(self) -> str:
         """Return the server's settings that differ from a plain row's: ``reorder-every 1``, or none."""
+        idle = OPTIMIZER.settings.values() if self.settings["server.optimizer"] == "none" else ()
         own = {
-            key: value for key, value in self.settings.items() if key.startswith("server.") and value != PLAIN.get(key)
+            key: value
+            for key, value in self.settings.items()
+            if key.startswith("server.") and value != PLAIN.get(key) and (key not in idle or key == "server.damping")
         }
         return ", ".join(f"{key.removeprefix('server.')} {value}" for key, value in own.items()) or "none"
+
+
+def _chain(
+    value: Callable[[str], Value | None], config: ExperimentConfig, aggregation: AnyAggregation
+) -> tuple[tuple[ServerStep, ...], str]:
+    """Return the server's steps, and the space that its optimiser works in: products where factors are re-ordered."""
+
+    def chain(space: str) -> tuple[ServerStep, ...]:
+        return chain_of(lambda key: space if key == "server.space" else value(key), config.get)
+
+    rounds = range(1, config.train.rounds + 1)
+    rebased = aggregation.rebases or any(step.rebases(number) for step in chain("factors") for number in rounds)
+    space = str(value("server.space") or ("product" if rebased else "factors"))
+    server = chain(space)
+    if rebased and any(step.remembers_factors for step in server):
+        who = f"aggregation {aggregation.name!r}" if aggregation.rebases else "server.reorder-every"
+        raise UserError(
+            f"server.space=factors: server.optimizer={value('server.optimizer')} keeps moments of factors, and {who} "
+            "gives them another basis: leave server.space out (the optimiser then works on products)"
+        )
+    return server, space
 
 
 def switches() -> list[str]:
@@ -99,6 +124,7 @@ def method_of(config: ExperimentConfig) -> Method:
     ):
         check_name(key, name, rows)
     aggregation = AGGREGATIONS[str(settings["train.aggregation"])]
+    server, settings["server.space"] = _chain(value, config, aggregation)
     return Method(
         name=row.name,
         summary=row.summary,
@@ -107,7 +133,7 @@ def method_of(config: ExperimentConfig) -> Method:
         submodel=SUBMODELS[str(settings["train.submodel"])],
         objective=OBJECTIVES[str(settings["train.objective"])],
         aggregation=aggregation.of(config.get),
-        server=chain_of(value, config.get),
+        server=server,
         optimizer=OPTIMIZERS[train.optimizer],
         schedule=SCHEDULES[train.schedule],
         decay=decay_of(train.schedule, train.rounds, train.lr_final_factor, train.lr_milestones, train.lr_gamma),
