@@ -23,6 +23,7 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "full": SubmodelRule(trains="full"),
     "capable": SubmodelRule(trains="capable"),
     "separate": SubmodelRule(separate=True),
+    "rank-and-width": SubmodelRule(narrows=True),
     "width": SubmodelRule(form="dense"),
     "width-smallest": SubmodelRule(form="dense", trains="smallest"),
     "width-separate": SubmodelRule(form="dense", separate=True),

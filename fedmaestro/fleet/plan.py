@@ -17,7 +17,7 @@ from fedmaestro.fleet.budgets import (
     without_fraction,
 )
 from fedmaestro.fleet.cost import Cost, cost
-from fedmaestro.fleet.match import matched_sizes
+from fedmaestro.fleet.match import matched_sizes, ranks_of_macs
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import Tier
 from fedmaestro.fleet.traces import trace_of
@@ -131,7 +131,8 @@ def make_plan(
         slots: see there.
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
-            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more).
+            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Tiers that cut both
+            take the largest width whose chain fits these MACs, and then as many ranks more.
 
     Raises:
         UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
@@ -141,17 +142,20 @@ def make_plan(
     dense = replace(architecture, form="dense")
     fractions = _fit_fractions(architecture, [_at_width(tier, architecture, setting) for tier in tiers], setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
-    if rule.form == "dense" or match_macs:
+    other = replace(architecture, narrows=True) if rule.narrows else dense if rule.form == "dense" else architecture
+    if other != architecture or match_macs:
         macs = [_cost(architecture, size, setting).macs_per_example for size in sizes]
         if match_macs:
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
             sizes = [pair.width if rule.form == "dense" else pair.ranks for pair in pairs]
-        else:
+            macs = [_cost(dense, pair.width, setting).macs_per_example for pair in pairs]
+        if other != architecture and not (match_macs and rule.form == "dense"):
             by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
-            sizes = [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
-        if rule.form == "dense":
-            architecture, full = dense, dense.full_size
-        else:
+            sizes = [other.size_at(fraction) for fraction in _fit_fractions(other, by_macs, setting)]
+        if match_macs and rule.narrows:
+            sizes = _filled(other, sizes, macs)
+        architecture, full = other, other.full_size
+        if match_macs and rule.form == "lod":
             # What no tier can train is no part of the model to be compared.
             full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
     plan = _assemble(architecture, list(enumerate(tiers)), sizes, full, setting)
@@ -229,7 +233,11 @@ def encode_ranks(plan: Plan) -> str:
 def decode_ranks(plan: Plan, text: str) -> Plan:
     """Return ``plan`` with the ranks that ``encode_ranks`` wrote."""
     names = list(plan.architecture.full_size.ranks or {})
-    full, *sizes = [Size(ranks=dict(zip(names, ranks, strict=True))) for ranks in json.loads(text)]
+    now = [plan.full, *(plan.by_index(i).serves for i in range(len(plan.tiers)))]
+    full, *sizes = [
+        replace(known.size, ranks=dict(zip(names, ranks, strict=True)))
+        for known, ranks in zip(now, json.loads(text), strict=True)
+    ]
     return replan(plan, full, sizes)
 
 
@@ -297,6 +305,17 @@ def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submo
     if rule.trains == "capable" and own != whole:
         return None
     return {"own": own, "smallest": smallest}.get(rule.trains, whole)
+
+
+def _filled(architecture: Architecture, sizes: Sequence[Size], macs: Sequence[int]) -> list[Size]:
+    """Return narrower LoD sizes with the ranks that use ``macs`` best: at least those of the next smaller size."""
+    filled: dict[int, Size] = {}
+    least: dict[str, int] = {}
+    for i in sorted(range(len(sizes)), key=lambda i: macs[i]):
+        least = least or dict.fromkeys(sizes[i].ranks or {}, 1)
+        least = ranks_of_macs(trace_of(architecture, sizes[i].width), macs[i], least)
+        filled[i] = replace(sizes[i], ranks=least)
+    return [filled[i] for i in range(len(sizes))]
 
 
 def _at_width(tier: Tier, architecture: Architecture, setting: Setting) -> Tier:

@@ -14,22 +14,28 @@ class SubmodelRule:
         trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
             ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
         separate: each size is a model of its own instead of the leading block of one (exclusive training).
+        narrows: channels are cut together with ranks (``Architecture.narrows``): a tier's submodel has the leading
+            channels of every layer, and of their factors the leading columns; LoD only.
         rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
     """
 
     form: Literal["lod", "dense"] = "lod"
     trains: Literal["own", "smallest", "full", "capable"] = "own"
     separate: bool = False
+    narrows: bool = False
     rolls: bool = False
 
     def __post_init__(self) -> None:
         if self.rolls and self.form != "dense":
             raise ValueError("only dense models have channels that could roll")
+        if self.narrows and self.form != "lod":
+            raise ValueError("only LoD models have ranks that could be cut together with channels")
 
     def describe(self) -> str:
         """Return the rule in a few words: ``width, own, rolling``."""
         marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
-        return ", ".join(["width" if self.form == "dense" else "rank", self.trains, *marks])
+        what = "rank and width" if self.narrows else "width" if self.form == "dense" else "rank"
+        return ", ".join([what, self.trains, *marks])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,14 +32,15 @@ FULL = Fraction(1)
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Ranks per LoD layer, or the width of a dense model; the other one is None."""
+    """Ranks per LoD layer, or the width of a dense model, and the other one None; or ranks of a narrower LoD model."""
 
     ranks: Mapping[str, int] | None = None
     width: Fraction | None = None
 
     def describe(self) -> dict[str, int | float]:
-        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``, rounded."""
-        return {"width": round(float(self.width), 4)} if self.width is not None else dict(self.ranks or {})
+        """Return what ``summary.json`` shows: ``{layer: rank, …}``, ``{"width": w}`` rounded, or both."""
+        width = {"width": round(float(self.width), 4)} if self.width is not None else {}
+        return {**width, **(self.ranks or {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class Architecture:
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
+        narrows: whether the sizes of the LoD form cut channels together with ranks: at width ``w``, the ranks are the
+            part ``w`` of what the narrower network's layers can have, so a layer costs about ``w³``.
         width: part of the model's channels that the whole network has; widths of sizes are parts of it.
     """
 
@@ -69,6 +72,7 @@ class Architecture:
     norm: Norm = "group"
     inputs: Inputs = ()
     width: Fraction = FULL
+    narrows: bool = False
     spec: ModelSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,12 +154,14 @@ class Architecture:
         """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
         if self.form == "dense":
             return Size(width=fraction)
-        full = lod.max_ranks(self.full)
-        return Size(ranks={name: max(1, math.floor(fraction * rank)) for name, rank in full.items()})
+        full = lod.max_ranks(self._narrowed(fraction) if self.narrows else self.full)
+        ranks = {name: max(1, math.floor(fraction * rank)) for name, rank in full.items()}
+        return Size(ranks=ranks, width=fraction if self.narrows else None)
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
-        counts = self._channel_counts() if self.form == "dense" else set(lod.max_ranks(self.full).values())
+        counts = self._channel_counts() if self.form == "dense" or self.narrows else set()
+        counts |= set(lod.max_ranks(self.full).values()) if self.form == "lod" else set()
         steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
         return sorted(steps) or [FULL]
 
@@ -164,7 +170,13 @@ class Architecture:
         if self.form == "dense":
             with torch.device("meta"):
                 return self.with_constants(self._dense(size.width or FULL))
-        return self.with_constants(lod.truncate(self.full, size.ranks or {}))
+        whole = self.full if size.width is None else self._narrowed(size.width)
+        return self.with_constants(lod.truncate(whole, size.ranks or {}))
+
+    def _narrowed(self, width: Fraction) -> nn.Module:
+        """Return the LoD form of the narrower network, at its full ranks, on ``meta``."""
+        with torch.device("meta"):
+            return self._formed(self._dense(width))
 
     def materialize(self, size: Size) -> nn.Module:
         """Return the model of this size on the CPU with uninitialised tensors: load a state before use."""

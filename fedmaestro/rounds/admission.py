@@ -94,7 +94,7 @@ def _check_parts(asked: Asked, result: CohortResult, start: State, layout: Layou
 
 
 def _check_probes(asked: Asked, result: CohortResult) -> None:
-    recorded = asked.env.config.train.record_bias and asked.submodel.size.ranks
+    recorded = spectrum.is_recorded(asked.env.config, asked.submodel)
     expected = spectrum.probe(asked.start, spectrum.rank_segments(asked.plan)) if recorded else {}
     check_layout({"probes": result.probes}, {"probes": _kinds(expected)}, "the probes")
     check_finite({"probes": result.probes}, "the probes")

@@ -121,7 +121,7 @@ def train_cohort(
     pairs = zip(tails[::2], tails[1::2], strict=True)
     frozen = env.method.frozen(start, server_round)
     settings = local_training(env, server_round, dict(zip(submodel.size.ranks or {}, pairs, strict=False)), frozen)
-    ends = spectrum.rank_segments(plan) if env.config.train.record_bias and submodel.size.ranks else {}
+    ends = spectrum.rank_segments(plan) if spectrum.is_recorded(env.config, submodel) else {}
     empty = aggregation.init(start, sizes_of(env, plan, server_round)[storage.owner_of(plan, submodel)])
     alone = len(devices) == 1
     uploads: list[State] = []

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from fedmaestro import rng
-from fedmaestro.fleet.plan import Plan
+from fedmaestro.config.experiment import ExperimentConfig
+from fedmaestro.fleet.plan import Plan, Submodel
 from fedmaestro.strategies.base import AnyPartial, factor_layers
 from fedmaestro.submodel import State
 from fedmaestro.threads import one_thread
 
 PROBES = 8
+
+
+def is_recorded(config: ExperimentConfig, submodel: Submodel) -> bool:
+    """Return whether devices that train this submodel send ``probe``: its segments are columns of whole factors."""
+    return config.train.record_bias and bool(submodel.size.ranks) and submodel.size.width is None
 
 
 def tail_energy(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> float | None:

@@ -34,19 +34,22 @@ def _size(form: Any) -> Size:
     if isinstance(form, Size):
         return form
     try:
-        if "width" in form:
-            return Size(width=Fraction(form["width"]))
-        return Size(ranks={str(layer): int(rank) for layer, rank in form["ranks"].items()})
+        width = Fraction(form["width"]) if "width" in form else None
+        ranks = None if width is not None and "ranks" not in form else form["ranks"]
+        return Size(
+            width=width, ranks=None if ranks is None else {str(layer): int(rank) for layer, rank in ranks.items()}
+        )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise PydanticCustomError("size", f"no usable size: {type(error).__name__} {error}") from None
 
 
 def _size_form(size: Size) -> dict[str, Any]:
-    return {"width": str(size.width)} if size.width is not None else {"ranks": dict(size.ranks or {})}
+    width = {"width": str(size.width)} if size.width is not None else {}
+    return width if width and size.ranks is None else {**width, "ranks": dict(size.ranks or {})}
 
 
 CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
-"""In JSON exactly ``{"ranks": {layer: rank}}`` or ``{"width": "1/4"}``."""
+"""In JSON exactly ``{"ranks": {layer: rank}}``, ``{"width": "1/4"}``, or both."""
 
 
 def _width(form: Any) -> Fraction:
