@@ -234,9 +234,16 @@ _ROWS = (
     ),
     Strategy(
         name="fedrolex",
-        settings={"train.submodel": "width-rolling"},
-        summary="a window of channels as wide as the tier affords, which moves on by one channel in every round",
-        source="FedRolex (2212.01548); means weighted by examples",
+        settings={
+            "train.submodel": "width-rolling",
+            "train.objective": "masked-cross-entropy",
+            "train.aggregation": "masked-mean",
+            "model.norm": "static",
+            "model.scaler": "on",
+        },
+        summary="a window of channels as wide as the tier affords, which moves on by one channel a round; scaler, "
+        "static normalisation and masked head as in heterofl",
+        source="FedRolex (2212.01548) with the parts of HeteroFL that its release keeps; means weighted by examples",
     ),
 )
 

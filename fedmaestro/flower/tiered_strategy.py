@@ -41,6 +41,7 @@ from fedmaestro.rounds.server import (
     ServerState,
     control_of,
     evaluation_facts,
+    opened,
     schedule,
     start,
     step,
@@ -93,8 +94,9 @@ class TieredStrategy(FlowerStrategy):
     def __init__(self, env: Environment, server: ServerState | None = None) -> None:
         self.env = env
         self.server = start(env) if server is None else server
+        self._opened = self.server
         self._pace = Pace()
-        self._records: dict[Submodel, ArrayRecord] = {}
+        self._records: dict[tuple[Submodel, bool], ArrayRecord] = {}
         self._gathering: Gathering | None = None
         self._cohorts: dict[int, tuple[Message, Cohort]] = {}
         self._parts: dict[int, _Part] = {}
@@ -109,8 +111,9 @@ class TieredStrategy(FlowerStrategy):
             grid: the hosts.
             other: messages that the hosts work on at the same time.
         """
-        planned = schedule(self.env, self.server, server_round)
-        self._gathering = Gathering(self.env, self.server, planned, server_round)
+        self._opened = opened(self.server, server_round)
+        planned = schedule(self.env, self._opened, server_round)
+        self._gathering = Gathering(self.env, self._opened, planned, server_round)
         nodes = sorted(grid.get_node_ids())
         parts = self._parts | self._device_parts
         alone = self.env.method.aggregation.alone
@@ -148,24 +151,26 @@ class TieredStrategy(FlowerStrategy):
                 CONTROL: to_arrays(control_of(self.server, cohort.submodel)),
                 CONTROLS: to_arrays(by_device(own)),
             }
-        return self._message(MessageType.TRAIN, node, cohort.submodel, cohort.tier, job, more)
+        return self._message(MessageType.TRAIN, node, self._opened, cohort.submodel, cohort.tier, job, more)
 
     def _message(
         self,
         kind: str,
         node: int,
+        server: ServerState,
         submodel: Submodel,
         tier: TierPlan,
         job: dict[str, Any],
         more: dict[str, ArrayRecord] | None = None,
     ) -> Message:
-        plan = self.server.plan
+        plan = server.plan
         if plan is not self.env.plan:
             job["ranks"] = encode_ranks(plan)
         # Messages of one size share one record, which is serialised once.
-        if submodel not in self._records:
-            self._records[submodel] = to_arrays(storage.download(plan, self.server.models, submodel))
-        return message(kind, node, self.env, self._records[submodel], more, tier=tier.tier.name, **job)
+        key = submodel, server is self.server
+        if key not in self._records:
+            self._records[key] = to_arrays(storage.download(plan, server.models, submodel))
+        return message(kind, node, self.env, self._records[key], more, tier=tier.tier.name, **job)
 
     def predicted_seconds(self, messages: Iterable[Message], grid: Grid) -> float | None:
         """Return what the hosts will take for messages that this object has made; None before anything was measured."""
@@ -228,7 +233,7 @@ class TieredStrategy(FlowerStrategy):
             devices = ", ".join(str(device) for device in sorted(failures) if failures[device] == failure)
             log.warning("round %d: failed: device %s: %s (%s)", server_round, devices, failure.reason, failure.kind)
         facts = gathering.facts()
-        before, self.server = self.server, step(self.env, self.server, gathering.partials, server_round)
+        before, self.server = self.server, step(self.env, self._opened, gathering.partials, server_round)
         self.server = replace(self.server, norms=gathering.norms)
         losses = {report.device: report.loss for report in gathering.reports}
         self.server = replace(self.server, history=self.server.history.after(server_round, losses))
@@ -247,7 +252,7 @@ class TieredStrategy(FlowerStrategy):
             for first in range(0, examples, TEST_PART):
                 last = min(first + TEST_PART, examples)
                 job = {"round": server_round, "first": first, "last": last}
-                message = self._message(MessageType.EVALUATE, next(nodes), submodel, tier, job)
+                message = self._message(MessageType.EVALUATE, next(nodes), self.server, submodel, tier, job)
                 self._parts[id(message)] = _Part(message, tier, last - first, job)
         return [part.message for part in self._parts.values()]
 
@@ -259,7 +264,7 @@ class TieredStrategy(FlowerStrategy):
             devices = np.nonzero((self.env.tier_of == tier.index) & (tests.sizes > 0))[0].tolist()
             for some in _chunks(devices, tests.sizes[devices].tolist()):
                 job = {"round": server_round, "devices": some}
-                message = self._message(MessageType.EVALUATE, next(nodes), tier.serves, tier, job)
+                message = self._message(MessageType.EVALUATE, next(nodes), self.server, tier.serves, tier, job)
                 self._device_parts[id(message)] = _Part(message, tier, int(tests.sizes[some].sum()), job)
         return [part.message for part in self._device_parts.values()]
 

@@ -25,7 +25,7 @@ from fedmaestro.rounds.norms import checked_norm
 from fedmaestro.rounds.placement import placed
 from fedmaestro.rounds.stacked import Stacks, best_size, train_stack, why_not
 from fedmaestro.rounds.storage import Owner
-from fedmaestro.rounds.training import local_training, train_device
+from fedmaestro.rounds.training import Draws, local_training, train_device
 from fedmaestro.rounds.tree import Join, Span, reduced
 from fedmaestro.runs.code import located
 from fedmaestro.strategies.base import SUMS, AnyAggregation, AnyPartial, Parts
@@ -154,7 +154,7 @@ def train_cohort(
             env.method.objective,
             batch,
             settings,
-            rng.generator(env.config.seed, "train", server_round, device),
+            Draws(env.config.seed, (server_round, device)),
             padding=env.task.padding,
             augmented=partial(augmented, device) if augments else None,
             control=control,
@@ -172,7 +172,7 @@ def train_cohort(
             env.method.objective,
             [own(device, env.task.plain(env.parts[device])) for device in chosen],
             settings,
-            [rng.generator(env.config.seed, "train", server_round, device) for device in chosen],
+            [Draws(env.config.seed, (server_round, device)) for device in chosen],
             augmented=(lambda i, generator: augmented(chosen[i], generator)) if augments else None,
         )
         return [({name: x[i] for name, x in states.items()}, loss) for i, loss in enumerate(losses)]
@@ -241,13 +241,13 @@ def measured_stack(env: Environment, models: storage.Models) -> int:
     settings = replace(settings, epochs=1, frozen=env.method.frozen(start, 1))
     batch = env.task.plain(part[: 2 * settings.batch_size]).to(placed())
 
-    def generators(count: int) -> list[np.random.Generator]:
-        return [rng.generator(env.config.seed, "stack", i) for i in range(count)]
+    def draws(count: int) -> list[Draws]:
+        return [Draws(env.config.seed, (i,)) for i in range(count)]
 
     with one_thread():
         chosen = best_size(
-            lambda: train_device(prefixes, start, objective, batch, settings, generators(1)[0]),
-            lambda size: train_stack(prefixes, start, objective, [batch] * size, settings, generators(size)),
+            lambda: train_device(prefixes, start, objective, batch, settings, draws(1)[0]),
+            lambda size: train_stack(prefixes, start, objective, [batch] * size, settings, draws(size)),
         )
     log.info("train.stack: %d, as measured here", chosen)
     return chosen

@@ -347,6 +347,11 @@ def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple
             f"strategy {method.name!r} scales widths, and model {config.model.name!r} has no narrower form: give its "
             "class a parameter scale and build it with scale(channels) channels, or use a strategy of rank prefixes"
         )
+    if method.submodel.rolls and method.norm == "group" and architecture.has_norms:
+        raise UserError(
+            f"model.norm=group: channels of strategy {method.name!r} roll, and the groups of model "
+            f"{config.model.name!r} would change their members: use model.norm=static"
+        )
     # A row's own scaler only where a norm layer follows: evaluation does not scale, and without norms it would see
     # other activations than training did.
     scales = method.scaler and (config.model.scaler == "on" or architecture.has_norms)

@@ -98,12 +98,30 @@ def start(env: Environment) -> ServerState:
     return ServerState(round=-1, models=models, updates=updates, plan=env.plan, history=history, stack=stack)
 
 
+def opened(server: ServerState, server_round: int) -> ServerState:
+    """Return the state as a round (from 1 on) starts from it: windows of channels move on (``storage``).
+
+    Between rounds the window lies where it was trained, so that is what tiers are served and evaluated on.
+    """
+    if not server.plan.setting.rule.rolls or server_round == 1:
+        return server
+
+    def moved(state: State) -> State:
+        return _contiguous(storage.advanced(server.plan, state))
+
+    memory = {
+        owner: {name: {slot: moved(state) for slot, state in slots.items()} for name, slots in chain.items()}
+        for owner, chain in server.memory.items()
+    }
+    return replace(server, models={owner: moved(state) for owner, state in server.models.items()}, memory=memory)
+
+
 def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPartial], server_round: int) -> ServerState:
     """Return the server's state after a round.
 
     Args:
         env: the experiment: aggregation, chain, and when ranks change.
-        server: before the round; not changed.
+        server: before the round, ``opened``; not changed.
         partials: what the devices of each model amount to. When nobody trained, only ranks may change.
         server_round: from 1 on.
     """
@@ -130,11 +148,7 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
             with user_code(f"server.steps in round {server_round}"):
                 state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
             _same_shapes(state, before, "server.steps")
-            models[owner] = _contiguous(storage.advanced(server.plan, state))
-            memory[owner] = {
-                name: {slot: storage.advanced(server.plan, moments) for slot, moments in slots.items()}
-                for name, slots in kept.items()
-            }
+            models[owner], memory[owner] = _contiguous(state), kept
     updates = server.updates
     if updates:
         for shapes, block in partials[None]:

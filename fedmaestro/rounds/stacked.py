@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.rounds.training import LocalTraining, check_finite
+from fedmaestro.rounds.training import Draws, LocalTraining, check_finite
 from fedmaestro.rounds.tree import Span
 from fedmaestro.submodel import State
 from fedmaestro.tasks.task import Batch
@@ -130,7 +130,7 @@ def train_stack(
     objective: Objective,
     examples: Sequence[Batch],
     settings: LocalTraining,
-    generators: Sequence[np.random.Generator],
+    draws: Sequence[Draws],
     *,
     augmented: Augmented | None = None,
 ) -> tuple[State, list[float]]:
@@ -142,7 +142,7 @@ def train_stack(
         objective: what a step minimises; one whose draws are known (``Objective.choices``).
         examples: of each of ``D`` devices.
         settings: as for ``device.train_device``.
-        generators: of each device; order of the examples and whatever the objective draws, as there.
+        draws: of each device, as there.
         augmented: makes the examples of an epoch anew.
 
     Returns:
@@ -186,15 +186,15 @@ def train_stack(
         totals[chosen] += losses.detach() * len(batches[0])
 
     for _ in range(settings.epochs):
-        pairs = zip(generators, counts, strict=True)
-        orders = [torch.from_numpy(generator.permutation(count)).to(stack.where) for generator, count in pairs]
+        pairs = zip(draws, counts, strict=True)
+        orders = [torch.from_numpy(of_device.order.permutation(count)).to(stack.where) for of_device, count in pairs]
         if augmented is not None:
-            examples = [augmented(i, generator) for i, generator in enumerate(generators)]
+            examples = [augmented(i, of_device.examples) for i, of_device in enumerate(draws)]
         for first in range(0, max(counts), settings.batch_size):
             groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-            for i, (generator, count) in enumerate(zip(generators, counts, strict=True)):
+            for i, (of_device, count) in enumerate(zip(draws, counts, strict=True)):
                 if first < count:
-                    draw = int(generator.integers(choices)) if choices else 0
+                    draw = int(of_device.objective.integers(choices)) if choices else 0
                     groups[min(settings.batch_size, count - first), draw].append(i)
             for (size, draw), chosen in sorted(groups.items()):
                 step(chosen, [examples[i].take(orders[i][first : first + size]) for i in chosen], draw)

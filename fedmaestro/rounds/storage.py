@@ -3,11 +3,11 @@
 Usually there is one model, and each tier's is the leading block of every tensor (``submodel.cut``). Two rules differ:
 
 - *separate*: every size is a model of its own; its owner is the first tier of that size;
-- *rolls* (FedRolex, arXiv 2212.01548): submodels are leading blocks too, and after every round the channels of the
-  stored state move on by one, so the window of a narrow model passes over all of them. A rolled network without norm
-  layers is the same function. Departures: the paper's global model stays in place and its window moves, which is the
-  same; what serves a tier is the submodel that its devices would be sent next. Groups of a GroupNorm are made of
-  neighbouring channels and move with them.
+- *rolls* (FedRolex, arXiv 2212.01548): submodels are leading blocks too, and before every round but the first the
+  channels of the stored state move on by one, so the window of a narrow model passes over all of them. A rolled network
+  is the same function where norms are by channel (a GroupNorm's groups would change members, so it is refused).
+  Departure: the paper's global model stays in place and its window moves, which is the same. What serves a tier, which
+  the paper leaves open, is the window that its devices have trained last.
 """
 
 from collections.abc import Mapping

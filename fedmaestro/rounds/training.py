@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmaestro import rng
 from fedmaestro.clients import Objective
 from fedmaestro.clients.base import Prefixes
 from fedmaestro.clients.optimizers import OPTIMIZERS, LocalOptimizer
@@ -19,6 +21,35 @@ from fedmaestro.lod.suffix import Tail
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.submodel import State, load
 from fedmaestro.tasks.task import Batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a device's training, each from a generator of its own.
+
+    So rows of a comparison whose objectives draw differently, or not at all, see examples in the same order, and
+    augmented alike.
+    """
+
+    seed: int
+    """The experiment's."""
+    indices: tuple[int, ...]
+    """Round and device."""
+
+    @cached_property
+    def order(self) -> np.random.Generator:
+        """Of the examples."""
+        return rng.generator(self.seed, "order", *self.indices)
+
+    @cached_property
+    def objective(self) -> np.random.Generator:
+        """Of whatever the objective draws."""
+        return rng.generator(self.seed, "objective", *self.indices)
+
+    @cached_property
+    def examples(self) -> np.random.Generator:
+        """Of augmentation."""
+        return rng.generator(self.seed, "augment", *self.indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +116,7 @@ def train_device(
     objective: Objective,
     examples: Batch,
     settings: LocalTraining,
-    generator: np.random.Generator,
+    draws: Draws,
     *,
     padding: int | None = None,
     augmented: Callable[[np.random.Generator], Batch] | None = None,
@@ -99,7 +130,7 @@ def train_device(
         objective: what a step minimises.
         examples: all of the device.
         settings: epochs, batch size and SGD parameters; the last batch of an epoch may be smaller.
-        generator: order of the examples and whatever the objective draws.
+        draws: what is random.
         padding: token that fills up short sequences; None: there are none.
         augmented: makes the examples of an epoch anew; None: they are as they are.
         control: control variates that correct every step; None: none do.
@@ -126,14 +157,14 @@ def train_device(
     rows = UntrainedRows(trained) if objective.masked and settings.weight_decay else None
     total = torch.zeros((), device=where)
     for _ in range(settings.epochs):
-        order = torch.from_numpy(generator.permutation(count)).to(where)
+        order = torch.from_numpy(draws.order.permutation(count)).to(where)
         if augmented is not None:
-            examples = augmented(generator)
+            examples = augmented(draws.examples)
         for indices in torch.split(order, settings.batch_size):
             batch = examples.take(indices, padding)
             optimizer.zero_grad(set_to_none=True)
             with settings.passes(where):
-                loss = objective.loss(prefixes, batch.x, batch.targets, generator)
+                loss = objective.loss(prefixes, batch.x, batch.targets, draws.objective)
             penalised = _penalised(loss, model, settings)
             if settings.proximal:
                 distance = sum(((x - y) ** 2).sum() for x, y in zip(parameters, anchor, strict=True))

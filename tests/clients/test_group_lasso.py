@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from batches import batch
@@ -12,7 +11,7 @@ from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Prefixes
 from fedmaestro.lod.suffix import tail_of
-from fedmaestro.rounds.training import LocalTraining, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, train_device
 from fedmaestro.submodel import State
 
 ONE_STEP = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -34,7 +33,7 @@ def trained(model: nn.Module, settings: LocalTraining) -> tuple[float, State]:
         OBJECTIVES["own-prefix"],
         batch(IMAGES, LABELS),
         settings,
-        np.random.default_rng(0),
+        Draws(0, ()),
     )
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(start)

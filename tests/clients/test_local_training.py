@@ -23,7 +23,7 @@ from fedmaestro.errors import UserError
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import start as start_of
 from fedmaestro.rounds.server import with_controls
-from fedmaestro.rounds.training import LocalTraining, local_training, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, local_training, train_device
 from fedmaestro.tasks.augment import augmented
 from fedmaestro.tasks.own import own_task
 
@@ -37,7 +37,7 @@ def trained(settings: LocalTraining, **more: Any) -> tuple[dict[str, Tensor], di
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     start = {name: x.clone() for name, x in model.state_dict().items()}
     prefixes = Prefixes(model=model, num_classes=3)
-    train_device(prefixes, start, OBJECTIVES["own-prefix"], batch(X, Y), settings, np.random.default_rng(0), **more)
+    train_device(prefixes, start, OBJECTIVES["own-prefix"], batch(X, Y), settings, Draws(0, ()), **more)
     return start, {name: x.clone() for name, x in model.state_dict().items()}
 
 

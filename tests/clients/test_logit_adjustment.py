@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes, logit_offsets
-from fedmaestro.rounds.training import LocalTraining, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, train_device
 from fedmaestro.submodel import shapes_of
 
 SETTINGS = LocalTraining(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.0, logit_adjustment=1.0)
@@ -80,7 +80,7 @@ def test_every_objective_takes_each_devices_own_frequencies(prefixes: Prefixes, 
     for counts in (COUNTS, torch.tensor([0, 0, 5, 4])):
         for strength in (0.0, 1.0):
             settings = replace(SETTINGS, logit_adjustment=strength)
-            loss = train_device(prefixes, start, spied, batch(*batch_of(counts)), settings, np.random.default_rng(0))
+            loss = train_device(prefixes, start, spied, batch(*batch_of(counts)), settings, Draws(0, ()))
             losses[tuple(counts.tolist()), strength] = loss
     plain, first, plain_again, second = spy.seen
     assert plain is None

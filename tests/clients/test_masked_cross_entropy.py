@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes
-from fedmaestro.rounds.training import LocalTraining, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, train_device
 from fedmaestro.submodel import State
 
 MASKED, OWN = OBJECTIVES["masked-cross-entropy"], OBJECTIVES["own-prefix"]
@@ -53,8 +53,7 @@ def trained(
 ) -> tuple[float, State]:
     model = copy.deepcopy(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generator = np.random.default_rng(0)
-    loss = train_device(prefixes_of(model), start, objective, batch(*data(classes)), settings, generator)
+    loss = train_device(prefixes_of(model), start, objective, batch(*data(classes)), settings, Draws(0, ()))
     return loss, model.state_dict()
 
 
@@ -106,7 +105,7 @@ def test_every_device_brings_its_own_classes(model: nn.Module) -> None:
     for objective in (MASKED, OWN):
         for classes in ([5], PRESENT):
             spied = replace(objective, loss=spy)
-            train_device(prefixes, start, spied, batch(*data(classes)), settings, np.random.default_rng(0))
+            train_device(prefixes, start, spied, batch(*data(classes)), settings, Draws(0, ()))
     first, second, *unasked = spy.seen
     assert first is not None
     assert second is not None
@@ -144,7 +143,7 @@ def test_nothing_runs_only_to_count_the_classes(model: nn.Module) -> None:
     model.register_forward_hook(lambda *_: runs.append(1))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = replace(SETTINGS, epochs=1, batch_size=100, logit_adjustment=1.0)
-    train_device(prefixes_of(model), start, MASKED, batch(*data(PRESENT)), settings, np.random.default_rng(0))
+    train_device(prefixes_of(model), start, MASKED, batch(*data(PRESENT)), settings, Draws(0, ()))
     assert len(runs) == 1, "one step"
 
 
@@ -158,9 +157,9 @@ def test_weight_decay_leaves_rows_of_absent_classes_as_they_were_sent(model: nn.
     plain = copy.deepcopy(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
     images, labels = data(PRESENT)
-    generator = np.random.default_rng(0)
+    order = Draws(0, ()).order
     for _ in range(settings.epochs):
-        for indices in torch.split(torch.from_numpy(generator.permutation(len(labels))), settings.batch_size):
+        for indices in torch.split(torch.from_numpy(order.permutation(len(labels))), settings.batch_size):
             optimizer.zero_grad()
             loss_of(plain, (images[indices], labels[indices]), mask(PRESENT)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

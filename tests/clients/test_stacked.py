@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from fedmaestro.rounds import stacked
 from fedmaestro.rounds.device import resident_prefixes
 from fedmaestro.rounds.environment import Environment, open_environment
 from fedmaestro.rounds.stacked import best_size, nodes, train_stack, why_not
-from fedmaestro.rounds.training import LocalTraining, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, train_device
 from fedmaestro.rounds.tree import Span
 from fedmaestro.submodel import State
 
@@ -52,11 +51,10 @@ def both_ways(
     batches = [env.task.plain(env.parts[device]) for device in devices]
     states, losses = [], []
     for device, batch in zip(devices, batches, strict=True):
-        generator = np.random.default_rng(device)
-        losses.append(train_device(prefixes, start, OBJECTIVES[objective], batch, settings, generator))
+        losses.append(train_device(prefixes, start, OBJECTIVES[objective], batch, settings, Draws(0, (device,))))
         states.append({name: x.clone() for name, x in prefixes.state.items()})
-    generators = [np.random.default_rng(device) for device in devices]
-    stack, of_stack = train_stack(prefixes, start, OBJECTIVES[objective], batches, settings, generators)
+    draws = [Draws(0, (device,)) for device in devices]
+    stack, of_stack = train_stack(prefixes, start, OBJECTIVES[objective], batches, settings, draws)
     for parameter in prefixes.parameters.values():
         parameter.requires_grad_(True)
     return states, losses, stack, of_stack

@@ -12,7 +12,7 @@ from fedmaestro import lod
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.clients.base import Objective, Prefixes
 from fedmaestro.errors import DivergedError
-from fedmaestro.rounds.training import LocalTraining, train_device
+from fedmaestro.rounds.training import Draws, LocalTraining, train_device
 from fedmaestro.submodel import State, shapes_of
 
 SETTINGS = LocalTraining(epochs=2, batch_size=8, lr=0.2, momentum=0.9, weight_decay=0.0)
@@ -49,7 +49,7 @@ def trained(
     objective: Objective = OWN,
     settings: LocalTraining = SETTINGS,
 ) -> tuple[float, State]:
-    loss = train_device(prefixes, start, objective, batch(*separable(data)), settings, np.random.default_rng(seed))
+    loss = train_device(prefixes, start, objective, batch(*separable(data)), settings, Draws(seed, ()))
     return loss, {name: tensor.clone() for name, tensor in prefixes.model.state_dict().items()}
 
 

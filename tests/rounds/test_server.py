@@ -13,7 +13,16 @@ from fedmaestro.rounds import storage
 from fedmaestro.rounds.cohorts import cut
 from fedmaestro.rounds.device import train_cohort
 from fedmaestro.rounds.environment import Environment, open_environment
-from fedmaestro.rounds.server import Gathering, ServerState, from_checkpoint, schedule, start, step, to_checkpoint
+from fedmaestro.rounds.server import (
+    Gathering,
+    ServerState,
+    from_checkpoint,
+    opened,
+    schedule,
+    start,
+    step,
+    to_checkpoint,
+)
 from fedmaestro.runs.checkpoint import load_checkpoint, save_checkpoint
 from fedmaestro.submodel import State
 
@@ -25,6 +34,7 @@ def environment(**settings: Any) -> Environment:
 
 def gathered(env: Environment, server: ServerState, number: int) -> Gathering:
     """What the round's devices bring back, without Flower."""
+    server = opened(server, number)
     plan = schedule(env, server, number)
     gathering = Gathering(env, server, plan, number)
     for cohort in cut(plan.groups, lambda cohort: cohort.work * 1e-9, workers=2):
@@ -35,7 +45,7 @@ def gathered(env: Environment, server: ServerState, number: int) -> Gathering:
 
 def rounds(env: Environment, server: ServerState, numbers: range) -> ServerState:
     for number in numbers:
-        server = step(env, server, gathered(env, server, number).partials, number)
+        server = step(env, opened(server, number), gathered(env, server, number).partials, number)
     return server
 
 
@@ -91,11 +101,30 @@ def test_a_round_without_devices_changes_nothing() -> None:
 
 
 def test_moments_stay_with_the_channels_that_roll() -> None:
-    """Momentum of one round is the difference that it made, and both have moved on by one channel."""
+    """Momentum of one round is the difference that it made; the next round finds both moved on by one channel."""
     env = environment(**{"train.strategy": "fedrolex", "server.optimizer": "momentum"})
     server = start(env)
     after = rounds(env, server, range(1, 2))
-    start_rolled = storage.advanced(env.plan, dict(server.models[None]))
     moved: State = after.memory[None]["optimizer"]["momentum"]
     for name, tensor in after.models[None].items():
-        torch.testing.assert_close(start_rolled[name] + moved[name], tensor)
+        torch.testing.assert_close(server.models[None][name] + moved[name], tensor)
+    second = opened(after, 2)
+    for state, rolled in (
+        (after.models[None], second.models[None]),
+        (moved, second.memory[None]["optimizer"]["momentum"]),
+    ):
+        for name, tensor in storage.advanced(env.plan, dict(state)).items():
+            assert torch.equal(rolled[name], tensor)
+
+
+def test_a_tier_is_served_the_window_that_its_devices_have_just_trained() -> None:
+    env = environment(**{"train.strategy": "fedrolex"})
+    server = rounds(env, start(env), range(1, 3))
+    third = opened(server, 3)
+    smallest = env.plan.tiers[-1].serves
+    before = storage.download(env.plan, third.models, smallest)
+    after = step(env, third, gathered(env, server, 3).partials, 3)
+    served = storage.download(env.plan, after.models, smallest)
+    # Biases of the window of one tier: all of them trained, none of them elsewhere.
+    assert not torch.isclose(served["fc1.bias"], before["fc1.bias"], atol=0, rtol=1e-6).any()
+    assert torch.equal(after.models[None]["fc1.bias"], storage.stored(env.plan, after.models[None])[None]["fc1.bias"])
