@@ -12,7 +12,7 @@ the papers' tables: the products of queries, keys and values inside of attention
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,17 @@ class LayerTrace:
         inner_part = self.macs(rank) if self.max_rank is None else self.positions * rank * self.inner
         return 3 * self.macs(rank) - (0 if self.input_needs_grad else inner_part)
 
+    def saved_macs(self, rank: int) -> tuple[int, int]:
+        """Return what a step saves where U is frozen, and where V is; nothing of a dense layer.
+
+        The gradient of the frozen factor's weights; in a layer that sees the examples, nobody needs the gradient of the
+        hidden ``(P, r)`` either when V is frozen.
+        """
+        if self.max_rank is None:
+            return 0, 0
+        outer, inner = self.positions * rank * self.out, self.positions * rank * self.inner
+        return outer, inner + (0 if self.input_needs_grad else outer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
@@ -89,6 +100,8 @@ class Cost:
     params: int
     macs_per_example: int
     train_macs_per_example: int
+    saved_macs: tuple[int, int] = (0, 0)
+    """Of these, what a step saves where all U are frozen, and where all V are."""
     train_memory_bytes: int
     """Peak of one training step: parameters, gradients, optimiser state, activations of a batch."""
     activation_bytes: int
@@ -139,11 +152,16 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, slots: int
         params=params,
         macs_per_example=traced.fixed_macs + sum(x.macs(rank[x.name]) for x in traced.layers),
         train_macs_per_example=3 * traced.fixed_macs + sum(x.train_macs(rank[x.name]) for x in traced.layers),
+        saved_macs=_sums([x.saved_macs(rank[x.name]) for x in lod]),
         train_memory_bytes=copies * BYTES_PER_SCALAR * params + batch_size * activation_bytes,
         activation_bytes=batch_size * activation_bytes,
         download_bytes=BYTES_PER_SCALAR * params,
         upload_bytes=BYTES_PER_SCALAR * params,
     )
+
+
+def _sums(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
 
 
 def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:

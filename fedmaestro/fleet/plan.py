@@ -80,6 +80,8 @@ class TierPlan:
     """None: devices of this tier do not take part."""
     step_macs: int
     """MACs per example of a local step under the objective (all of its passes, in expectation)."""
+    saved_macs: tuple[int, int] = (0, 0)
+    """Of these, what a step saves where all U are frozen, and where all V are."""
     step_memory_bytes: int
     """Peak memory of a local step under the objective."""
 
@@ -290,15 +292,26 @@ def _tier_plan(
     passes: Passes,
 ) -> TierPlan:
     macs = memory = 0
+    saved = 0, 0
     if trains is not None:
         smaller = smaller_levels(trains, serving)
         levels = [trains, *smaller]
         expected = passes.expected(len(levels))
         macs = round(sum(p * x.cost.train_macs_per_example for p, x in zip(expected, levels, strict=True)))
+        both = (sum(p * x.cost.saved_macs[i] for p, x in zip(expected, levels, strict=True)) for i in range(2))
+        saved = round(next(both)), round(next(both))
         memory = trains.cost.train_memory_bytes
         if passes.together and smaller:
             memory += smaller[0].cost.activation_bytes
-    return TierPlan(tier=tier, index=index, serves=serves, trains=trains, step_macs=macs, step_memory_bytes=memory)
+    return TierPlan(
+        tier=tier,
+        index=index,
+        serves=serves,
+        trains=trains,
+        step_macs=macs,
+        saved_macs=saved,
+        step_memory_bytes=memory,
+    )
 
 
 def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:

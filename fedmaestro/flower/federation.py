@@ -18,7 +18,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmaestro.errors import UserError
-from fedmaestro.fleet.plan import Plan
+from fedmaestro.fleet.plan import Plan, TierPlan
 from fedmaestro.flower.hosts import exchange, find_hosts
 from fedmaestro.flower.tiered_strategy import TieredStrategy
 from fedmaestro.flower.watchdog import watched
@@ -28,6 +28,7 @@ from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import Observer
 from fedmaestro.rounds.server import (
     ServerState,
+    control_bytes,
     device_facts,
     evaluation_facts,
     from_checkpoint,
@@ -35,6 +36,7 @@ from fedmaestro.rounds.server import (
     rank_facts,
     start,
     to_checkpoint,
+    upload_bytes,
 )
 from fedmaestro.runs.checkpoint import load_checkpoint, remove_unused, save_checkpoint
 from fedmaestro.runs.code import write_code
@@ -318,20 +320,24 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
 
 
 def tier_figures(env: Environment, plan: Plan) -> dict[str, TierFigures]:
-    """Return the figures of each tier's submodel under ``plan``, largest first."""
-    return {
-        tier.tier.name: TierFigures(
-            devices=env.devices_of[tier.index],
-            ranks=tier.serves.size.describe(),
-            params=tier.serves.cost.params,
-            macs_per_example=tier.serves.cost.macs_per_example,
-            train_macs_per_example=tier.step_macs,
-            train_memory_bytes=tier.step_memory_bytes,
-            download_bytes=tier.serves.cost.download_bytes,
-            upload_bytes=tier.serves.cost.upload_bytes,
-        )
-        for tier in plan.tiers
-    }
+    """Return the figures of each tier under ``plan``, largest first."""
+    return {tier.tier.name: _figures(env, tier) for tier in plan.tiers}
+
+
+def _figures(env: Environment, tier: TierPlan) -> TierFigures:
+    serves, trains = tier.serves, tier.trains
+    # Where factors alternate, the mean of two rounds.
+    uploads = [0 if trains is None else upload_bytes(env, trains, number) for number in (1, 2)]
+    return TierFigures(
+        devices=env.devices_of[tier.index],
+        ranks=serves.size.describe(),
+        params=serves.cost.params,
+        macs_per_example=serves.cost.macs_per_example,
+        train_macs_per_example=round(sum(env.method.step_macs(tier, number) for number in (1, 2)) / 2),
+        train_memory_bytes=tier.step_memory_bytes,
+        download_bytes=0 if trains is None else trains.cost.download_bytes + control_bytes(env, trains),
+        upload_bytes=round(sum(uploads) / 2),
+    )
 
 
 @contextmanager

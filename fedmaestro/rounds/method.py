@@ -9,6 +9,7 @@ from fedmaestro.clients.optimizers import OPTIMIZERS, SCHEDULES, Decay, LocalOpt
 from fedmaestro.config.base import Value
 from fedmaestro.config.experiment import BY_STRATEGY, ExperimentConfig, decided_by_rows
 from fedmaestro.errors import UserError, check_name
+from fedmaestro.fleet.plan import TierPlan
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
@@ -46,10 +47,19 @@ class Method:
 
     def frozen(self, submodel: Collection[str], server_round: int) -> frozenset[str]:
         """Return the names of ``submodel`` that devices leave as they are in this round (from 1 on)."""
-        if self.freeze == "none":
-            return frozenset()
-        factor = "v" if self.freeze == "v" else ("u", "v")[server_round % 2]
-        return frozenset(f"{layer}.{factor}" for layer in factor_layers(submodel))
+        factor = self.frozen_factor(server_round)
+        return frozenset() if factor is None else frozenset(f"{layer}.{factor}" for layer in factor_layers(submodel))
+
+    def frozen_factor(self, server_round: int) -> Literal["u", "v"] | None:
+        """Return which factors devices leave as they are in this round (from 1 on)."""
+        if self.freeze == "alternating":
+            return "v" if server_round % 2 else "u"
+        return "v" if self.freeze == "v" else None
+
+    def step_macs(self, tier: TierPlan, server_round: int) -> int:
+        """Return the training MACs per example of a tier's local step in this round (from 1 on)."""
+        factor = self.frozen_factor(server_round)
+        return tier.step_macs - (0 if factor is None else tier.saved_macs["uv".index(factor)])
 
     @property
     def trains_prefixes(self) -> bool:

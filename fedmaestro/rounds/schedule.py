@@ -58,6 +58,7 @@ def schedule_round(
     local_epochs: int = 1,
     over_commit: float = 1.0,
     deadline_seconds: float | None = None,
+    step_macs: Callable[[TierPlan], int] = lambda tier: tier.step_macs,
     upload_bytes: Callable[[Submodel], int] = lambda submodel: submodel.cost.upload_bytes,
     more_download_bytes: Callable[[Submodel], int] = lambda submodel: 0,  # noqa: ARG005
     selection: Selection = SELECTIONS["uniform"],
@@ -75,6 +76,7 @@ def schedule_round(
         local_epochs: passes over a device's examples.
         over_commit: sample this many times more devices.
         deadline_seconds: virtual limit of the round; None: there is none.
+        step_macs: training MACs per example of a tier's local step.
         upload_bytes: of a device that trained this submodel; less than all where it does not train every tensor.
         more_download_bytes: what a device downloads besides the submodel.
         selection: who is asked, of those that can be reached and have examples.
@@ -99,7 +101,7 @@ def schedule_round(
         downloads[tier.index] = cost.download_bytes
         able = np.nonzero((tiers == tier.index) & (reachable < tier.tier.availability) & (counts > 0))[0]
         sizes, which = np.unique(counts[able], return_inverse=True)
-        takes = [device_timing(tier.tier, cost, n * local_epochs, tier.step_macs).total for n in sizes.tolist()]
+        takes = [device_timing(tier.tier, cost, n * local_epochs, step_macs(tier)).total for n in sizes.tolist()]
         seconds[able] = np.array(takes)[which]
     candidates = np.nonzero(~np.isnan(seconds))[0]
     wanted = math.ceil(round(devices_per_round * over_commit, 9))
@@ -121,7 +123,7 @@ def schedule_round(
             Group(
                 tier=tier,
                 devices=tuple(members.tolist()),
-                work=tuple(tier.step_macs * local_epochs * n for n in counts[members].tolist()),
+                work=tuple(step_macs(tier) * local_epochs * n for n in counts[members].tolist()),
             )
             for tier in plan.tiers
             if len(members := np.sort(finished[tiers[finished] == tier.index]))

@@ -217,6 +217,7 @@ def _scheduled(
         local_epochs=train.local_epochs,
         over_commit=fleet.over_commit,
         deadline_seconds=fleet.deadline_seconds,
+        step_macs=lambda tier: env.method.step_macs(tier, server_round),
         upload_bytes=lambda submodel: upload_bytes(env, submodel, server_round),
         more_download_bytes=lambda submodel: control_bytes(env, submodel),
         selection=env.method.selection,

@@ -144,7 +144,11 @@ class DeviceRecord(Record):
 
 
 class TierFigures(Record):
-    """What a tier's submodel costs a device, under a strategy."""
+    """What a tier's submodel costs a device, under a strategy.
+
+    Ranks, parameters and MACs per example are those of what serves the tier; training and traffic those of what its
+    devices train, which is more under an oracle and nothing where they do not take part.
+    """
 
     devices: int
     ranks: dict[str, int | float]

@@ -22,6 +22,7 @@ INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     "mlp": (2, 5, 4),
     "lenet": (2, 17, 16),
     "cnn": (2, 9, 8),
+    "conv": (2, 9, 8),
     "resnet18": (2, 8, 7),
     "vgg19": (2, 32, 33),
     "transformer": (4,),
