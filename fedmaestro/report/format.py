@@ -65,11 +65,11 @@ class Shown:
         """``accuracy %``."""
         return f"{self.name}{self.unit}"
 
-    def label(self, what: str) -> str:
+    def label(self, what: str, *notes: str) -> str:
         """Return the label of an axis: ``Test accuracy (%)``, ``Test rmse (lower is better)``."""
-        label = what.format(metric=self.name)
-        notes = ["%" if self.metric.percent else "", "" if self.metric.higher_is_better else "lower is better"]
-        return f"{label} ({', '.join(filter(None, notes))})" if any(notes) else label
+        label, unit = what.format(metric=self.name), ["%"] * self.metric.percent
+        known = [*unit, *notes, *["lower is better"] * (not self.metric.higher_is_better)]
+        return f"{label} ({', '.join(known)})" if known else label
 
     def number(self, value: float | None, digits: int = 2) -> str:
         """Return a value without its unit: ``digits`` decimals in percent, four significant digits otherwise."""
@@ -82,9 +82,11 @@ class Shown:
         number = self.number(value, digits)
         return number if number == MISSING else f"{number}{self.unit}"
 
-    def is_worse(self, left: float, right: float) -> bool:
-        """Return whether ``left`` is worse than ``right``."""
-        return self.metric.better(right, left)
+    def words(self, shown: float) -> str:
+        """Return what is shown already (in percent, if it is a share), with few digits and its unit."""
+        if self.metric.percent:
+            return f"{shown:.1f} %"
+        return f"{shown:.3g}" if abs(shown) < 999.5 else format_count(shown)
 
 
 def format_privacy(epsilon: float | None, delta: float | None) -> str:
