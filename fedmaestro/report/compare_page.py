@@ -59,31 +59,22 @@ def comparison_page(results: Results, svgs: Mapping[str, str]) -> str:
         svgs: The plots by name, as SVG documents that matplotlib wrote.
 
     """
-    rows, show = results.strategies, Shown(results.metric)
-    whole = [table.is_whole(row, results) for row in rows]
     return render(
         "comparison",
         title=f"Comparison: {results.experiment}",
         results=results,
-        rows=rows,
-        protocol=table.protocol(results),
-        unfinished=table.unfinished(results),
-        remark=table.macs_remark(results),
-        score_note=table.score_note(results),
-        seeds=[len(row.seeds) if ok else table.seeds_text(row, results) for row, ok in zip(rows, whole, strict=True)],
+        rows=results.strategies,
         columns=table.score_columns(results),
-        budgets=table.BUDGETS,
-        budget=table.budget,
+        table=table,
         lost=[f"Lost: {tier}" for tier in results.tiers],
-        family=table.family,
-        Metric=f"{show.name[:1].upper()}{show.name[1:]}",
+        metric=Shown(results.metric).name,
         svgs=svgs,
-        best=_best(results, show),
+        best=_best(results),
     )
 
 
-def _best(results: Results, show: Shown) -> str:
+def _best(results: Results) -> str:
     """Return which strategy ends best, for those who cannot see the plots."""
     best = ranked(results)[0]
     text = table.overall_stat(results, best, "mean", "final").text
-    return "" if text == MISSING else f" Best final mean of tiers: {best.name}, {text}{show.unit}."
+    return "" if text == MISSING else f" Best final mean of tiers: {best.name}, {text}{Shown(results.metric).unit}."

@@ -39,6 +39,13 @@ def format_percent(fraction: float | None, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def format_privacy(epsilon: float | None, delta: float | None) -> str:
+    """Return what differential privacy a model has: ``ε = 3.21 at δ = 1e-05``."""
+    if epsilon is None:
+        return MISSING
+    return f"ε = {epsilon:.3g}" + (f" at δ = {delta:.2g}" if delta is not None else "")
+
+
 @dataclass(frozen=True)
 class Shown:
     """How values of a metric are shown: shares in percent, others as they are."""
@@ -89,32 +96,19 @@ class Shown:
         return f"{shown:.3g}" if abs(shown) < 999.5 else format_count(shown)
 
 
-def format_privacy(epsilon: float | None, delta: float | None) -> str:
-    """Return what differential privacy a model has: ``ε = 3.21 at δ = 1e-05``."""
-    if epsilon is None:
-        return MISSING
-    return f"ε = {epsilon:.3g}" + (f" at δ = {delta:.2g}" if delta is not None else "")
-
-
 def format_seconds(s: float | None) -> str:
     """Return seconds as their two largest units: ``12.5 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
     if s is None or not math.isfinite(s):
         return MISSING
     if s < 0:
         return f"-{format_seconds(-s)}"
+    if s < 0.01:
+        return "< 0.01 s" if s else "0 s"
     if s < 59.95:  # above, one decimal would print 60.0 s
-        return _short_seconds(s)
+        return f"{s:.1f} s" if s >= 9.995 else f"{s:.2f} s"
     if round(s) < 3600:
         return _two_units(round(s), 60, "min", "s")
-    if round(s / 60) < 24 * 60:
-        return _two_units(round(s / 60), 60, "h", "min")
-    return _two_units(round(s / 3600), 24, "d", "h")
-
-
-def _short_seconds(s: float) -> str:
-    if s >= 9.995:
-        return f"{s:.1f} s"
-    return "0 s" if s == 0 else f"{s:.2f} s" if s >= 0.01 else "< 0.01 s"
+    return _two_units(round(s / 60), 60, "h", "min") if s < 86370 else _two_units(round(s / 3600), 24, "d", "h")
 
 
 def _two_units(small: int, per_large: int, large_name: str, small_name: str) -> str:
@@ -126,16 +120,9 @@ def _scaled(n: float | None, units: Sequence[str]) -> str:
     """Divide by 1000 until three significant digits print below 1000, and append the unit."""
     if n is None or not math.isfinite(n):
         return MISSING
-    size, sign, unit = abs(n), "-" if n < 0 else "", 0
-    if size < 999.5 and size == int(size):
-        return f"{sign}{int(size)}{units[0]}"
+    size, unit, digits = abs(n), 0, 0
     while size >= 999.5 and unit < len(units) - 1:
-        size /= 1000
-        unit += 1
-    return f"{sign}{_three_digits(size)}{units[unit]}"
-
-
-def _three_digits(size: float) -> str:
-    if size >= 99.95:
-        return f"{size:.0f}"
-    return f"{size:.1f}" if size >= 9.995 else f"{size:.2f}"
+        size, unit = size / 1000, unit + 1
+    if unit or size != int(size):
+        digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{'-' if n < 0 else ''}{size:.{digits}f}{units[unit]}"

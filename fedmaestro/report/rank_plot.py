@@ -77,8 +77,7 @@ def _table(history: History, full: Ranks, x_label: str) -> _Table:
         for tier in dict.fromkeys(tier for row in rows.values() for tier in row)
     }
     moments = list(rows) or [0.0]
-    end = moments[-1] + (moments[-1] - moments[-2] if len(moments) > 1 else 1.0)
-    return _Table(moments=np.array([*moments, end], np.float64), tiers=tiers, full=seen, x_label=x_label)
+    return _Table(moments=np.array([*moments, moments[-1] + 1], np.float64), tiers=tiers, full=seen, x_label=x_label)
 
 
 def _last(ranks: "Floats") -> str:
