@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_Panel = tuple[Scale, Sequence[Sequence[float]]]
-"""The x axis, and where the points of every curve stand on it."""
-
 
 @plot_style()
 def tier_accuracy_figure(rounds: Sequence[RoundRecord], title: str = "") -> "Figure":
@@ -41,8 +38,9 @@ def tier_accuracy_figure(rounds: Sequence[RoundRecord], title: str = "") -> "Fig
     figure = new_figure(3.0 + 4.3 * len(panels), max(4.4, 0.25 * len(curves) + 0.9), title)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     y.apply(grid[0], "y")
-    for axes, panel in zip(grid, panels, strict=True):
-        _draw(axes, curves, panel, show)
+    for axes, (label, positions) in zip(grid, panels.items(), strict=True):
+        zero_scale([x for xs in positions for x in xs], label, bins=7).apply(axes, "x")
+        _draw(axes, curves, positions, show)
     if curves:
         # Final values first, padded with figure spaces to the width of 100.0: digits line up.
         finals = [show.number(curve.final, 1).rjust(5, "\N{FIGURE SPACE}") for curve in curves]
@@ -60,33 +58,25 @@ def value_scale(curves: Sequence[Curve], show: Shown) -> Scale:
     return settled_scale(traces, show, "Test {metric}")
 
 
-def _panels(curves: Sequence[Curve]) -> list[_Panel]:
+def _panels(curves: Sequence[Curve]) -> dict[str, list[Sequence[float]]]:
+    """Return by the label of each panel where the points of every curve stand on its x axis."""
+    panels: dict[str, list[Sequence[float]]] = {"Communication round": [curve.rounds for curve in curves]}
     seconds = max((curve.virtual_seconds[-1] for curve in curves), default=0.0)
-    unit, size = time_unit(seconds)
-    rounds = [list(map(float, curve.rounds)) for curve in curves]
-    panels = [_panel("Communication round", rounds, integer=True)]
     if seconds > 0:
-        times = [[second / size for second in curve.virtual_seconds] for curve in curves]
-        panels.append(_panel(f"Virtual time ({unit})", times))
+        unit, size = time_unit(seconds)
+        panels[f"Virtual time ({unit})"] = [[second / size for second in curve.virtual_seconds] for curve in curves]
     if any(epsilon == epsilon for curve in curves for epsilon in curve.epsilons):
         # Before the first round nothing is spent.
         spent = [[epsilon if epsilon == epsilon else 0.0 for epsilon in curve.epsilons] for curve in curves]
-        panels.append(_panel("Privacy spent (ε)", spent))
+        panels["Privacy spent (ε)"] = list(spent)
     return panels
 
 
-def _panel(label: str, positions: Sequence[Sequence[float]], *, integer: bool = False) -> _Panel:
-    return zero_scale([x for xs in positions for x in xs], label, integer=integer, bins=7), positions
-
-
-def _draw(axes: "Axes", curves: Sequence[Curve], panel: _Panel, show: Shown) -> None:
-    scale, positions = panel
-    scale.apply(axes, "x")
+def _draw(axes: "Axes", curves: Sequence[Curve], positions: Sequence[Sequence[float]], show: Shown) -> None:
     axes.grid(visible=True)
     colors = tier_colors(len(curves))
     for index, (curve, x) in enumerate(zip(curves, positions, strict=True)):
-        every = stagger(index, len(curves), len(x))
-        y = [show.factor * value for value in curve.values]
+        every, y = stagger(index, len(curves), len(x)), [show.factor * value for value in curve.values]
         axes.plot(x, y, color=colors[index], linewidth=1.7, **marker(index), markevery=every)
 
 

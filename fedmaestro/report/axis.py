@@ -58,10 +58,10 @@ class Trace:
     failed: bool = False
 
 
-def zero_scale(values: Sequence[float], label: str, *, integer: bool = False, bins: int = 8) -> Scale:
-    """Return an axis from zero to the largest value."""
-    high = max(values, default=0.0) or 1.0
-    return Scale(label=label, low=-0.03 * high, high=1.03 * high, integer=integer, bins=bins)
+def zero_scale(values: Sequence[float], label: str, *, bins: int = 8) -> Scale:
+    """Return an axis from zero to the largest value; of whole numbers, such as rounds, ticks are whole too."""
+    high, whole = max(values, default=0.0) or 1.0, all(value == int(value) for value in values)
+    return Scale(label=label, low=-0.03 * high, high=1.03 * high, integer=whole, bins=bins)
 
 
 def log_scale(values: Sequence[float], label: str, *, bins: int = 8) -> Scale:

@@ -93,10 +93,10 @@ def _placed(lines: list[Line], over: Over) -> tuple[list[Line], Scale]:
     """Return lines and their x axis in readable units; logarithmic where costs of whole runs differ by a factor > 4."""
     bins = _bins(lines)
     if over == "round":
-        return lines, zero_scale(_known(lines, "x"), "Communication round", integer=True, bins=bins)
-    what, unit_of = ("Traffic of all devices, down and up", byte_unit), ("Virtual time", time_unit)
-    label, readable = what if over == "bytes" else unit_of
-    unit, size = readable(max(_known(lines, "x"), default=0.0))
+        return lines, zero_scale(_known(lines, "x"), "Communication round", bins=bins)
+    most = max(_known(lines, "x"), default=0.0)
+    unit, size = byte_unit(most) if over == "bytes" else time_unit(most)
+    label = "Traffic of all devices, down and up" if over == "bytes" else "Virtual time"
     lines = [replace(line, x=[x / size for x in line.x]) for line in lines]
     ends = [max(_known([line], "x")) for line in lines]
     if ends and max(ends) > _WIDE * min(ends) > 0:

@@ -4,7 +4,6 @@ The templates, the style and the script are text that ends in ``.md``: a Flower 
 or ``.js``, and a run that Flower's own command started writes its page from there.
 """
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +30,6 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(f"{template}.html.md").render(values)
 
 
-def by_kind(failed: Mapping[str, int]) -> str:
-    """Return ``12 not-finite, 3 host``: why updates failed."""
-    return ", ".join(f"{count} {kind}" for kind, count in failed.items())
-
-
 @cache
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -48,7 +42,7 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "by_kind": by_kind,
+        "by_kind": lambda failed: ", ".join(f"{count} {kind}" for kind, count in failed.items()),
         "bytes": format_bytes,
         "count": format_count,
         "inline_svg": inline_svg,

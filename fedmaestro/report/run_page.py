@@ -1,9 +1,10 @@
 """One self-contained HTML page about one run or several."""
 
 import base64
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedmaestro.report.accuracy_plot import tier_accuracy_figure
 from fedmaestro.report.facts import RunFacts
@@ -23,16 +24,6 @@ _COSTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The table of several runs: mean, worst and each tier's final value, and the best of each column as printed."""
-
-    metrics: Sequence[str]
-    tiers: Sequence[str]
-    scores: Sequence[Sequence[float]]
-    best: Sequence[str]
-
-
 def html_report(run_dirs: Sequence[Path | str]) -> str:
     """Return the page about these runs: a comparison when there are several, then a section for each.
 
@@ -48,7 +39,7 @@ def html_report(run_dirs: Sequence[Path | str]) -> str:
         "runs",
         title=runs[0].title if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         runs=runs,
-        comparison=_comparison(runs) if len(runs) > 1 else None,
+        **_comparison(runs),
         accuracy_svg=lambda run: svg_text(tier_accuracy_figure(run.run.rounds)),
         rank_svg=lambda run: svg_text(rank_figure(run.rank_history, full=run.full_ranks)),
         partition=_partition,
@@ -93,15 +84,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path[-depth:]) for path in parts]
 
 
-def _comparison(runs: Sequence[RunFacts]) -> Comparison:
+def _comparison(runs: Sequence[RunFacts]) -> dict[str, Sequence[Any]]:
+    """Return what compares runs: metrics, tiers, mean, worst and each tier's final value, and the best as printed."""
     tiers = list(dict.fromkeys(tier.name for run in runs for tier in run.tiers))
     finals = [{tier.name: tier.final for tier in run.tiers} for run in runs]
-    unknown = float("nan")
-    scores = [
-        [*run.mean_and_worst, *(of.get(tier, unknown) for tier in tiers)] for run, of in zip(runs, finals, strict=True)
-    ]
+    pairs = zip(runs, finals, strict=True)
+    scores = [[*run.mean_and_worst, *(final.get(tier, math.nan) for tier in tiers)] for run, final in pairs]
     metrics, show = list(dict.fromkeys(run.show.name for run in runs)), runs[0].show
     known = [[score for score in column if score == score] for column in zip(*scores, strict=True)]
     # Columns of different metrics have no best one, and runs that print the same share the mark.
     best = [show.text(show.metric.best(column)) if column and len(metrics) == 1 else "" for column in known]
-    return Comparison(metrics=metrics, tiers=tiers, scores=scores, best=best)
+    return {"metrics": metrics, "tier_names": tiers, "scores": scores, "best": best}
