@@ -75,20 +75,27 @@ def value_scale(curve: CostCurve) -> Scale:
 
     def score(point: CostPoint) -> float:
         """Grows with quality; distances are those that a reader sees."""
-        return sign * (math.log10(point.value) if log else show.factor * point.value)
+        shown = show.factor * point.value
+        return sign * (math.log10(shown) if log else shown)
 
-    sizes = [math.log(max(point.macs, 1)) for point in points or dense]
-    small = min(sizes) + _SMALL * (max(sizes) - min(sizes))
-    scores = list(map(score, points or dense))
-    leading = max(at for at, size in zip(scores, sizes, strict=True) if size <= small)
-    span = max(_ROOM * (max(scores) - leading), least := _MIN_LOG_SPAN if log else _MIN_SPAN * show.factor)
-    low = min(scores) if max(scores) - min(scores) <= _NEARLY_ALL * span else max(scores) - span
-    best = max([*scores, *map(score, dense)])
-    low = min([low, best - least, *map(score, dense)])
-    margin = 0.05 * (best - low)
-    low, high = sorted(10 ** (sign * at) if log else sign * at for at in (low - margin, best + margin))
+    models = [(math.log(max(point.macs, 1)), score(point)) for point in points or dense]
+    ends = _limits(models, list(map(score, dense)), _MIN_LOG_SPAN if log else _MIN_SPAN * show.factor)
+    low, high = sorted(10 ** (sign * end) if log else sign * end for end in ends)
     low, high = (max(low, -1.5), min(high, 101.5)) if show.metric.percent else (low, high)
     return Scale(label=show.label("Test {metric}", *["log scale"] * log), low=low, high=high, log=log)
+
+
+def _limits(models: Sequence[tuple[float, float]], dense: Sequence[float], least: float) -> tuple[float, float]:
+    """Return the worst and the best score to show of models (log MACs, score), at least so far apart."""
+    sizes, scores = zip(*models, strict=True)
+    small, best = min(sizes) + _SMALL * (max(sizes) - min(sizes)), max(scores)
+    leading = max(score for size, score in models if size <= small)
+    span = max(_ROOM * (best - leading), least)
+    low = min(scores) if best - min(scores) <= _NEARLY_ALL * span else best - span
+    best = max([best, *dense])
+    low = min([low, best - least, *dense])
+    margin = 0.05 * (best - low)
+    return low - margin, best + margin
 
 
 def _points(curve: CostCurve) -> list[CostPoint]:

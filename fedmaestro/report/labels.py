@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # In order of preference: pixels from the point, and directions in degrees.
 _DISTANCES = (6.0, 10.0, 16.0, 24.0, 34.0, 46.0, 60.0, 80.0, 105.0, 135.0)
 _DIRECTIONS = (0, 180, *(sign * way for way in (30, 150, 60, 120, 15, 165, 45, 135, 90) for sign in (1, -1)))
-_POINT, _HALO = 9.0, 18.0  # pixels
+_POINT, _HALO, _LINE = 9.0, 18.0, 4.0  # pixels
 
 
 def place_labels(
@@ -41,12 +41,13 @@ def place_labels(
     taken, corners = _squares(at, _POINT), np.zeros_like(at)
     for index in np.argsort(-(1 / (10 + far)).sum(1), kind="stable"):  # where points are many, labels are placed first
         spots = _spots(at[index], np.array(sizes[index]))
-        outside = np.prod(sizes[index]) - _overlaps(spots, np.array([box]))
+        lost = _overlaps(spots, taken) + np.prod(sizes[index]) - _overlaps(spots, np.array([box]))
+        along = _lines(at[index], spots)
         halos = _squares(at[far[index] > _HALO / 2], _HALO)
-        lost = _overlaps(spots, taken) + outside.clip(1e-6)
-        unclear = _overlaps(spots, halos) + _crossings(at[index], spots, taken)
-        best = spots[np.argmin(1e3 * lost + unclear)]
-        taken, corners[index] = np.vstack([taken, best]), best[:2]
+        clear = _overlaps(spots, halos) + 1e2 * _crossings(along, at[index], taken)
+        best = np.argmin(np.round(1e4 * lost + clear))
+        taken = np.vstack([taken, spots[best], _squares(along[1:-1, best], _LINE)])
+        corners[index] = spots[best, :2]
     return [(float(x), float(y)) for x, y in corners]
 
 
@@ -75,13 +76,17 @@ def _overlaps(spots: "Floats", others: "Floats") -> "Floats":
     return covered
 
 
-def _crossings(point: "Floats", spots: "Floats", taken: "Floats") -> "Floats":
-    """Return at how many places the line from a point to each spot ``(S,)`` lies in what others have taken."""
+def _lines(point: "Floats", spots: "Floats") -> "Floats":
+    """Return places ``(K, S, 2)`` along the line from a point to the nearest edge of each spot."""
     import numpy as np
 
     nearest = np.clip(point, spots[:, :2], spots[:, 2:])
-    along = point + np.linspace(0, 1, 16)[:, None, None] * (nearest - point)  # (K, S, 2)
+    return point + np.linspace(0, 1, 25)[:, None, None] * (nearest - point)
+
+
+def _crossings(along: "Floats", point: "Floats", taken: "Floats") -> "Floats":
+    """Return how many of these places ``(K, S, 2)`` lie in what is taken, by spot ``(S,)``; not at the point itself."""
     others = taken[((point < taken[:, :2]) | (point > taken[:, 2:])).any(axis=1)]
     inside = (along[:, :, None] > others[:, :2]) & (along[:, :, None] < others[:, 2:])
-    found: Floats = inside.all(axis=-1).sum(axis=(0, 2)).astype(np.float64)
+    found: Floats = inside.all(axis=-1).sum(axis=(0, 2)).astype(float)
     return found
