@@ -42,13 +42,13 @@ class RunFacts:
     """A run as its section of a page tells it.
 
     Attributes:
-        run: the run folder.
+        record: the run folder.
         name: what the page calls it.
         anchor: id of the section, and prefix of the ids of its plots: unique in the page.
 
     """
 
-    run: RunRecord
+    record: RunRecord
     name: str = ""
     anchor: str = "run"
 
@@ -57,13 +57,13 @@ class RunFacts:
         """Nested tables as dotted names, as ``--set`` takes them, with values as text."""
         return {
             key: value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            for key, value in flatten(self.run.config).items()
+            for key, value in flatten(self.record.config).items()
         }
 
     @property
     def headline(self) -> dict[str, str]:
         """Dataset, model, strategy, objective and seed."""
-        known, summary = self.config, self.run.summary
+        known, summary = self.config, self.record.summary
         return {
             key: str(known.get(dotted, MISSING) if summary is None else getattr(summary, key))
             for key, dotted in _HEADLINE.items()
@@ -78,34 +78,34 @@ class RunFacts:
     @property
     def show(self) -> Shown:
         """How the run's main metric is shown."""
-        return Shown(metric_of(self.run.rounds) if self.run.summary is None else self.run.summary.metric)
+        return Shown(metric_of(self.record.rounds) if self.record.summary is None else self.record.summary.metric)
 
     @property
     def last_round(self) -> int:
-        return max((row.round for row in self.run.rounds), default=0)
+        return max((row.round for row in self.record.rounds), default=0)
 
     def total(self, key: str) -> float:
         """Return the sum of a figure over the rounds; of times, what the summary says."""
-        known = getattr(self.run.summary, key, None) if key.endswith("seconds") else None
-        sums: float = sum(getattr(row, key) for row in self.run.rounds) if known is None else known
+        known = getattr(self.record.summary, key, None) if key.endswith("seconds") else None
+        sums: float = sum(getattr(row, key) for row in self.record.rounds) if known is None else known
         return sums
 
     @property
     def failed_by(self) -> dict[str, int]:
         """Updates that failed, by kind."""
-        return sum((Counter(row.failed_by) for row in self.run.rounds), Counter())
+        return sum((Counter(row.failed_by) for row in self.record.rounds), Counter())
 
     @property
     def epsilon(self) -> float | None:
         """ε of the rounds so far; None without differential privacy."""
-        return next((row.epsilon for row in reversed(self.run.rounds) if row.epsilon is not None), None)
+        return next((row.epsilon for row in reversed(self.record.rounds) if row.epsilon is not None), None)
 
     @cached_property
     def tiers(self) -> list[TierFacts]:
         """Largest tier first; a run without summary has only values."""
-        curves = {curve.tier: curve for curve in tier_curves(self.run.rounds)}
-        known = self.run.summary.tiers if self.run.summary else {}
-        last = next((row.tiers for row in reversed(self.run.rounds) if row.tiers), {})
+        curves = {curve.tier: curve for curve in tier_curves(self.record.rounds)}
+        known = self.record.summary.tiers if self.record.summary else {}
+        last = next((row.tiers for row in reversed(self.record.rounds) if row.tiers), {})
         found = []
         for name in dict.fromkeys([*curves, *known]):
             final, best = (getattr(known.get(name, curves.get(name)), key) for key in ("final", "best"))
@@ -122,23 +122,23 @@ class RunFacts:
     @property
     def own_test(self) -> dict[str, dict[str, float | None]]:
         """What the devices of each tier reached on their own tests in the last evaluated round."""
-        return next((row.device_test for row in reversed(self.run.rounds) if row.device_test), {})
+        return next((row.device_test for row in reversed(self.record.rounds) if row.device_test), {})
 
     @property
     def mean_and_worst(self) -> tuple[float, float]:
         """Mean and worst final value over the tiers; nan where there is none."""
-        if self.run.summary is not None:
-            return as_number(self.run.summary.mean_tier), as_number(self.run.summary.worst_tier)
+        if self.record.summary is not None:
+            return as_number(self.record.summary.mean_tier), as_number(self.record.summary.worst_tier)
         finals = [tier.final for tier in self.tiers if tier.final == tier.final]
         return (fmean(finals) if finals else math.nan), as_number(self.show.metric.worst(finals))
 
     @property
     def rank_history(self) -> History:
         """Ranks by round where they could change; the last entry is the last round's."""
-        changes = [(float(row.round), row.ranks) for row in self.run.rounds if row.ranks]
+        changes = [(float(row.round), row.ranks) for row in self.record.rounds if row.ranks]
         return [*changes, (float(self.last_round), changes[-1][1])] if changes else []
 
     @property
     def full_ranks(self) -> dict[str, int]:
         """The ranks of the whole model at the start; empty where ranks could not change."""
-        return next((row.full_ranks for row in self.run.rounds if row.full_ranks), {})
+        return next((row.full_ranks for row in self.record.rounds if row.full_ranks), {})

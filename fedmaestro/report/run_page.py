@@ -40,7 +40,7 @@ def html_report(run_dirs: Sequence[Path | str]) -> str:
         title=runs[0].title if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         runs=runs,
         **_comparison(runs),
-        accuracy_svg=lambda run: svg_text(tier_accuracy_figure(run.run.rounds)),
+        accuracy_svg=lambda run: svg_text(tier_accuracy_figure(run.record.rounds)),
         rank_svg=lambda run: svg_text(rank_figure(run.rank_history, full=run.full_ranks)),
         partition=_partition,
         costs=_COSTS,
@@ -63,8 +63,8 @@ def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
     Where ranks could change, ``plots/tier_ranks.png`` and ``.svg`` too.
     """
     run = RunFacts(read_run(run_dir))
-    path = run.run.path
-    png, svg = save_figure(tier_accuracy_figure(run.run.rounds, run.title), path / "plots" / "tier_accuracy")
+    path = run.record.path
+    png, svg = save_figure(tier_accuracy_figure(run.record.rounds, run.title), path / "plots" / "tier_accuracy")
     if history := run.rank_history:
         save_figure(rank_figure(history, full=run.full_ranks, title=run.title), path / "plots" / "tier_ranks")
     return png, svg, write_report([path], path / "report.html")
@@ -72,7 +72,7 @@ def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
 
 def _partition(run: RunFacts) -> str:
     """Return the picture of the partition in base64: an image, not elements, as its source is not this program."""
-    path = run.run.path / "plots" / "partition.svg"
+    path = run.record.path / "plots" / "partition.svg"
     return base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else ""
 
 

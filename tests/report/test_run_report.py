@@ -114,6 +114,18 @@ def test_a_run_stopped_by_ctrl_c_is_not_finished_but_its_summary_counts(make_run
     assert page.text.count("This run is not finished") == page.text.count(warning) == 1
 
 
+def test_why_updates_failed_and_why_a_run_ended_early(make_run: MakeRun) -> None:
+    rounds = [
+        row.model_copy(update={"failed_by": {"not-finite": row.failed}} if row.failed else {}) for row in make_rounds()
+    ]
+    folder = make_run("run", rounds)
+    stopped = make_summary(rounds).model_copy(update={"stopped": "no update counted in 4 rounds"})
+    write_record(RunFolder(folder).summary, stopped)
+    text = Page(html_report([folder])).text
+    assert "1 failed (1 not-finite), 0 dropped" in text
+    assert "This run ended early: no update counted in 4 rounds." in text
+
+
 def test_a_final_accuracy_from_before_the_last_round_names_its_round(make_run: MakeRun) -> None:
     folder = make_run()
     summary = make_summary(make_rounds())
