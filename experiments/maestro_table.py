@@ -12,7 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fedmaestro.report import plot_accuracy_cost
+from fedmaestro.report import cost_figure, save_figure
+from fedmaestro.runs.records import CostCurve, CostPoint
 from fedmaestro.training import TrainingRun
 
 Groups = dict[str, list[dict[str, Any]]]
@@ -81,21 +82,20 @@ def curve_table(runs: list[TrainingRun]) -> list[str]:
     return lines
 
 
-def mean_curve(runs: list[TrainingRun]) -> dict[str, Any]:
+def mean_curve(runs: list[TrainingRun]) -> CostCurve:
     """Return the seeds' mean as the content of a ``curve.json``, for the plot."""
 
-    def mean(points: list[dict[str, Any]]) -> dict[str, Any]:
-        keys = ("macs", "params", "value", "loss", "latency_ms")
-        known = {k: [p[k] for p in points if p[k] is not None] for k in keys}
-        return {k: statistics.mean(values) if values else None for k, values in known.items()}
+    def mean(points: list[dict[str, Any]]) -> CostPoint:
+        macs, params = (round(statistics.mean(p[key] for p in points)) for key in ("macs", "params"))
+        value, loss = (statistics.mean(p[key] for p in points) for key in ("value", "loss"))
+        latency = [p["latency_ms"] for p in points if p["latency_ms"] is not None]
+        latency_ms = statistics.mean(latency) if latency else None
+        return CostPoint(macs=macs, params=params, value=value, loss=loss, latency_ms=latency_ms)
 
-    first = runs[0].curve
     dense = [run.curve["dense"] for run in runs if run.curve["dense"] is not None]
-    return {
-        **first,
-        "series": {name: [mean(p) for p in by_budget.values()] for name, by_budget in budgets(runs).items()},
-        "dense": mean(dense) if dense else None,
-    }
+    series = {name: [mean(p) for p in by_budget.values()] for name, by_budget in budgets(runs).items()}
+    first = CostCurve.model_validate(runs[0].curve)
+    return first.model_copy(update={"series": series, "dense": mean(dense) if dense else None})
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
         summary = runs[0].summary
         seeds = len({run.summary["seed"] for run in runs})
         title = f"{summary['task']} · {summary['model']} · mean of {seeds} seeds"
-        print(f"plot: {plot_accuracy_cost(mean_curve(runs), arguments.plot, title=title)[0]}")
+        print(f"plot: {save_figure(cost_figure(mean_curve(runs), title), arguments.plot)[0]}")
 
 
 if __name__ == "__main__":

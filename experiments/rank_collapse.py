@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fedmaestro.report.compare_curves import tail_energy_figure
-from fedmaestro.report.figure import plot_style, save_figure
+from fedmaestro.report.figure import save_figure
 from fedmaestro.runs.reader import read_json
 from fedmaestro.runs.records import Results
 
@@ -20,10 +20,9 @@ def main(folder: str, out: str, *names: str) -> None:
     rows = {row.name: row for row in results.strategies}
     if missing := [name for name in names if name not in rows]:
         sys.exit(f"{folder} has no strategy {missing[0]!r}: it has {', '.join(rows)}")
-    with plot_style():
-        figure = tail_energy_figure(results.model_copy(update={"strategies": [rows[name] for name in names]}))
-        for path in save_figure(figure, out):
-            print(path)
+    figure = tail_energy_figure(results.model_copy(update={"strategies": [rows[name] for name in names]}))
+    for path in save_figure(figure, out):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def fedmaestro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.fixture
 def quick(fedmaestro: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """`quick(folder, "train.lr=1", …)` trains in ten steps and draws nothing."""
-    monkeypatch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
-    monkeypatch.setattr(run, "plot_ranks", lambda *_, **__: None)
+    monkeypatch.setattr(run, "save_figure", lambda *_: None)
 
     def call(folder: str, *settings: str, options: tuple[str, ...] = ()) -> Result:
         pairs = [part for setting in (*QUICK, *settings) for part in ("--set", setting)]

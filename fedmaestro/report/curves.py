@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fedmaestro.runs.records import ACCURACY, MetricFacts, RoundRecord
 
-_UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
+_TIMES = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,12 @@ class Curve:
 
     @property
     def best(self) -> float:
-        best = self.metric.best(self.finite)
-        return math.nan if best is None else best
+        return as_number(self.metric.best(self.finite))
 
 
 def tier_curves(rounds: Sequence[RoundRecord]) -> tuple[Curve, ...]:
     """Return one curve per tier in the order in which the tiers are listed: largest first."""
-    clock, metric = _virtual_clock(rounds), metric_of(rounds)
+    clock, metric = list(accumulate(row.virtual_seconds for row in rounds)), metric_of(rounds)
     names = dict.fromkeys(name for row in rounds for name in row.tiers)
     return tuple(_curve(name, rounds, clock, metric) for name in names)
 
@@ -59,21 +60,17 @@ def metric_of(rounds: Sequence[RoundRecord]) -> MetricFacts:
 
 def time_unit(seconds: float) -> tuple[str, float]:
     """Return the unit (name, seconds per unit) in which a duration is at least 2: ticks stay readable."""
-    return next(((name, size) for name, size in _UNITS if seconds >= 2 * size), ("s", 1.0))
+    return next((unit for unit in _TIMES if seconds >= 2 * unit[1]), _TIMES[-1])
+
+
+def byte_unit(count: float) -> tuple[str, float]:
+    """Return the unit (name, bytes per unit) in which a number of bytes is at least 2."""
+    return next((unit for unit in _BYTES if count >= 2 * unit[1]), _BYTES[-1])
 
 
 def as_number(value: object) -> float:
     """Return a number of a JSON line as float; nan for null, absent or not a number."""
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _virtual_clock(rounds: Sequence[RoundRecord]) -> list[float]:
-    """Return the simulated time at the end of each round, counting the rounds that were not evaluated too."""
-    clock, now = [], 0.0
-    for row in rounds:
-        now += row.virtual_seconds
-        clock.append(now)
-    return clock
 
 
 def _curve(name: str, rounds: Sequence[RoundRecord], clock: Sequence[float], metric: MetricFacts) -> Curve:

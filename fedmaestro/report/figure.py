@@ -1,7 +1,6 @@
-"""What all figures share: style, colours, and files that come out byte-identical every time."""
+"""What all figures share: draw one inside `plot_style`, then `save_figure` or `svg_text`, the same bytes every time."""
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,31 +8,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from fedmaestro.runs.folder import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-PNG_DPI = 150
 MUTED = "#555555"  # secondary text, 7.5:1 on white
+BLACK = "#222222"
+GREY = "#c4c4c4"
+NOTE: dict[str, Any] = {"fontsize": 8.5, "color": MUTED}
+TITLE: dict[str, Any] = {"size": 11.5, "weight": "bold"}
 # Marker and size in points: sizes that look equal.
 MARKERS = {"o": 5.5, "s": 5.2, "^": 6.2, "D": 5.0, "v": 6.2, "P": 6.8, "X": 6.8, "p": 6.5}
-
 # Navy, purple, crimson, amber: lightness rises steadily (L* 13 to 61), the lightest has 3.05:1 against white.
 # Of five tiers, neighbours stay 15 apart (CIELAB) under simulated deutan, protan and tritan vision.
 _PALETTE = ("#111a55", "#6d2aa8", "#cc3d6a", "#de7a00")
 # Blue, vermilion, pink, violet: any two stay 30 apart (CIELAB) for colour-blind readers, at least 3.4:1 on white.
 SERIES_COLORS = ("#0b5fa5", "#d9480f", "#c2708a", "#8800ee")
+_PNG_DPI = 150
 _MAX_NAME = 28
-# Where a label goes, in order: pixels from its point, and directions in degrees.
-_DISTANCES = (6.0, 10.0, 16.0, 24.0, 34.0, 46.0, 60.0, 80.0, 105.0, 135.0)
-_DIRECTIONS = (0, 180, *(sign * way for way in (30, 150, 60, 120, 15, 165, 45, 135, 90) for sign in (1, -1)))
-_POINT_SIZE = 9.0
-_HALO_SIZE = 18.0
-_LEADER_SIZE = 4.0
-
-Rectangle = tuple[float, float, float, float]
-"""Left, bottom, right, top."""
+_MAX_MARKERS = 15  # per line
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10.0,
@@ -44,8 +41,10 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
     "axes.axisbelow": True,
     "axes.unicode_minus": False,
+    "axes.formatter.useoffset": False,
     "grid.color": "#dddddd",
     "grid.linewidth": 0.8,
+    "legend.frameon": False,
     "xtick.color": "#888888",
     "ytick.color": "#888888",
     "xtick.labelcolor": "#222222",
@@ -58,123 +57,43 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Apply the style of the reports, not the user's matplotlibrc, and restore the user's settings after."""
+    """Apply the style of the reports, not the user's matplotlibrc; as ``@plot_style()``, to a function that draws."""
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A tier name in a script that the PNG font lacks is not worth a warning: the SVG shows it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         matplotlib.rcdefaults()  # leaves the backend alone
         matplotlib.rcParams.update(_STYLE)
         yield
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float, title: str = "") -> "Figure":
     """Return an empty white figure of ``width`` × ``height`` inches, outside of pyplot."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    if title:
+        figure.suptitle(title, **TITLE)
+    return figure
 
 
-def tier_colors(count: int) -> list[str]:
-    """Return ``count`` hex colours, dark to light, ordered also in greyscale and for colour-blind readers."""
-    from matplotlib.colors import LinearSegmentedColormap, to_hex
-
-    palette = LinearSegmentedColormap.from_list("tiers", _PALETTE)
-    return [to_hex(palette(index / max(count - 1, 1))) for index in range(count)]
-
-
-def place_labels(
-    points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], box: Rectangle
-) -> list[tuple[float, float]]:
-    """Return the lower left corner of a label for each point, as near to it as there is room.
-
-    A label stays inside ``box``, covers no other label and no point, and the line to it crosses none; where nothing is
-    free, it covers the least.
-
-    Args:
-        points: Positions in pixels, y upwards.
-        sizes: Width and height of each label in pixels.
-        box: What holds the points.
-
-    """
-    taken = [_square(x, y, _POINT_SIZE) for x, y in points]
-    corners: dict[int, tuple[float, float]] = {}
-    for index in sorted(range(len(points)), key=lambda index: -_crowd(points, index)):
-        (x, y), (width, height) = points[index], sizes[index]
-        spots = [_beside(x, y, width, height, far, math.radians(way)) for far in _DISTANCES for way in _DIRECTIONS]
-        others = [other for other in taken if not _overlap(other, _square(x, y, 1.0))]
-        # Away from its neighbours, so that nobody takes it for theirs; those on top of the point cannot be helped.
-        halos = [_square(*point, _HALO_SIZE) for point in points if math.dist(point, (x, y)) > _HALO_SIZE / 2]
-        free = (
-            spot
-            for spot in spots
-            if not _lost(spot, [*taken, *halos], box) and not _covered(_leader(x, y, spot), others)
-        )
-        best = next(free, None) or min(spots, key=lambda spot: _lost(spot, taken, box))
-        taken += [best, *_leader(x, y, best)]
-        corners[index] = best[:2]
-    return [corners[index] for index in range(len(points))]
-
-
-def _crowd(points: Sequence[tuple[float, float]], index: int) -> float:
-    """Return how near the other points are: where they are many, labels are placed first."""
-    return sum(1 / (10 + math.dist(points[index], other)) for other in points)
-
-
-def _leader(x: float, y: float, label: Rectangle) -> list[Rectangle]:
-    """Return small squares along the line from a point to the nearest edge of its label."""
-    to_x, to_y = min(max(x, label[0]), label[2]), min(max(y, label[1]), label[3])
-    steps = int(math.hypot(to_x - x, to_y - y) / _LEADER_SIZE)
-    return [
-        _square(x + (to_x - x) * step / steps, y + (to_y - y) * step / steps, _LEADER_SIZE) for step in range(1, steps)
-    ]
-
-
-def _square(x: float, y: float, size: float) -> Rectangle:
-    return x - size / 2, y - size / 2, x + size / 2, y + size / 2
-
-
-def _covered(these: Sequence[Rectangle], others: Sequence[Rectangle]) -> float:
-    return sum(_overlap(this, other) for this in these for other in others)
-
-
-def _beside(x: float, y: float, width: float, height: float, far: float, way: float) -> Rectangle:
-    """Return the label whose nearest edge is ``far`` from the point in direction ``way`` (radians)."""
-    left = x + far * math.cos(way) + (math.cos(way) - 1) / 2 * width
-    bottom = y + far * math.sin(way) + (math.sin(way) - 1) / 2 * height
-    return left, bottom, left + width, bottom + height
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _lost(a: Rectangle, others: Sequence[Rectangle], box: Rectangle) -> float:
-    """Return how much of a label others cover or lies outside of the box."""
-    return _covered([a], others) + (a[2] - a[0]) * (a[3] - a[1]) - _overlap(a, box)
-
-
-def short_name(name: str) -> str:
-    """Return ``name`` short enough for a legend."""
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
-
-
+@plot_style()
 def save_figure(figure: "Figure", path_without_suffix: Path | str) -> tuple[Path, Path]:
     """Write the figure as PNG (150 dpi) and SVG, making the folder; return both paths."""
     png, svg = Path(f"{path_without_suffix}.png"), Path(f"{path_without_suffix}.svg")
     pixels = io.BytesIO()
-    with quiet_glyphs():
-        figure.savefig(pixels, format="png", dpi=PNG_DPI)
+    figure.savefig(pixels, format="png", dpi=_PNG_DPI)
     write_atomically(png, pixels.getvalue())
     write_atomically(svg, svg_text(figure))
     return png, svg
 
 
+@plot_style()
 def svg_text(figure: "Figure") -> str:
     """Return the figure as an SVG document without metadata (a date would differ from run to run)."""
-    buffer = io.BytesIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with quiet_glyphs():
-        figure.savefig(buffer, format="svg", metadata=no_metadata)
+    buffer, no_metadata = io.BytesIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=no_metadata, dpi=_PNG_DPI)
     return _number_ids(buffer.getvalue().decode("utf-8"))
 
 
@@ -188,28 +107,68 @@ def _number_ids(svg: str) -> str:
     return re.sub(r'(\sid="|href="#|url\(#)([a-z]+[0-9a-f]{10})(?=["\)])', rename, svg)
 
 
-def inline_svg(svg: str, prefix: str, label: str) -> str:
+def inline_svg(svg: str, prefix: str, label: str) -> Markup:
     """Return an SVG document as an element to put into HTML.
 
     Args:
         svg: A document that matplotlib wrote (it escapes ``<`` and ``>`` inside attributes).
         prefix: Put before every id and every reference to one, so that plots in one page do not clash.
-        label: What a screen reader says; already escaped for an attribute.
+        label: What a screen reader says.
 
     """
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<[^<>]+>", lambda tag: _prefix_ids(tag.group(), prefix), body)
-    return body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+    def prefixed(tag: re.Match[str]) -> str:
+        return re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag.group())
+
+    body = re.sub(r"<[^<>]+>", prefixed, svg[svg.index("<svg") :])
+    return Markup('<svg role="img" aria-label="{}"').format(label) + Markup(body.removeprefix("<svg"))
 
 
-def _prefix_ids(tag: str, prefix: str) -> str:
-    tag = re.sub(r'(\sid=")', rf"\g<1>{prefix}-", tag)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", tag)
+def short_name(name: str) -> str:
+    """Return ``name`` short enough for a legend."""
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
 
 
-@contextmanager
-def quiet_glyphs() -> Iterator[None]:
-    """A tier name in a script that the PNG font lacks is not worth a warning: the SVG shows it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        yield
+def tier_colors(count: int) -> list[str]:
+    """Return ``count`` hex colours, dark to light, ordered also in greyscale and for colour-blind readers."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    palette = LinearSegmentedColormap.from_list("tiers", _PALETTE)
+    return [to_hex(palette(index / max(count - 1, 1))) for index in range(count)]
+
+
+def marker(index: int) -> dict[str, Any]:
+    """Return the marker of a tier or series: white around it where lines cross."""
+    kind, size = list(MARKERS.items())[index % len(MARKERS)]
+    return {"marker": kind, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
+def key(color: str, **style: Any) -> "Line2D":
+    """Return what stands for a line, or for points, in a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, **style)
+
+
+def stagger(index: int, lines: int, points: int) -> tuple[int, int]:
+    """Return which points of a line have a marker: all of a few, staggered by line where they are many."""
+    every = max(1, -(-points // _MAX_MARKERS))
+    return index * every // max(lines, 1), every
+
+
+def side_legend(figure: "Figure", keys: Sequence[Any], names: Sequence[str], title: str = "", **options: Any) -> None:
+    """List names at the right of the panels."""
+    options = {"title": title or None, "title_fontsize": 9.5, "alignment": "left", **options}
+    figure.legend(keys, _labels(names), loc="outside right upper", **options)
+
+
+def top_legend(figure: "Figure", keys: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    """Put the legend below the title: as two things, the layout would draw them on top of each other."""
+    options = {"title": figure.get_suptitle(), "title_fontproperties": TITLE, "ncols": columns, "fontsize": 9}
+    figure.suptitle("")
+    figure.legend(keys, _labels(names), loc="outside upper center", **options)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """A space before each name: matplotlib drops labels that start with an underscore."""
+    return [f" {name}" for name in names]

@@ -39,6 +39,13 @@ def format_percent(fraction: float | None, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def format_privacy(epsilon: float | None, delta: float | None) -> str:
+    """Return what differential privacy a model has: ``ε = 3.21 at δ = 1e-05``."""
+    if epsilon is None:
+        return MISSING
+    return f"ε = {epsilon:.3g}" + (f" at δ = {delta:.2g}" if delta is not None else "")
+
+
 @dataclass(frozen=True)
 class Shown:
     """How values of a metric are shown: shares in percent, others as they are."""
@@ -65,11 +72,11 @@ class Shown:
         """``accuracy %``."""
         return f"{self.name}{self.unit}"
 
-    def label(self, what: str) -> str:
+    def label(self, what: str, *notes: str) -> str:
         """Return the label of an axis: ``Test accuracy (%)``, ``Test rmse (lower is better)``."""
-        label = what.format(metric=self.name)
-        notes = ["%" if self.metric.percent else "", "" if self.metric.higher_is_better else "lower is better"]
-        return f"{label} ({', '.join(filter(None, notes))})" if any(notes) else label
+        label, unit = what.format(metric=self.name), ["%"] * self.metric.percent
+        known = [*unit, *notes, *["lower is better"] * (not self.metric.higher_is_better)]
+        return f"{label} ({', '.join(known)})" if known else label
 
     def number(self, value: float | None, digits: int = 2) -> str:
         """Return a value without its unit: ``digits`` decimals in percent, four significant digits otherwise."""
@@ -82,16 +89,11 @@ class Shown:
         number = self.number(value, digits)
         return number if number == MISSING else f"{number}{self.unit}"
 
-    def is_worse(self, left: float, right: float) -> bool:
-        """Return whether ``left`` is worse than ``right``."""
-        return self.metric.better(right, left)
-
-
-def format_privacy(epsilon: float | None, delta: float | None) -> str:
-    """Return what differential privacy a model has: ``ε = 3.21 at δ = 1e-05``."""
-    if epsilon is None:
-        return MISSING
-    return f"ε = {epsilon:.3g}" + (f" at δ = {delta:.2g}" if delta is not None else "")
+    def words(self, shown: float) -> str:
+        """Return what is shown already (in percent, if it is a share), with few digits and its unit."""
+        if self.metric.percent:
+            return f"{shown:.1f} %"
+        return f"{shown:.3g}" if abs(shown) < 999.5 else format_count(shown)
 
 
 def format_seconds(s: float | None) -> str:
@@ -100,19 +102,13 @@ def format_seconds(s: float | None) -> str:
         return MISSING
     if s < 0:
         return f"-{format_seconds(-s)}"
+    if s < 0.01:
+        return "< 0.01 s" if s else "0 s"
     if s < 59.95:  # above, one decimal would print 60.0 s
-        return _short_seconds(s)
+        return f"{s:.1f} s" if s >= 9.995 else f"{s:.2f} s"
     if round(s) < 3600:
         return _two_units(round(s), 60, "min", "s")
-    if round(s / 60) < 24 * 60:
-        return _two_units(round(s / 60), 60, "h", "min")
-    return _two_units(round(s / 3600), 24, "d", "h")
-
-
-def _short_seconds(s: float) -> str:
-    if s >= 9.995:
-        return f"{s:.1f} s"
-    return "0 s" if s == 0 else f"{s:.2f} s" if s >= 0.01 else "< 0.01 s"
+    return _two_units(round(s / 60), 60, "h", "min") if s < 86370 else _two_units(round(s / 3600), 24, "d", "h")
 
 
 def _two_units(small: int, per_large: int, large_name: str, small_name: str) -> str:
@@ -124,16 +120,9 @@ def _scaled(n: float | None, units: Sequence[str]) -> str:
     """Divide by 1000 until three significant digits print below 1000, and append the unit."""
     if n is None or not math.isfinite(n):
         return MISSING
-    size, sign, unit = abs(n), "-" if n < 0 else "", 0
-    if size < 999.5 and size == int(size):
-        return f"{sign}{int(size)}{units[0]}"
+    size, unit, digits = abs(n), 0, 0
     while size >= 999.5 and unit < len(units) - 1:
-        size /= 1000
-        unit += 1
-    return f"{sign}{_three_digits(size)}{units[unit]}"
-
-
-def _three_digits(size: float) -> str:
-    if size >= 99.95:
-        return f"{size:.0f}"
-    return f"{size:.1f}" if size >= 9.995 else f"{size:.2f}"
+        size, unit = size / 1000, unit + 1
+    if unit or size != int(size):
+        digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{'-' if n < 0 else ''}{size:.{digits}f}{units[unit]}"

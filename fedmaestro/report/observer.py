@@ -3,8 +3,9 @@
 import numpy as np
 
 from fedmaestro.data import class_counts
-from fedmaestro.report.page import write_run_report
-from fedmaestro.report.partition_plot import plot_partition
+from fedmaestro.report.figure import save_figure
+from fedmaestro.report.partition_plot import partition_figure
+from fedmaestro.report.run_page import write_run_report
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import Observer
 from fedmaestro.runs.folder import RunFolder
@@ -35,14 +36,13 @@ def _draw_partition(env: Environment, folder: RunFolder) -> None:
     picture = folder.plots / "partition"
     if env.task.labels is None or picture.with_suffix(".png").exists():
         return
-    folder.plots.mkdir(parents=True, exist_ok=True)
     devices = len(env.parts)
     shown = np.unique(np.linspace(0, devices - 1, min(devices, SHOWN)).astype(int)).tolist()
-    plot_partition(
+    figure = partition_figure(
         class_counts(env.task.labels, [env.parts[device] for device in shown], env.task.num_classes),
-        picture,
         tiers=[env.tier(device).tier.name for device in shown],
         tier_order=[tier.tier.name for tier in env.plan.tiers],
         title=f"{env.task.name}: examples of each device by class",
         devices=devices,
     )
+    save_figure(figure, picture)

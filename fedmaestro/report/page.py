@@ -1,58 +1,56 @@
-"""One self-contained HTML page about one run or several."""
+"""Self-contained pages from the templates of this package: whatever comes from a run is escaped by Jinja2.
 
-from collections.abc import Sequence
+The templates, the style and the script are text that ends in ``.md``: a Flower App Bundle holds no ``.html``, ``.css``
+or ``.js``, and a run that Flower's own command started writes its page from there.
+"""
+
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fedmaestro.report.accuracy_plot import plot_tier_accuracy
-from fedmaestro.report.comparison import comparison, run_names
-from fedmaestro.report.facts import full_ranks, rank_history, run_title
-from fedmaestro.report.html import document
-from fedmaestro.report.rank_plot import plot_tier_ranks
-from fedmaestro.report.run_section import run_section
-from fedmaestro.runs.folder import write_atomically
-from fedmaestro.runs.reader import RunRecord, read_run
+from fedmaestro.report.figure import inline_svg
+from fedmaestro.report.format import (
+    MISSING,
+    format_bytes,
+    format_count,
+    format_privacy,
+    format_seconds,
+    lost_share,
+    lost_text,
+)
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-def html_report(run_dirs: Sequence[Path | str]) -> str:
-    """Return the page about these runs: a comparison when there are several, then a section for each.
-
-    The page loads nothing: plots are inline, and it reads without its script, which only sorts a table.
-
-    Raises:
-        UserError: A folder is no run folder, or one of its files is corrupt.
-
-    """
-    return _page([read_run(run_dir) for run_dir in run_dirs])
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page about these runs, making the folder; return its path."""
-    page, path = html_report(run_dirs), Path(out_path)
-    if path.exists() and not path.is_file():  # a terminal or a pipe is written to, not replaced
-        path.write_text(page, encoding="utf-8", newline="\n")
-    else:
-        write_atomically(path, page)
-    return path
+def render(template: str, **values: Any) -> str:
+    """Return the page that a template makes of some values; it loads nothing, and its script only sorts tables."""
+    return _environment().get_template(f"{template}.html.md").render(values)
 
 
-def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
-    """Write ``plots/tier_accuracy.png``, ``.svg`` and ``report.html`` in a run folder; return these paths.
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    Where ranks could change, ``plots/tier_ranks.png`` and ``.svg`` too.
-    """
-    run = read_run(run_dir)
-    png, svg = plot_tier_accuracy(run.rounds, run.path / "plots" / "tier_accuracy", run_title(run))
-    if history := rank_history(run):
-        plot_tier_ranks(history, run.path / "plots" / "tier_ranks", full=full_ranks(run), title=run_title(run))
-    return png, svg, write_report([run.path], run.path / "report.html")
-
-
-def _page(runs: Sequence[RunRecord]) -> str:
-    assert runs, "a report needs at least one run"
-    names, anchors = run_names(runs), [f"run{number}" for number in range(1, len(runs) + 1)]
-    title = run_title(runs[0]) if len(runs) == 1 else f"Comparison of {len(runs)} runs"
-    sections = [run_section(run, name, anchor) for run, name, anchor in zip(runs, names, anchors, strict=True)]
-    if len(runs) > 1:
-        sections.insert(0, comparison(runs, names, anchors))
-    body = "\n".join(sections)
-    return document(title, body)
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "by_kind": lambda failed: ", ".join(f"{count} {kind}" for kind, count in failed.items()),
+        "bytes": format_bytes,
+        "count": format_count,
+        "inline_svg": inline_svg,
+        "lost": lost_text,
+        "lost_share": lost_share,
+        # Of a metric of which nobody has said whether it is a share.
+        "plain": lambda value: MISSING if value is None else f"{value:.4g}",
+        "privacy": format_privacy,
+        "seconds": format_seconds,
+    }
+    return environment

@@ -2,30 +2,30 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmaestro.report.figure import new_figure, plot_style, save_figure, short_name, tier_colors
+from fedmaestro.report.figure import new_figure, plot_style, short_name, tier_colors
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     Counts = npt.NDArray[np.integer[Any]]
 
 _MAX_CHANGES = 40  # a strip whose tier changes more often is noise
 
 
-def plot_partition(
+@plot_style()
+def partition_figure(
     counts: "Counts",
-    path_without_suffix: Path | str,
     tiers: Sequence[str] | None = None,
     title: str = "",
     tier_order: Sequence[str] | None = None,
     devices: int | None = None,
-) -> tuple[Path, Path]:
+) -> "Figure":
     """Draw the partition as a heat map, with examples per device above and a strip of tiers below.
 
     Devices stand in the order of their ids, unless tiers alternate so often that the strip would be noise:
@@ -33,45 +33,32 @@ def plot_partition(
 
     Args:
         counts: Examples, devices × classes.
-        path_without_suffix: ``.png`` (150 dpi) and ``.svg`` are appended.
         tiers: The tier of each device.
         title: Shown above.
         tier_order: Tiers largest first, for the colours of the accuracy plot; default: by first appearance.
         devices: How many there are, where these are some of them, spread evenly.
 
-    Returns:
-        The paths of the PNG and of the SVG.
-
     """
     assert counts.ndim == 2, counts.shape
     assert tiers is None or len(tiers) == len(counts), (len(tiers), len(counts))
     order, x_label = list(dict.fromkeys([*(tier_order or ()), *(tiers or ())])), "Device id"
-    if tiers is not None and sum(left != right for left, right in pairwise(tiers)) > _MAX_CHANGES:
-        ranks = [order.index(tier) for tier in tiers]
-        ids = sorted(range(len(ranks)), key=ranks.__getitem__)  # stable: by id within a tier
+    grouped = tiers is not None and sum(left != right for left, right in pairwise(tiers)) > _MAX_CHANGES
+    if tiers is not None and grouped:
+        ids = sorted(
+            range(len(tiers)), key=[order.index(tier) for tier in tiers].__getitem__
+        )  # stable: by id in a tier
         counts, tiers = counts[ids], [tiers[device] for device in ids]
         x_label = "Devices, grouped by tier (in the order of their ids within a tier)"
     if devices is not None and devices > len(counts):
-        grouped = ", grouped by tier" if "grouped" in x_label else ""
-        x_label = f"{len(counts):,} of {devices:,} devices, spread evenly{grouped}"
-    with plot_style():
-        figure = _figure(counts, tiers, order, x_label)
-        figure.suptitle(title, fontsize=11.5, fontweight="bold")
-        return save_figure(figure, path_without_suffix)
-
-
-def _figure(counts: "Counts", tiers: Sequence[str] | None, order: list[str], x_label: str) -> "Figure":
-    heat_height = min(max(0.27 * counts.shape[1], 1.6), 5.5)
-    heights = [1.0, heat_height] + ([0.2] if tiers is not None else [])
-    figure = new_figure(10.5, sum(heights) + 1.3)
-    grid = {"height_ratios": heights}
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw=grid)[:, 0]
+        x_label = f"{len(counts):,} of {devices:,} devices, spread evenly{', grouped by tier' * grouped}"
+    heights = [1.0, min(max(0.27 * counts.shape[1], 1.6), 5.5)] + [0.2] * (tiers is not None)
+    figure = new_figure(10.5, sum(heights) + 1.3, title)
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     _draw_bars(axes[0], counts)
     _draw_heat(figure, axes[1], counts)
     if tiers is not None:
         _draw_tiers(figure, axes[2], tiers, order)
-    axes[-1].set_xlabel(x_label)
-    axes[-1].set_xlim(-0.5, len(counts) - 0.5)
+    axes[-1].set(xlabel=x_label, xlim=(-0.5, len(counts) - 0.5))
     axes[-1].xaxis.set_major_locator(_integer_ticks(11))
     figure.align_ylabels(axes[:2])
     return figure
@@ -83,8 +70,7 @@ def _draw_bars(axes: "Axes", counts: "Counts") -> None:
 
     examples = counts.sum(axis=1)
     axes.stairs(examples, np.arange(len(examples) + 1) - 0.5, fill=True, color="#7d8794")
-    axes.set_ylim(0, max(1.05 * float(examples.max(initial=0)), 1.0))
-    axes.set_ylabel("Examples\nper device")
+    axes.set(ylim=(0, max(1.05 * float(examples.max(initial=0)), 1.0)), ylabel="Examples\nper device")
     axes.yaxis.set_major_locator(_integer_ticks(3))
     axes.grid(visible=True, axis="y")
     axes.tick_params(labelbottom=False, bottom=False)
@@ -96,14 +82,9 @@ def _draw_heat(figure: "Figure", axes: "Axes", counts: "Counts") -> None:
     from matplotlib.colors import PowerNorm
 
     top = max(int(counts.max(initial=0)), 2)
-    image = axes.imshow(
-        np.ma.masked_equal(counts.T, 0),
-        aspect="auto",
-        origin="lower",
-        interpolation="none",
-        cmap="viridis_r",
-        norm=PowerNorm(0.5, vmin=1, vmax=top),  # a square root: small shares stay visible beside large ones
-    )
+    norm = PowerNorm(0.5, vmin=1, vmax=top)  # a square root: small shares stay visible beside large ones
+    kind: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "none", "cmap": "viridis_r"}
+    image = axes.imshow(np.ma.masked_equal(counts.T, 0), norm=norm, **kind)
     axes.set_ylabel("Class")
     axes.yaxis.set_major_locator(_integer_ticks(10))
     bar = figure.colorbar(image, ax=axes, pad=0.012, aspect=14, label="examples (white: none)")
@@ -117,20 +98,17 @@ def _draw_tiers(figure: "Figure", axes: "Axes", tiers: Sequence[str], order: lis
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colors = tier_colors(len(order))
-    row = np.array([[order.index(tier) for tier in tiers]])
-    top = len(order) - 0.5
-    axes.imshow(row, aspect="auto", interpolation="none", cmap=ListedColormap(colors), vmin=-0.5, vmax=top)
+    colors, row = tier_colors(len(order)), np.array([[order.index(tier) for tier in tiers]])
+    limits: dict[str, Any] = {"vmin": -0.5, "vmax": len(order) - 0.5}
+    axes.imshow(row, aspect="auto", interpolation="none", cmap=ListedColormap(colors), **limits)
     axes.set_yticks([0], ["Tier"])
     axes.tick_params(left=False)
-    handles = [Patch(facecolor=color) for color in colors]
     labels = [f"{list(tiers).count(tier)} × {short_name(tier)}" for tier in order]
-    # The number comes first also because matplotlib drops labels that start with an underscore.
-    columns = min(len(order), 6)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    handles, columns = [Patch(facecolor=color) for color in colors], min(len(order), 6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def _integer_ticks(count: int) -> Any:
+def _integer_ticks(count: int) -> "MaxNLocator":
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True, nbins=count)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmaestro.report.facts import headline
+from fedmaestro.report.facts import RunFacts
 from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.reader import read_run
 
@@ -21,7 +21,7 @@ def rounds_frame(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     run = read_run(path)
-    facts = {key: value for key, value in headline(run).items() if key != "objective"}
+    facts = {key: value for key, value in RunFacts(run).headline.items() if key != "objective"}
     facts["seed"] = int(facts["seed"]) if facts["seed"].isdecimal() else facts["seed"]  # type: ignore[assignment]
     rows: list[dict[str, Any]] = []
     sent, clock = 0, 0.0

@@ -25,7 +25,7 @@ from fedmaestro.memory import keep_freed_memory
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
 from fedmaestro.models.static_norm import calibrate, statistics
-from fedmaestro.report import plot_accuracy_cost, plot_ranks
+from fedmaestro.report import cost_figure, rank_figure, save_figure
 from fedmaestro.runs.checkpoint import Checkpoint, load_checkpoint, remove_unused, save_checkpoint
 from fedmaestro.runs.code import Code, activate, write_code
 from fedmaestro.runs.folder import RunFolder, append_record, write_atomically, write_record, write_records
@@ -307,13 +307,9 @@ class _Session:
         )
         write_record(self.folder.summary, summary)
         if self.architecture.form == "lod":
-            plot_ranks(
-                [(record.epoch, record.ranks) for record in self.records],
-                self.folder.plots / "ranks",
-                full=self.records[0].ranks,
-                x_label="Epoch",
-                title=self._title(),
-            )
+            history = [(record.epoch, {"": record.ranks}) for record in self.records]
+            figure = rank_figure(history, full=self.records[0].ranks, x_label="Epoch", title=self._title())
+            save_figure(figure, self.folder.plots / "ranks")
 
     def _statistics(self, state: State) -> State:
         """Return what static norms evaluate by, so that the model that is loaded needs no data; often nothing."""
@@ -323,7 +319,7 @@ class _Session:
         calibrate(model, *self.task.calibration(self.config.seed, CALIBRATION)[0].inputs)
         return statistics(model)
 
-    def finish(self, other: tuple[str, dict[str, Any]] | None) -> None:
+    def finish(self, other: tuple[str, CostCurve] | None) -> None:
         """Write ``curve.json`` and the plot of the accuracy–cost curve."""
 
         def note(text: str) -> None:
@@ -332,12 +328,12 @@ class _Session:
 
         curve = accuracy_cost_curve(self.config, self.task, self.architecture, self.trainer.model, note)
         write_record(_curve(self.folder.path), curve)
-        drawn = curve.to_dict()
         if other is not None:
             name, its = other
-            series = {f"{x} ({name})" if x in curve.series else x: points for x, points in its["series"].items()}
-            drawn |= {"series": {**drawn["series"], **series}, "dense": drawn["dense"] or its["dense"]}
-        plot_accuracy_cost(drawn, self.folder.plots / "accuracy_cost", title=self._title())
+            series = {f"{x} ({name})" if x in curve.series else x: points for x, points in its.series.items()}
+            both = {"series": {**curve.series, **series}, "dense": curve.dense or its.dense}
+            curve = curve.model_copy(update=both)
+        save_figure(cost_figure(curve, self._title()), self.folder.plots / "accuracy_cost")
 
     def _title(self) -> str:
         return f"{self.task.name} · {self.config.model.name} · {self.architecture.form} · seed {self.config.seed}"
@@ -356,10 +352,10 @@ def _curve(path: Path) -> Path:
     return path / "curve.json"
 
 
-def _read_curve(folder: Path) -> tuple[str, dict[str, Any]]:
+def _read_curve(folder: Path) -> tuple[str, CostCurve]:
     """Return the name and the curve of another training."""
     try:
-        return folder.resolve().name, read_json(_curve(folder), CostCurve).to_dict()
+        return folder.resolve().name, read_json(_curve(folder), CostCurve)
     except UserError as error:
         raise UserError(f"--compare {folder}: {error}: give the folder of a finished training") from None
 

@@ -150,6 +150,7 @@ def run_config(settings: Mapping[str, Any]) -> str:
 
 def summary_of(folder: Path, log: str) -> dict[str, Any]:
     assert (folder / "summary.json").exists(), log
+    assert (folder / "report.html").exists(), "made from the templates in the bundle"
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     assert summary["failed"] == 0, log
     return summary

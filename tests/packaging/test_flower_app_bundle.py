@@ -19,6 +19,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 assert isinstance(client.app, ClientApp)
 assert isinstance(server.app, ServerApp)
+from fedmaestro.report.page import render
+assert "prefers-color-scheme" in render("page", title="made of files of the bundle")
 modules = (fedmaestro, fedmaestro.clients, fedmaestro.strategies, client, server)
 print(json.dumps({"files": [m.__file__ for m in modules], "version": fedmaestro.__version__}))
 """
@@ -41,6 +43,8 @@ def test_bundle(copied_repository: Path, run: Callable[..., subprocess.Completed
         for path in (copied_repository / folder).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == code
+    templates = {path.name for path in (copied_repository / "fedmaestro/report/templates").iterdir()}
+    assert {Path(name).name for name in names if "/templates/" in name} == templates
     assert {name.split("/")[0] for name in names} == {
         ".info",
         "LICENSE",

@@ -64,6 +64,9 @@ def test_files(installed: Path, copied_repository: Path) -> None:
     assert len(expected) > 40
     assert {name for name in files if name.endswith(".py")} == expected
     assert "fedmaestro/py.typed" in files
+    templates = {path.name for path in (copied_repository / "fedmaestro/report/templates").iterdir()}
+    assert {"page.html.md", "style.css.md", "page.js.md"} <= templates
+    assert {Path(name).name for name in files if "/templates/" in name} == templates
     metadata = f"fedmaestro-{version_of(copied_repository)}.dist-info"
     assert {name.split("/")[0] for name in files} == {"fedmaestro", metadata, "bin"}
     assert f"{metadata}/licenses/LICENSE" in files

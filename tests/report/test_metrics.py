@@ -8,7 +8,7 @@ import pytest
 from reports import figures
 
 from fedmaestro.report import write_report, write_run_report
-from fedmaestro.report.accuracy_plot import y_limits
+from fedmaestro.report.accuracy_plot import value_scale
 from fedmaestro.report.compare_figure import failed, ranked
 from fedmaestro.report.compare_page import write_comparison
 from fedmaestro.report.compare_table import score_columns, table_csv, table_markdown
@@ -84,6 +84,7 @@ def test_less_is_better_everywhere(tmp_path: Path) -> None:
     written = write_comparison(results, tmp_path)
     page = written["report.html"].read_text()
     assert "Rmse per tier" in page
+    assert "Down and left is better" in page
     assert not visible_accuracy(page)
     picture = written["plots/tier_accuracy.svg"].read_text()
     assert "Final test rmse (lower is better)" in picture
@@ -104,8 +105,9 @@ def test_a_run_says_its_metric_in_its_page(tmp_path: Path) -> None:
         assert "Final r2" in page
         assert "worst tier rmse" in page
         assert not visible_accuracy(page)
-    low, high = y_limits(tier_curves(rounds))
-    assert low < 5.0 < 6.0 < high < 40, "the start of the run is cut off"
+    scale = value_scale(tier_curves(rounds), Shown(RMSE))
+    assert scale.low < 5.0 < 6.0 < scale.high < 40, "the start of the run is cut off"
+    assert scale.note.endswith("the start, from 40, is cut off")
     both = write_report([folder.path, folder.path], tmp_path / "both.html").read_text()
     assert "Final test rmse." in both
 
@@ -137,4 +139,6 @@ def test_how_values_are_shown() -> None:
     assert Shown().label("Test {metric}") == "Test accuracy (%)"
     assert Shown(RMSE).text(5.123456) == "5.123"
     assert Shown(RMSE).label("Test {metric}") == "Test rmse (lower is better)"
+    assert Shown().words(97.84) == "97.8 %"
+    assert Shown(RMSE).words(1234.5) == "1.23 k"
     assert Shown(RMSE).text(None) == Shown(RMSE).text(math.inf) == "–"

@@ -10,7 +10,15 @@ import pytest
 from reports import FINALS, TIERS, Page, make_rounds, make_summary, svg_texts, write_run
 
 from fedmaestro.errors import UserError
-from fedmaestro.report import html_report, plot_partition, plot_tier_accuracy, write_report, write_run_report
+from fedmaestro.report import (
+    html_report,
+    partition_figure,
+    save_figure,
+    svg_text,
+    tier_accuracy_figure,
+    write_report,
+    write_run_report,
+)
 from fedmaestro.report.curves import tier_curves, time_unit
 from fedmaestro.runs.folder import RunFolder, write_record
 from fedmaestro.runs.records import RoundRecord
@@ -51,7 +59,7 @@ def test_a_run_is_told_on_one_page(make_run: MakeRun) -> None:
 
 def test_nothing_is_loaded_and_ids_are_unique(make_run: MakeRun) -> None:
     runs = [make_run(name) for name in ("a", "b")]
-    plot_partition(np.ones((10, 10), dtype=np.int64), runs[0] / "plots" / "partition")
+    save_figure(partition_figure(np.ones((10, 10), dtype=np.int64)), runs[0] / "plots" / "partition")
     page = Page(html_report(runs))
     page.check_self_contained()
     assert page.values("src")[0].startswith("data:image/svg+xml;base64,")
@@ -106,6 +114,18 @@ def test_a_run_stopped_by_ctrl_c_is_not_finished_but_its_summary_counts(make_run
     assert page.text.count("This run is not finished") == page.text.count(warning) == 1
 
 
+def test_why_updates_failed_and_why_a_run_ended_early(make_run: MakeRun) -> None:
+    rounds = [
+        row.model_copy(update={"failed_by": {"not-finite": row.failed}} if row.failed else {}) for row in make_rounds()
+    ]
+    folder = make_run("run", rounds)
+    stopped = make_summary(rounds).model_copy(update={"stopped": "no update counted in 4 rounds"})
+    write_record(RunFolder(folder).summary, stopped)
+    text = Page(html_report([folder])).text
+    assert "1 failed (1 not-finite), 0 dropped" in text
+    assert "This run ended early: no update counted in 4 rounds." in text
+
+
 def test_a_final_accuracy_from_before_the_last_round_names_its_round(make_run: MakeRun) -> None:
     folder = make_run()
     summary = make_summary(make_rounds())
@@ -137,7 +157,7 @@ def test_files_are_the_same_bytes_again_and_their_folder_is_made(make_run: MakeR
 
 
 def test_two_panels_with_units_and_the_tiers_in_order(tmp_path: Path) -> None:
-    png, svg = plot_tier_accuracy(make_rounds(), tmp_path / "plots" / "tier.accuracy", "mnist & co")
+    png, svg = save_figure(tier_accuracy_figure(make_rounds(), "mnist & co"), tmp_path / "plots" / "tier.accuracy")
     assert (png.name, svg.name) == ("tier.accuracy.png", "tier.accuracy.svg")
     texts = svg_texts(svg)
     assert {"mnist & co", "Test accuracy (%)", "Communication round", "Virtual time (h)"} <= set(texts)
@@ -148,9 +168,17 @@ def test_two_panels_with_units_and_the_tiers_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rounds", [[], [RoundRecord(round=0, tiers={"a": {"accuracy": None}})]])
-def test_nothing_evaluated_says_so(rounds: list[RoundRecord], tmp_path: Path) -> None:
-    _, svg = plot_tier_accuracy(rounds, tmp_path / "plot")
-    assert "no round has been evaluated yet" in svg_texts(svg)
+def test_nothing_evaluated_says_so(rounds: list[RoundRecord]) -> None:
+    assert "no round has been evaluated yet" in svg_texts(svg_text(tier_accuracy_figure(rounds)))
+
+
+def test_thirty_tiers_have_a_name_each_inside_the_picture() -> None:
+    tiers = [f"tier-{index}" for index in range(30)]
+    figure = tier_accuracy_figure(make_rounds(tiers, [0.98 - 0.01 * index for index in range(30)]))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text().split()[-1] for text in legend.get_texts()] == tiers
+    assert figure.bbox.y0 <= legend.get_window_extent().y0
 
 
 def test_virtual_time_counts_rounds_that_were_not_evaluated() -> None:
@@ -169,19 +197,18 @@ def counts(devices: int, classes: int = 10) -> Any:
 
 
 @pytest.mark.parametrize(("devices", "classes"), [(1, 1), (10, 100), (1000, 10)])
-def test_the_partitions_axes_are_labelled(tmp_path: Path, devices: int, classes: int) -> None:
-    _, svg = plot_partition(counts(devices, classes), tmp_path / "partition", title="mnist <0.3>")
+def test_the_partitions_axes_are_labelled(devices: int, classes: int) -> None:
+    svg = svg_text(partition_figure(counts(devices, classes), title="mnist <0.3>"))
     texts = svg_texts(svg)
     assert {"Device id", "Class", "mnist <0.3>", "examples (white: none)"} <= set(texts)
     assert "Tier" not in texts
-    assert svg.stat().st_size < 200_000, "a thousand devices are an image, not ten thousand paths"
+    assert len(svg) < 200_000, "a thousand devices are an image, not ten thousand paths"
 
 
-def test_alternating_tiers_are_grouped_and_the_axis_says_so(tmp_path: Path) -> None:
+def test_alternating_tiers_are_grouped_and_the_axis_says_so() -> None:
     names = ["flagship", "high", "low"]
     blocks, mixed = ([names[i // 30] for i in range(90)], [names[-1 - i % 3] for i in range(90)])
     for tiers, axis in ((blocks, "Device id"), (mixed, "Devices, grouped by tier")):
-        _, svg = plot_partition(counts(90), tmp_path / "partition", tiers, tier_order=names)
-        texts = svg_texts(svg)
+        texts = svg_texts(svg_text(partition_figure(counts(90), tiers, tier_order=names)))
         assert [text for text in texts if "×" in text] == ["30 × flagship", "30 × high", "30 × low"]
         assert any(text.startswith(axis) for text in texts)
