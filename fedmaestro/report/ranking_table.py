@@ -1,0 +1,98 @@
+"""The ranks of rows over several experiments: Markdown to read, CSV to compute with, LaTeX to print."""
+
+import csv
+import io
+
+from fedmaestro.report.difference_table import p_text
+from fedmaestro.report.format import Shown
+from fedmaestro.report.text_table import Entry, Number, TextTable, md, to_latex, to_markdown
+from fedmaestro.runs.ranking import Ranking
+from fedmaestro.stats.paired import ALPHA
+from fedmaestro.stats.ranks import ENOUGH_SETTINGS
+
+
+def ranking_table(ranks: Ranking) -> TextTable:
+    """Return a row per strategy, best average rank first: in every setting its value and its rank."""
+    best = [min(setting.ranks) for setting in ranks.settings]
+
+    def entries(index: int) -> list[Entry]:
+        cells = [
+            Number(
+                f"{Shown(setting.metric).number(setting.values[index])} ({setting.ranks[index]:g})",
+                setting.ranks[index],
+                setting.ranks[index] == top,
+            )
+            for setting, top in zip(ranks.settings, best, strict=True)
+        ]
+        return [ranks.rows[index], Number(f"{ranks.average[index]:.2f}", ranks.average[index]), *cells]
+
+    order = sorted(range(len(ranks.average)), key=lambda index: ranks.average[index])
+    return TextTable(
+        heading="Ranks over experiments",
+        note=ranking_note(ranks),
+        header=["Strategy", "Average rank", *(_heading(ranks, index) for index in range(len(ranks.settings)))],
+        rows=[entries(index) for index in order],
+    )
+
+
+def ranking_note(ranks: Ranking) -> str:
+    """Return what the ranks are, Friedman's test of them, and which rows do not differ."""
+    if ranks.p is None or ranks.chi_squared is None or ranks.critical_difference is None:
+        return "There is nothing to rank yet: it takes two rows, and an experiment in which all have finished."
+    f = "" if ranks.f is None else f", F = {ranks.f:.3g}"
+    parts = [
+        f"Means over tiers and {len(ranks.seeds)} seeds, in brackets their ranks (1 is the best). Friedman's test: "
+        f"χ² = {ranks.chi_squared:.3g}{f} (Iman and Davenport), p = {p_text(ranks.p)}.",
+        f"Critical difference of average ranks (Nemenyi, .05): {ranks.critical_difference:.2f}.",
+        _outcome(ranks),
+    ]
+    if len(ranks.settings) < ENOUGH_SETTINGS:
+        parts.append(
+            f"Too few experiments for a claim: {len(ranks.settings)} describe, it takes {ENOUGH_SETTINGS} or more "
+            f"(no p can be below {p_text(ranks.smallest_p)} here)."
+        )
+    return " ".join(parts)
+
+
+def ranking_markdown(ranks: Ranking) -> str:
+    """Return ``ranks.md``."""
+    parts = [
+        f"# Comparison over {len(ranks.settings)} experiments",
+        f"Seeds: {', '.join(map(str, ranks.seeds))}",
+        f"**Left out**, as a strategy lacks a seed or a value: {', '.join(map(md, ranks.left_out))}"
+        if ranks.left_out
+        else "",
+        to_markdown(ranking_table(ranks)) if ranks.average else ranking_note(ranks),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def ranking_latex(ranks: Ranking) -> str:
+    """Return ``ranks.tex``, for the package booktabs."""
+    head = "% Ranks over experiments; needs \\usepackage{booktabs}"
+    return "\n\n".join([head, *([to_latex(ranking_table(ranks), "ranks")] if ranks.average else [])]) + "\n"
+
+
+def ranking_csv(ranks: Ranking) -> str:
+    """Return ``ranks.csv``: one line per strategy and experiment, numbers in full precision."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["strategy", "experiment", "metric", "mean", "rank", "average_rank"])
+    for row, average in zip(ranks.rows, ranks.average, strict=False):
+        at = ranks.rows.index(row)
+        for setting in ranks.settings:
+            writer.writerow([row, setting.name, setting.metric.name, setting.values[at], setting.ranks[at], average])
+    return buffer.getvalue()
+
+
+def _heading(ranks: Ranking, index: int) -> str:
+    setting = ranks.settings[index]
+    lower = "" if setting.metric.higher_is_better else ", lower is better"
+    return f"{setting.name} ({Shown(setting.metric).heading}{lower})"
+
+
+def _outcome(ranks: Ranking) -> str:
+    if ranks.p is not None and ranks.p > ALPHA:
+        return "The test does not reject: no two strategies are told apart."
+    groups = "; ".join(", ".join(group) for group in ranks.cliques)
+    return f"Not told apart: {groups}." if groups else "All strategies are told apart."
