@@ -41,7 +41,7 @@ def ranking_note(ranks: Ranking) -> str:
         return "There is nothing to rank yet: it takes two rows, and an experiment in which all have finished."
     f = "" if ranks.f is None else f", F = {ranks.f:.3g}"
     parts = [
-        f"Means over tiers and {len(ranks.seeds)} seeds, in brackets their ranks (1 is the best). Friedman's test: "
+        f"Means over tiers and {ranks.seeds} seeds, in brackets their ranks (1 is the best). Friedman's test: "
         f"χ² = {ranks.chi_squared:.3g}{f} (Iman and Davenport), p = {p_text(ranks.p)}.",
         f"Critical difference of average ranks (Nemenyi, .05): {ranks.critical_difference:.2f}.",
         _outcome(ranks),
@@ -58,7 +58,7 @@ def ranking_markdown(ranks: Ranking) -> str:
     """Return ``ranks.md``."""
     parts = [
         f"# Comparison over {len(ranks.settings)} experiments",
-        f"Seeds: {', '.join(map(str, ranks.seeds))}",
+        f"Seeds of each: {ranks.seeds}",
         f"**Left out**, as a strategy lacks a seed or a value: {', '.join(map(md, ranks.left_out))}"
         if ranks.left_out
         else "",
@@ -78,10 +78,10 @@ def ranking_csv(ranks: Ranking) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["strategy", "experiment", "metric", "mean", "rank", "average_rank"])
-    for row, average in zip(ranks.rows, ranks.average, strict=False):
-        at = ranks.rows.index(row)
+    for at, average in enumerate(ranks.average):
         for setting in ranks.settings:
-            writer.writerow([row, setting.name, setting.metric.name, setting.values[at], setting.ranks[at], average])
+            scores = [setting.values[at], setting.ranks[at], average]
+            writer.writerow([ranks.rows[at], setting.name, setting.metric.name, *scores])
     return buffer.getvalue()
 
 

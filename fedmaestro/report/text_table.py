@@ -65,12 +65,12 @@ def to_latex(table: TextTable, label: str) -> str:
         label: for ``\ref``; letters, digits and hyphens of it are kept.
     """
     columns = "".join("r" if is_number else "l" for is_number in table.is_number)
-    rows = [[rf"\textbf{{{tex(text_of(x))}}}" if is_best(x) else tex(text_of(x)) for x in row] for row in table.rows]
+    rows = [[rf"\textbf{{{_tex_entry(x)}}}" if is_best(x) else _tex_entry(x) for x in row] for row in table.rows]
     caption = " ".join(part for part in (f"{tex(table.heading)}.", tex(table.note)) if part)
     return "\n".join(
         [
             r"\begin{table}",
-            r"\centering",
+            r"\centering\small",
             rf"\caption{{{caption}}}",
             rf"\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')}}}",
             rf"\begin{{tabular}}{{{columns}}}",
@@ -99,6 +99,7 @@ _TEX = {
     "±": r"$\pm$",
     "×": r"$\times$",
     "≤": r"$\le$",
+    "≥": r"$\ge$",
     "ε": r"$\varepsilon$",
     "χ": r"$\chi$",
     "²": r"\textsuperscript{2}",
@@ -109,6 +110,12 @@ _TEX = {
 def tex(value: object) -> str:
     """Return ``str(value)`` so that LaTeX shows it as it is, on one line; other scripts need XeLaTeX or LuaLaTeX."""
     return " ".join("".join(_TEX.get(character, character) for character in str(value)).split())
+
+
+def _tex_entry(entry: Entry) -> str:
+    """Return a cell; the sign of a negative number is a minus, no hyphen."""
+    text = tex(text_of(entry))
+    return f"$-${text[1:]}" if isinstance(entry, Number) and text.startswith("-") and text != "--" else text
 
 
 def _grid(lines: Iterable[Sequence[str]]) -> str:

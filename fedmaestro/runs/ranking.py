@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from fedmaestro.runs.records import MetricFacts, Record, Results
 from fedmaestro.stats.ranks import average_ranks, cliques, critical_difference, friedman, ranks_of
 
@@ -25,7 +27,8 @@ class Ranking(Record):
 
     format: int = 1
     rows: list[str]
-    seeds: list[int]
+    seeds: int
+    """Of every row in every experiment."""
     settings: list[SettingRanks]
     left_out: list[str]
     """Experiments in which a row lacks a seed or a value."""
@@ -40,7 +43,7 @@ class Ranking(Record):
     """That so few settings can give."""
     critical_difference: float | None = None
     """Nemenyi's, at .05."""
-    cliques: list[list[str]] = []
+    cliques: list[list[str]] = Field(default_factory=list)
     """Groups of rows that do not differ, best first."""
 
 
@@ -56,7 +59,7 @@ def ranking(comparisons: Mapping[str, Results]) -> Ranking:
     facts = _tests(rows, [setting.ranks for setting in settings]) if settings and len(rows) > 1 else {"average": []}
     return Ranking(
         rows=rows,
-        seeds=first.seeds,
+        seeds=len(first.seeds),
         settings=settings,
         left_out=[name for name, results in comparisons.items() if not _is_whole(results)],
         **facts,
