@@ -7,6 +7,7 @@ from fedmaestro.report.difference_table import p_text
 from fedmaestro.report.format import Shown
 from fedmaestro.report.text_table import Entry, Number, TextTable, md, to_latex, to_markdown
 from fedmaestro.runs.ranking import Ranking
+from fedmaestro.runs.records import MetricFacts
 from fedmaestro.stats.paired import ALPHA
 from fedmaestro.stats.ranks import ENOUGH_SETTINGS
 
@@ -29,20 +30,20 @@ def ranking_table(ranks: Ranking) -> TextTable:
     order = sorted(range(len(ranks.average)), key=lambda index: ranks.average[index])
     return TextTable(
         heading="Ranks over experiments",
-        note=ranking_note(ranks),
+        note=f"Means over tiers and {ranks.seeds} seeds{_of_one_metric(ranks)}, in brackets their ranks, 1 for the "
+        f"best. {ranking_note(ranks)}",
         header=["Strategy", "Average rank", *(_heading(ranks, index) for index in range(len(ranks.settings)))],
         rows=[entries(index) for index in order],
     )
 
 
 def ranking_note(ranks: Ranking) -> str:
-    """Return what the ranks are, Friedman's test of them, and which rows do not differ."""
+    """Return Friedman's test of the ranks, and which rows do not differ."""
     if ranks.p is None or ranks.chi_squared is None or ranks.critical_difference is None:
         return "There is nothing to rank yet: it takes two rows, and an experiment in which all have finished."
-    f = "" if ranks.f is None else f", F = {ranks.f:.3g}"
+    f = "" if ranks.f is None else f", F = {ranks.f:.3g} (Iman and Davenport)"
     parts = [
-        f"Means over tiers and {ranks.seeds} seeds, in brackets their ranks (1 is the best). Friedman's test: "
-        f"χ² = {ranks.chi_squared:.3g}{f} (Iman and Davenport), p = {p_text(ranks.p)}.",
+        f"Friedman's test: χ² = {ranks.chi_squared:.3g}{f}, {_equals(ranks.p)}.",
         f"Critical difference of average ranks (Nemenyi, .05): {ranks.critical_difference:.2f}.",
         _outcome(ranks),
     ]
@@ -85,10 +86,27 @@ def ranking_csv(ranks: Ranking) -> str:
     return buffer.getvalue()
 
 
+def _equals(p: float) -> str:
+    text = p_text(p)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
+
+
+def _of_one_metric(ranks: Ranking) -> str:
+    """Return what all values are, where that is one thing."""
+    return f" ({_in_words(ranks.settings[0].metric)})" if len(_metrics(ranks)) == 1 else ""
+
+
 def _heading(ranks: Ranking, index: int) -> str:
     setting = ranks.settings[index]
-    lower = "" if setting.metric.higher_is_better else ", lower is better"
-    return f"{setting.name} ({Shown(setting.metric).heading}{lower})"
+    return setting.name if len(_metrics(ranks)) == 1 else f"{setting.name} ({_in_words(setting.metric)})"
+
+
+def _metrics(ranks: Ranking) -> set[str]:
+    return {_in_words(setting.metric) for setting in ranks.settings}
+
+
+def _in_words(metric: MetricFacts) -> str:
+    return Shown(metric).heading + ("" if metric.higher_is_better else ", lower is better")
 
 
 def _outcome(ranks: Ranking) -> str:
