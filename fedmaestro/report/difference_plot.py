@@ -5,13 +5,13 @@ Draw and save them inside `figure.plot_style`.
 
 import math
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmaestro.report.compare_figure import NOTE, Scale, apply_scale, even_ticks, titled_figure
 from fedmaestro.report.difference_table import difference_text, seeds_note
 from fedmaestro.report.figure import MUTED, SERIES_COLORS, new_figure, short_name
 from fedmaestro.report.format import Shown
-from fedmaestro.report.ranking_table import ranking_note
+from fedmaestro.report.ranking_table import friedman_note
 from fedmaestro.runs.differences import Compared, compared, margin_of
 from fedmaestro.runs.ranking import Ranking
 from fedmaestro.runs.records import Results
@@ -74,7 +74,7 @@ def critical_difference_figure(ranks: Ranking) -> "Figure":
         _draw_rank(axes, ranks.average[index], height, low if left else high, short_name(ranks.rows[index]))
     for level, (start, end) in enumerate(_bars(ranks)):
         axes.plot([start - 0.012 * high, end + 0.012 * high], [0.45 + 0.28 * level] * 2, color=_INK, linewidth=3.2)
-    figure.supxlabel(textwrap.fill(ranking_note(ranks), 118, break_on_hyphens=False), **NOTE)
+    figure.supxlabel(textwrap.fill(friedman_note(ranks), 118, break_on_hyphens=False), **NOTE)
     return figure
 
 
@@ -107,7 +107,9 @@ def _draw_difference(axes: "Axes", y: int, difference: Difference, show: Shown) 
     axes.plot(seeds, [y + 0.2] * len(seeds), "o", color=color, markersize=3, alpha=0.55, markeredgewidth=0, zorder=2)
     axes.plot(mean, y, "D", color=color, markersize=6, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
     words = difference_text(show, difference) + (f"  {difference.verdict.value}" if color == _CLAIMED else "")
-    axes.text(0.995, y - 0.3, words, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8)
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+    behind = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6}
+    axes.text(0.995, y - 0.3, words, fontsize=8, bbox=behind, zorder=4, **place)
 
 
 def _scale(show: Shown, family: Compared, margin: float | None) -> Scale:

@@ -39,14 +39,22 @@ def ranking_table(ranks: Ranking) -> TextTable:
 
 def ranking_note(ranks: Ranking) -> str:
     """Return Friedman's test of the ranks, and which rows do not differ."""
-    if ranks.p is None or ranks.chi_squared is None or ranks.critical_difference is None:
+    if ranks.p is None:
         return "There is nothing to rank yet: it takes two rows, and an experiment in which all have finished."
+    return " ".join(filter(None, (friedman_note(ranks), _groups(ranks))))
+
+
+def friedman_note(ranks: Ranking) -> str:
+    """Return Friedman's test of the ranks, and what so few settings cannot show; empty where there are no ranks."""
+    if ranks.p is None or ranks.chi_squared is None or ranks.critical_difference is None:
+        return ""
     f = "" if ranks.f is None else f", F = {ranks.f:.3g} (Iman and Davenport)"
     parts = [
         f"Friedman's test: χ² = {ranks.chi_squared:.3g}{f}, {_equals(ranks.p)}.",
         f"Critical difference of average ranks (Nemenyi, .05): {ranks.critical_difference:.2f}.",
-        _outcome(ranks),
     ]
+    if ranks.p > ALPHA:
+        parts.append("The test does not reject: no two strategies are told apart.")
     if len(ranks.settings) < ENOUGH_SETTINGS:
         parts.append(
             f"Too few experiments for a claim: {len(ranks.settings)} describe, it takes {ENOUGH_SETTINGS} or more "
@@ -109,8 +117,9 @@ def _in_words(metric: MetricFacts) -> str:
     return Shown(metric).heading + ("" if metric.higher_is_better else ", lower is better")
 
 
-def _outcome(ranks: Ranking) -> str:
-    if ranks.p is not None and ranks.p > ALPHA:
-        return "The test does not reject: no two strategies are told apart."
+def _groups(ranks: Ranking) -> str:
+    """Return which rows are not told apart, where the test tells some apart at all."""
+    if ranks.p is None or ranks.p > ALPHA:
+        return ""
     groups = "; ".join(", ".join(group) for group in ranks.cliques)
     return f"Not told apart: {groups}." if groups else "All strategies are told apart."

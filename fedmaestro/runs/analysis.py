@@ -43,7 +43,7 @@ class Asked:
             raise UserError(f"--last {self.last}: at least one round is needed")
         if self.last > evaluated:
             raise UserError(
-                f"--last {self.last}: a run evaluates {evaluated} rounds after the start: give no more, or lower "
+                f"--last {self.last}: more than the evaluated rounds of a run ({evaluated}): give fewer, or lower "
                 "train.evaluate-every"
             )
         if self.target is not None and not math.isfinite(self.target):

@@ -62,9 +62,7 @@ def strategy_results(cells: Sequence[FinishedCell], analysis: Analysis = AS_IT_I
         by_kind["last"] = [_means_of_last(cell, analysis.last) for cell in cells]
 
     def scores(fold: _Fold) -> Scores:
-        return Scores(
-            **{kind: stat(list(map(fold, cells, of_cells))) for kind, of_cells in by_kind.items()}  # type: ignore[arg-type]
-        )
+        return Scores(**{kind: stat(list(map(fold, cells, of_cells))) for kind, of_cells in by_kind.items()})
 
     def mean_of(key: str) -> float | None:
         return statistics.fmean(getattr(cell.summary, key) for cell in cells) if cells else None

@@ -20,17 +20,19 @@ RMSE = MetricFacts(name="rmse", higher_is_better=False, percent=False)
         ({"margin": math.inf}, "--margin inf"),
         ({"margin": math.nan}, "--margin nan"),
         ({"last": 0}, "--last 0: at least one"),
-        ({"last": 5}, "--last 5: a run evaluates 4 rounds"),
+        ({"last": 5}, "--last 5: more than the evaluated rounds of a run .4."),
         ({"target": math.nan}, "--target nan: give a finite"),
         ({"target": 0.95}, "--target 0.95: accuracy is in percent"),
         ({"target": 101.0}, "--target 101: accuracy is in percent"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(asked: dict[str, Any], message: str) -> None:
-    wanted = Asked(**asked)
-    with pytest.raises(UserError, match=message):
+    def check(wanted: Asked) -> None:
         wanted.check(["nested", "zero-pad"], 4)
         wanted.analysis(ACCURACY)
+
+    with pytest.raises(UserError, match=message):
+        check(Asked(**asked))
 
 
 def test_percent_become_shares_and_other_metrics_stay() -> None:
