@@ -145,7 +145,13 @@ def run(
 
 @app.command()
 def compare(
-    experiment: _Experiment = None,
+    experiments: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Experiment TOMLs: with several, one comparison for each and the ranks over all of them; without any "
+            "the demo on embedded digits."
+        ),
+    ] = None,
     strategies: Annotated[
         str,
         typer.Option(
@@ -155,6 +161,22 @@ def compare(
         ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each strategy, counted from the experiment's.")] = 3,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="Row that the others are tested against; the first by default.")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS", help="Smaller differences count as none; 0.5 points for shares, else nothing is level."
+        ),
+    ] = None,
+    last: Annotated[
+        int, typer.Option(metavar="K", help="Compare by the mean of the last K evaluated rounds; 1: the final one.")
+    ] = 1,
+    target: Annotated[
+        float | None,
+        typer.Option(metavar="VALUE", help="Say when and at what cost the mean over tiers reaches this (shares in %)."),
+    ] = None,
     set_: _Overrides = None,
     use: _Use = None,
     data_dir: _DataDir = None,
@@ -162,7 +184,7 @@ def compare(
     actors: _Actors = None,
     gpus_per_actor: _Gpus = 0.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --out; strategies and seeds may be added.")
+        bool, typer.Option("--resume", help="Go on with --out; strategies, seeds and experiments may be added.")
     ] = False,
     trust: _Trust = False,
     ray_address: _RayAddress = None,
@@ -173,7 +195,8 @@ def compare(
     from fedmaestro.config.base import parse_assignment
     from fedmaestro.flower.compare import Comparison
     from fedmaestro.flower.compare import compare as run_comparison
-    from fedmaestro.terminal.display import ComparisonDisplay, comparison_table
+    from fedmaestro.terminal.comparison import print_comparison
+    from fedmaestro.terminal.display import ComparisonDisplay
     from fedmaestro.terminal.json_lines import RunLines
     from fedmaestro.trackers import trackers_of
 
@@ -187,9 +210,13 @@ def compare(
     try:
         with RunLines() if json else ComparisonDisplay(console) as display:
             finished = run_comparison(
-                experiment,
+                experiments or None,
                 names,
                 seeds,
+                baseline=baseline,
+                margin=margin,
+                last=last,
+                target=target,
                 use=use,
                 overrides=overrides,
                 data_dir=data_dir,
@@ -205,12 +232,9 @@ def compare(
         console.print("interrupted before the first cell was finished: go on with --resume and the same --out")
         raise typer.Exit(130) from None
     except UntrainedError as error:
-        console.print(comparison_table(Comparison(error.path).results))
+        print_comparison(console, Comparison(error.path))
         raise
-    results = finished.results
-    console.print(comparison_table(results))
-    console.print(f"results: {finished.path} (table.md, table.csv, results.json, report.html, plots/)", soft_wrap=True)
-    if not results["complete"]:
+    if not print_comparison(console, finished):
         console.print("interrupted: repeat the command with --resume and this folder as --out", soft_wrap=True)
         raise typer.Exit(130)
 
@@ -319,15 +343,20 @@ def extract(
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of a comparison.")],
     out: Annotated[
         Path | None, typer.Option(help="HTML file for several runs; report.html in the folder for one.")
     ] = None,
 ) -> None:
-    """Write plots and an HTML report of one run, or one page that compares several."""
+    """Write plots and an HTML report of one run or comparison, or one page that compares several runs."""
     from fedmaestro.report import write_report, write_run_report
+    from fedmaestro.report.compare_files import is_comparison, report_comparison
 
-    if len(run_dirs) == 1 and out is None:
+    if len(run_dirs) == 1 and is_comparison(run_dirs[0]):
+        if out is not None:
+            raise UserError(f"--out {out}: the files of a comparison are written into its folder: leave --out out")
+        written = report_comparison(run_dirs[0])
+    elif len(run_dirs) == 1 and out is None:
         written = write_run_report(run_dirs[0])[-1]
     else:
         written = write_report(run_dirs, out or Path("report.html"))

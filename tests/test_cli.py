@@ -8,12 +8,14 @@ import commands
 import pytest
 import ray
 from commands import Command, entry_point, tree
+from reports import make_results
 
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.data import DATASETS
 from fedmaestro.fleet.tiers import FLEETS
 from fedmaestro.models import MODELS
+from fedmaestro.runs.folder import write_record
 from fedmaestro.strategies import STRATEGIES
 
 LISTS = {
@@ -188,3 +190,16 @@ def test_wrong_usage(fedmaestro: Command, arguments: list[str]) -> None:
     assert result.code == 2
     assert "Error" in result.err
     assert tree(Path.cwd().parent) == before
+
+
+def test_report_of_a_comparison_is_written_into_its_folder(fedmaestro: Command, tmp_path: Path) -> None:
+    write_record(tmp_path / "cmp" / "results.json", make_results(2))
+    result = fedmaestro("report", tmp_path / "cmp")
+    assert (result.code, result.out.split(), result.err) == (0, ["report:", str(tmp_path / "cmp" / "report.html")], "")
+    assert (tmp_path / "cmp" / "table.tex").exists()
+    result = fedmaestro("report", tmp_path / "cmp", "--out", "x.html")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "leave --out out" in result.err
+    (tmp_path / "cmp" / "results.json").write_text("{}")
+    result = fedmaestro("report", tmp_path / "cmp")
+    assert (result.code, result.err.count("\n")) == (2, 1)

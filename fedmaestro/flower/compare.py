@@ -1,16 +1,15 @@
 """Compare strategies over seeds on one running Ray: the function behind ``fedmaestro compare``.
 
 A cell is one strategy with one seed: an ordinary run folder under ``cells/``. Cells of a seed share the initial model,
-the partition and the sampled devices, which depend on the seed only. A comparison that was interrupted anywhere goes on
-with ``resume``: finished cells are kept, the one in work continues from its checkpoint, and the tables come out the
-same.
+the partition and the sampled devices, which depend on the seed only. Several experiments are as many comparisons side
+by side, with the ranks of the strategies over them on top. A comparison that was interrupted anywhere goes on with
+``resume``: finished cells are kept, the one in work continues from its checkpoint, and the tables come out the same.
 """
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,75 +17,37 @@ import tomli_w
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedmaestro.config.base import Value, parse_assignment
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.extend import given
+from fedmaestro.flower.cells import Cell, Plan, Variant, parse_variant, plan_of, shared_settings
 from fedmaestro.flower.client_app import app as default_client_app
 from fedmaestro.flower.federation import FREE_ON_RESUME, Federation
 from fedmaestro.flower.run import check_trained, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.places import absolute, file_name, new_folder
-from fedmaestro.report.compare_page import write_comparison
-from fedmaestro.rounds.method import method_of
+from fedmaestro.report.compare_files import EXPERIMENTS, RANKS, RESULTS, parts_of, write_files, write_parts
 from fedmaestro.rounds.observer import ComparisonObserver
+from fedmaestro.runs.analysis import Asked
 from fedmaestro.runs.code import activate
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
 from fedmaestro.runs.frames import rounds_frame
 from fedmaestro.runs.history import check_seal
+from fedmaestro.runs.ranking import Ranking
 from fedmaestro.runs.reader import read_json
-from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary
-from fedmaestro.runs.results import FinishedCell, strategy_results
+from fedmaestro.runs.records import Results
 from fedmaestro.runs.start import check_folder, code_of, name_of, resolve
 from fedmaestro.runs.trust import honoured
+from fedmaestro.tasks.task import metric_facts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FIXED = (
-    "seed",
-    "out",
-    "use",
-    "data.",
-    "train.strategy",
-    "fleet.preset",
-    "fleet.file",
-    "fleet.match-macs",
-    "model.name",
-)
-"""What all variants of a comparison share: settings, or tables with a dot at the end."""
+__all__ = ["Comparison", "Experiment", "Variant", "compare", "parse_variant"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A strategy to compare, perhaps with some of its switches changed."""
-
-    label: str
-    strategy: str
-    changes: Mapping[str, Value]
-
-    @property
-    def folder_name(self) -> str:
-        """The label as a file name."""
-        return file_name(self.label)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One variant with one seed."""
-
-    variant: Variant
-    seed: int
-    config: ExperimentConfig
-    folder: RunFolder
-
-    def finished(self) -> FinishedCell | None:
-        """Return its results, or None when it was not run to the end."""
-        path = self.folder.summary
-        if not path.exists() or (summary := read_json(path, Summary)).interrupted:
-            return None
-        return FinishedCell(seed=self.seed, summary=summary, records=self.folder.read_rounds())
+Experiment = str | Path | ExperimentConfig | None
+"""TOML file or configuration; None: the demo on embedded data."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +58,30 @@ class Comparison:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The content of ``results.json``."""
-        return read_json(self.path / "results.json", Results).to_dict()
+        """The content of ``results.json``; of several experiments, each of ``parts`` has its own."""
+        return read_json(self.path / RESULTS, Results).to_dict()
+
+    @property
+    def parts(self) -> dict[str, "Comparison"]:
+        """The comparisons of several experiments, by name; none of one."""
+        return {name: Comparison(self.path / name) for name in parts_of(self.path)}
+
+    @property
+    def ranks(self) -> dict[str, Any]:
+        """The content of ``ranks.json``, of several experiments."""
+        return read_json(self.path / RANKS, Ranking).to_dict()
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return the tables of all cells that have rounds, one below the other (``runs.frames.rounds_frame``).
 
-        ``variant`` is the label of a row of the comparison.
+        ``variant`` is the label of a row of the comparison; with several experiments, ``experiment`` is before it.
         """
         import pandas as pd
 
         frames = []
+        for name, part in self.parts.items():
+            frames.append(part.to_pandas())
+            frames[-1].insert(0, "experiment", name)
         for rounds in sorted((self.path / "cells").glob("*/rounds.jsonl")):
             frame = rounds_frame(rounds.parent)
             frame.insert(0, "variant", rounds.parent.name.rpartition("-seed")[0])
@@ -117,10 +91,14 @@ class Comparison:
 
 @honoured
 def compare(
-    experiment: str | Path | ExperimentConfig | None,
+    experiment: Experiment | Sequence[Experiment] | Mapping[str, Experiment],
     strategies: Sequence[str],
     seeds: int | Sequence[int] = 3,
     *,
+    baseline: str | None = None,
+    margin: float | None = None,
+    last: int = 1,
+    target: float | None = None,
     model: Any = None,
     data: Any = None,
     task: Any = None,
@@ -144,9 +122,15 @@ def compare(
     experiment decides about it.
 
     Args:
-        experiment: TOML file or configuration; None: the demo on embedded data.
+        experiment: TOML file or configuration; None: the demo on embedded data. Several, in a sequence (called by their
+            files) or by name: a comparison each below ``out``, and the ranks of the strategies over all of them.
         strategies: ``[LABEL:]NAME[+KEY=VALUE…]``: rows of ``STRATEGIES``, switches changed, names to print.
         seeds: how many (counted from the experiment's own), or which.
+        baseline: label of the strategy that the others are tested against; the first by default.
+        margin: differences below it count as none, in points for shares; half a point by default, for other metrics
+            none, so that nothing is called level.
+        last: rows are compared by the mean of so many evaluated rounds at the end; 1: the final round.
+        target: of the mean over tiers, in percent for shares: when and at what cost each seed reaches it.
         model: see ``run``, as for the next four; strategies, objectives and aggregations of your own are registered
             (``fedmaestro.extend``) and named in ``strategies``.
         data: see there.
@@ -159,7 +143,7 @@ def compare(
         out: the comparison's folder; a new one under ``runs/`` by default.
         actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
         gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
-        resume: go on with the comparison in ``out``; strategies and seeds may be added.
+        resume: go on with the comparison in ``out``; strategies, seeds and experiments may be added.
         trust: run the code that a run folder holds (``out``, or that of ``experiment``), also where somebody else has
             written it.
         ray_address: a running Ray cluster.
@@ -174,68 +158,99 @@ def compare(
     variants = [parse_variant(text) for text in strategies]
     objects = {"model": model, "dataset": data, "task": task, "partition": partition, "fleet": fleet}
     overrides = given(objects, use, overrides)
-    words = " ".join(f"{variant.strategy} {' '.join(map(str, variant.changes.values()))}" for variant in variants)
-    activate(code_of(resolve(ExperimentConfig, experiment, overrides, data_dir, None, False), more=words))
-    base = _base(experiment, overrides, data_dir, variants)
-    numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(variants, numbers)
-    name = name_of(experiment, base)
-    folder = Path(out or base.out or new_folder(f"{name}-compare"))
-    folder = absolute(folder)
-    cells = [_cell(base, variant, seed, folder) for seed in numbers for variant in variants]
-    _check_folder(folder, resume)
+    asked = Asked(baseline=baseline, margin=margin, last=last, target=target)
     actors = checked_actors(actors)
-    # Everything that can be wrong with a strategy shows here, before anything is written or started.
-    for cell in cells:
-        if cell.folder.holds_run():
-            check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
-            if cell.folder.summary.exists():
-                check_seal(cell.folder)
-    for cell in cells[: len(variants)]:
-        prepare(cell.config, name, resume=cell.folder.holds_run(), on_data=to_all(observers))
-    write_atomically(folder / "compare.toml", _description(base, name, variants, numbers))
-    stop = threading.Event()
-    todo = [cell for cell in cells if cell.finished() is None]
-
-    def tell_cells() -> None:
-        done = sum(cell.finished() is not None for cell in cells)
-        for observer in observers:
-            observer.on_cells(folder, done, len(cells))
-
-    def write() -> Results:
-        results = _results(name, base, variants, numbers, cells)
-        write_record(folder / "results.json", results)
-        return results
-
-    def server(grid: Grid) -> None:
-        for cell in todo:
-            tell_cells()
-            for observer in observers:
-                observer.on_cell(cell.variant.label, cell.seed)
-            _run_cell(cell, grid, stop, observers, name)
-            write()
-
-    interrupted = False
-    if todo:
-        try:
-            simulate(
-                server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
-            )
-        except InterruptedRunError:
-            interrupted = True
-        except UserError:
-            if not resume and not any(cell.folder.path.exists() for cell in cells):
-                (folder / "compare.toml").unlink()
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
-    results = write()
-    if interrupted and not any(row.seeds for row in results.strategies):
+    sources, several = _sources(experiment)
+    root = _root(out, overrides, several)
+    plans = []
+    for name, source in sources:
+        base = _base(source, variants, overrides, data_dir)
+        numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+        name = name or name_of(source, base)
+        folder = root / name if several and root else root or absolute(base.out or new_folder(f"{name}-compare"))
+        plan = plan_of(name, base, variants, numbers, folder)
+        asked.check([variant.label for variant in variants], plan.evaluated_rounds)
+        # Everything that can be wrong with a strategy shows here, before anything is written or started.
+        plans.append(_checked(plan, asked, resume, observers, part=several))
+    top = root if several and root else plans[0].folder
+    if several:
+        _check_folder(top, EXPERIMENTS, resume)
+    work = _Work(plans=plans, folder=top, observers=observers)
+    new = work.describe(several=several)
+    try:
+        interrupted = work.carry_out(client_app, actors, gpus_per_actor, ray_address)
+    except UserError:
+        if not resume and not work.has_begun():
+            _withdraw(new)
+        raise
+    comparisons = {plan.name: _written(plan) for plan in plans}
+    if interrupted and not any(row.seeds for results in comparisons.values() for row in results.strategies):
         raise KeyboardInterrupt
-    tell_cells()
-    write_comparison(results, folder)
-    check_all_trained(cells, folder)
-    return Comparison(folder)
+    work.tell_cells()
+    if several:
+        write_parts(comparisons, top)
+    else:
+        write_files(comparisons[plans[0].name], top)
+    for plan in plans:
+        check_all_trained(plan.cells, plan.folder)
+    return Comparison(top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The cells of all plans, one after the other on one set of hosts."""
+
+    plans: Sequence[Plan]
+    folder: Path
+    observers: Sequence[ComparisonObserver]
+
+    def describe(self, *, several: bool) -> list[Path]:
+        """Write what is compared; return the files."""
+        texts = {plan.folder / "compare.toml": plan.description for plan in self.plans}
+        if several:
+            names = [plan.name for plan in self.plans]
+            texts[self.folder / EXPERIMENTS] = tomli_w.dumps({"experiments": names})
+        for path, text in texts.items():
+            write_atomically(path, text)
+        return list(texts)
+
+    def has_begun(self) -> bool:
+        """Return whether a cell has left anything."""
+        return any(cell.folder.path.exists() for plan in self.plans for cell in plan.cells)
+
+    def tell_cells(self) -> None:
+        """Tell how many cells are finished."""
+        cells = [cell for plan in self.plans for cell in plan.cells]
+        done = sum(cell.finished() is not None for cell in cells)
+        for observer in self.observers:
+            observer.on_cells(self.folder, done, len(cells))
+
+    def carry_out(
+        self, client_app: ClientApp, actors: int | None, gpus_per_actor: float, ray_address: str | None
+    ) -> bool:
+        """Run the cells that are not finished; return whether that was interrupted."""
+        todo = [(plan, cell) for plan in self.plans for cell in plan.cells if cell.finished() is None]
+        stop = threading.Event()
+
+        def server(grid: Grid) -> None:
+            for plan, cell in todo:
+                self.tell_cells()
+                for observer in self.observers:
+                    observer.on_cell(self._label(plan, cell), cell.seed)
+                _run_cell(cell, grid, stop, self.observers, plan.name)
+                _written(plan)
+
+        if todo:
+            try:
+                simulate(
+                    server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
+                )
+            except InterruptedRunError:
+                return True
+        return False
+
+    def _label(self, plan: Plan, cell: Cell) -> str:
+        return cell.variant.label if len(self.plans) == 1 else f"{plan.name}: {cell.variant.label}"
 
 
 def check_all_trained(cells: Sequence[Cell], folder: Path) -> None:
@@ -252,62 +267,105 @@ def check_all_trained(cells: Sequence[Cell], folder: Path) -> None:
         raise UntrainedError(f"{wrong[0]}{more}; the comparison is in {folder}", folder)
 
 
-def parse_variant(text: str) -> Variant:
-    """Parse ``[LABEL:]NAME[+KEY=VALUE…]``, for example ``both:nested+train.objective=paired-prefixes``."""
-    parts = re.fullmatch(r"(?:(?P<label>[^:=]+):)?(?P<name>[A-Za-z0-9_-]+)(?P<set>(?:\+[^+=]+=[^+]*)*)", text.strip())
-    if parts is None:
-        raise UserError(f"strategy {text!r}: write NAME, or LABEL:NAME+KEY=VALUE")
-    changes = dict(parse_assignment(assignment) for assignment in parts["set"].split("+")[1:])
-    for key in changes:
-        if any(key == fixed or (fixed.endswith(".") and key.startswith(fixed)) for fixed in _FIXED):
-            raise UserError(f"strategy {text!r}: {key} is the same for all of a comparison: give it with --set")
-    return Variant(label=parts["label"] or text.strip(), strategy=parts["name"], changes=changes)
+def _sources(
+    experiment: Experiment | Sequence[Experiment] | Mapping[str, Experiment],
+) -> tuple[list[tuple[str | None, Experiment]], bool]:
+    """Return experiments with their names (None: that of its data), and whether they are several.
+
+    Raises:
+        UserError: there are none, or two of one name.
+    """
+    if experiment is None or isinstance(experiment, str | Path | ExperimentConfig):
+        return [(None, experiment)], False
+    if isinstance(experiment, Mapping):
+        named = [(file_name(name), source) for name, source in experiment.items()]
+    else:
+        named = [(file_name(_name(source)), source) for source in experiment]
+        if len(named) == 1:
+            return [(None, named[0][1])], False
+    if not named:
+        raise UserError("there is no experiment to compare on: give one, or None for the demo")
+    names = [name for name, _ in named]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two experiments are called {repeated[0]!r}: rename one (in Python, give them by name)")
+    return [*named], True
+
+
+def _name(source: Experiment) -> str:
+    if source is None:
+        return "digits"
+    return Path(source).stem if isinstance(source, str | Path) else source.data.name
+
+
+def _root(out: str | Path | None, overrides: Mapping[str, Any], several: bool) -> Path | None:
+    """Return the folder that was named; a new one for several experiments; None: the experiment may name one."""
+    if named := out or (several and overrides.get("out")):
+        return absolute(named)
+    return new_folder("comparison") if several else None
 
 
 def _base(
-    experiment: str | Path | ExperimentConfig | None,
-    overrides: Mapping[str, Any] | None,
-    data_dir: str | Path | None,
-    variants: Sequence[Variant],
+    source: Experiment, variants: Sequence[Variant], overrides: Mapping[str, Any], data_dir: str | Path | None
 ) -> ExperimentConfig:
-    """Return what all cells share; ranks and widths are matched when both occur and nobody decided otherwise."""
-    changes = dict(overrides or {})
-    base = resolve(ExperimentConfig, experiment, changes, data_dir, None, False)
-    forms = {method_of(_with(base, variant)).submodel.form for variant in variants}
-    if len(forms) > 1 and "fleet.match-macs" not in changes:
-        changes["fleet.match-macs"] = True
-    # The strategy of the file is one of the variants or none.
-    changes["train.strategy"] = variants[0].strategy
-    return resolve(ExperimentConfig, experiment, changes, data_dir, None, False)
+    """Load the user's code of an experiment and return what all its cells share."""
+    words = " ".join(f"{variant.strategy} {' '.join(map(str, variant.changes.values()))}" for variant in variants)
+    activate(code_of(resolve(ExperimentConfig, source, overrides, data_dir, None, False), more=words))
+    return shared_settings(source, overrides, data_dir, variants)
 
 
-def _with(base: ExperimentConfig, variant: Variant, more: Mapping[str, Value] | None = None) -> ExperimentConfig:
-    changes = {"train.strategy": variant.strategy, **variant.changes, **(more or {})}
-    return base.changed(changes, f"strategy {variant.label!r}")
+def _checked(plan: Plan, asked: Asked, resume: bool, observers: Sequence[ComparisonObserver], *, part: bool) -> Plan:
+    """Check all that the cells need and return the plan with how it is judged; nothing is written.
+
+    Args:
+        plan: of one experiment.
+        asked: how its rows are to be judged.
+        resume: whether to go on.
+        observers: are told about the decoding of data.
+        part: whether it is one of several, which may be added to others.
+    """
+    _check_folder(plan.folder, "compare.toml", resume, new=part)
+    for cell in plan.cells:
+        if cell.folder.holds_run():
+            check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
+            if cell.folder.summary.exists():
+                check_seal(cell.folder)
+    for cell in plan.cells[: len(plan.variants)]:
+        _, env = prepare(cell.config, plan.name, resume=cell.folder.holds_run(), on_data=to_all(observers))
+    return replace(plan, analysis=asked.analysis(metric_facts(env.task)))
 
 
-def _cell(base: ExperimentConfig, variant: Variant, seed: int, folder: Path) -> Cell:
-    own = folder / "cells" / f"{variant.folder_name}-seed{seed}"
-    config = _with(base, variant, {"seed": seed, "out": str(own), "train.record-bias": True})
-    return Cell(variant=variant, seed=seed, config=config, folder=RunFolder(own))
+def _check_folder(folder: Path, marker: str, resume: bool, *, new: bool = False) -> None:
+    """Check that the comparison may use ``folder``; the cells' own folders are checked one by one.
 
-
-def _check(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-    if not seeds:
-        raise UserError("--seeds 0: at least one is needed")
-    labels = [variant.folder_name for variant in variants]
-    if repeated := [label for label in labels if labels.count(label) > 1]:
-        raise UserError(f"strategy {repeated[0]!r} is given twice: name each once, or give one a label (LABEL:NAME)")
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    """Check that the comparison may use ``folder``; the cells' own folders are checked one by one."""
+    Args:
+        folder: of the comparison.
+        marker: the file that says that there is one.
+        resume: whether to go on.
+        new: whether there need not be one to go on with.
+    """
     RunFolder(folder).check_usable()
-    taken = folder / "compare.toml"
-    if resume and not taken.exists():
-        raise UserError(f"{folder} holds no comparison to resume: leave --resume out")
-    if not resume and (taken.exists() or RunFolder(folder).holds_run()):
+    held = [name for name in ("compare.toml", EXPERIMENTS) if (folder / name).exists()]
+    if resume and marker not in held and (held or not new):
+        raise UserError(f"{folder} holds no {_KINDS[marker]} to resume: leave --resume out")
+    if not resume and (held or RunFolder(folder).holds_run()):
         raise UserError(f"{folder} already holds a comparison or a run: add --resume, or choose another --out")
+
+
+_KINDS = {"compare.toml": "comparison", EXPERIMENTS: "comparison of several experiments"}
+
+
+def _withdraw(files: Sequence[Path]) -> None:
+    """Remove what was written of a comparison that could not start."""
+    for path in files:
+        path.unlink()
+        with suppress(OSError):
+            path.parent.rmdir()
+
+
+def _written(plan: Plan) -> Results:
+    results = plan.results()
+    write_record(plan.folder / RESULTS, results)
+    return results
 
 
 def _run_cell(
@@ -317,51 +375,3 @@ def _run_cell(
     folder, env = prepare(cell.config, name, resume=resume)
     if Federation(grid, env, folder, stop, observers, resume=resume).run().interrupted:
         raise InterruptedRunError(f"stopped in {folder.path}")
-
-
-def _description(base: ExperimentConfig, name: str, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
-    """Return ``compare.toml``: what was compared, and the settings that all cells share."""
-    shared = base.model_dump(by_alias=True)
-    shared["train"].pop("strategy")
-    rows = [{"label": v.label, "strategy": v.strategy, "set": dict(v.changes)} for v in variants]
-    return tomli_w.dumps({"experiment": name, "seeds": list(seeds), "strategies": rows, "settings": shared})
-
-
-def _results(
-    name: str,
-    base: ExperimentConfig,
-    variants: Sequence[Variant],
-    seeds: Sequence[int],
-    cells: Sequence[Cell],
-) -> Results:
-    rows = []
-    for variant in variants:
-        finished = [done for cell in cells if cell.variant is variant and (done := cell.finished()) is not None]
-        rows.append(_row(base, variant, finished))
-    private = ("seed", "out", "use", "data.dir", "train.strategy")
-    return Results(
-        experiment=name,
-        complete=all(len(row.seeds) == len(seeds) for row in rows),
-        seeds=list(seeds),
-        tiers=next((list(row.tiers) for row in rows if row.tiers), []),
-        metric=next((done.summary.metric for cell in cells if (done := cell.finished()) is not None), ACCURACY),
-        matched_macs=base.fleet.match_macs,
-        protocol={key: value for key, value in base.flat().items() if key not in private},
-        strategies=rows,
-    )
-
-
-def _row(base: ExperimentConfig, variant: Variant, finished: Sequence[FinishedCell]) -> StrategyResults:
-    method = method_of(_with(base, variant))
-    changed = ", ".join(f"{key}={value}" for key, value in variant.changes.items())
-    return strategy_results(
-        finished,
-        name=variant.label,
-        summary=method.summary + (f" (with {changed})" if changed else ""),
-        source=method.source,
-        form=method.submodel.form,
-        submodel=method.submodel.describe(),
-        objective=method.objective.name,
-        aggregation=method.aggregation.name,
-        server=method.describe_server(),
-    )

@@ -1,4 +1,4 @@
-"""The tables of a comparison: Markdown to read, CSV to compute with.
+"""The tables of a comparison: Markdown to read, CSV to compute with, LaTeX to print.
 
 Also what pictures and page share with them: how ``results.json`` is read, and which row is the best of a column.
 """
@@ -8,17 +8,21 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_text
-from fedmaestro.runs.records import Results, Scores, Updates
+from fedmaestro.report.difference_table import difference_tables, target_table
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_share, lost_text
+from fedmaestro.report.text_table import Entry, Number, TextTable, md, to_latex, to_markdown
+from fedmaestro.runs.differences import has_own_tests, tiers_differ_in_size
+from fedmaestro.runs.records import OwnTest, Results, Scores, Stat, Updates
 from fedmaestro.runs.records import StrategyResults as Row
 
-Kind = Literal["final", "best"]
+Kind = Literal["final", "best", "last"]
+Over = Literal["mean", "worst", "over_devices"]
 
 BUDGETS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Devices", "devices", format_count),
@@ -48,6 +52,8 @@ _CSV_BUDGETS = (
     "upload_bytes",
 )
 _CSV_UPDATES = ("sampled", "failed", "dropped")
+_CSV_OWN = ("own_test_mean", "own_test_worst_decile")
+_CSV_REACHED = ("round", "bytes", "virtual_seconds")
 _SAME_MACS = 0.03  # families whose MACs differ by more than this are not the same budget
 
 
@@ -106,9 +112,18 @@ def tier_stat(results: Results, row: Row, tier: str, kind: Kind) -> Values:
     return _values(results, row.tiers.get(tier), kind)
 
 
-def overall_stat(results: Results, row: Row, over: Literal["mean", "worst"], kind: Kind) -> Values:
-    """Return the main metric over all tiers: their mean, or the worst."""
+def overall_stat(results: Results, row: Row, over: Over, kind: Kind) -> Values:
+    """Return the main metric over all tiers: their mean, the worst, or the mean over devices."""
     return _values(results, getattr(row, over), kind)
+
+
+def values_of(results: Results, stat: Stat | None) -> Values:
+    """Return a figure over seeds as tables show it."""
+    show = Shown(results.metric)
+    if stat is None:
+        return Values(show=show)
+    known = tuple(map(as_number, stat.values))
+    return Values(mean=as_number(stat.mean), std=as_number(stat.std), values=known, show=show)
 
 
 def family(row: Row) -> str:
@@ -140,12 +155,12 @@ def score_columns(results: Results) -> list[Column]:
         best = _are_best([stat.mean for stat in stats], [stat.mean_text for stat in stats], show)
         return Column(heading=heading, texts=[s.text for s in stats], values=[s.mean for s in stats], best=best)
 
-    overall: tuple[tuple[str, Literal["mean", "worst"], Kind], ...] = (
-        ("Mean of tiers", "mean", "final"),
-        ("Worst tier", "worst", "final"),
-        ("Best round: mean", "mean", "best"),
-        ("Best round: worst", "worst", "best"),
-    )
+    overall: list[tuple[str, Over, Kind]] = [("Mean of tiers", "mean", "final"), ("Worst tier", "worst", "final")]
+    if tiers_differ_in_size(results):
+        overall.append(("Mean of devices", "over_devices", "final"))
+    if (last := results.analysis.last) > 1:
+        overall += [(f"Last {last}: mean", "mean", "last"), (f"Last {last}: worst", "worst", "last")]
+    overall += [("Best round: mean", "mean", "best"), ("Best round: worst", "worst", "best")]
     columns = [column(tier, [tier_stat(results, row, tier, "final") for row in rows]) for tier in results.tiers]
     for heading, over, kind in overall:
         columns.append(column(heading, [overall_stat(results, row, over, kind) for row in rows]))
@@ -182,7 +197,11 @@ def score_note(results: Results) -> str:
     """Return what the numbers of the result table are."""
     show = Shown(results.metric)
     direction = "" if show.metric.higher_is_better else " (lower is better)"
-    return f"Test {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
+    note = f"Test {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
+    if tiers_differ_in_size(results):
+        note += " Mean of devices: tiers weighted by how many devices they have."
+    last = results.analysis.last
+    return note if last == 1 else f"{note} Last {last}: mean of the last {last} evaluated rounds."
 
 
 def protocol(results: Results) -> dict[str, str]:
@@ -195,56 +214,69 @@ def protocol(results: Results) -> dict[str, str]:
 
 
 def table_markdown(results: Results) -> str:
-    """Return ``table.md``: protocol, seeds, the results in percent and the budgets."""
-    settings = ", ".join(f"{_md(key)} = {_md(value)}" for key, value in protocol(results).items())
-    lacking = "; ".join(map(_md, unfinished(results)))
+    """Return ``table.md``: protocol, seeds, the results in percent, what may be said of them, and the budgets."""
+    settings = ", ".join(f"{md(key)} = {md(value)}" for key, value in protocol(results).items())
+    lacking = "; ".join(map(md, unfinished(results)))
+    tables = [result_table(results), *further_tables(results), budget_table(results)]
     parts = [
-        f"# Comparison: {_md(results.experiment)}",
+        f"# Comparison: {md(results.experiment)}",
         f"Protocol: {settings}",
         f"Seeds: {', '.join(map(str, results.seeds))}",
         "" if results.complete else f"**Incomplete**{f': {lacking}' if lacking else ''}",
-        f"Remark: {_md(remark)}" if (remark := macs_remark(results)) else "",
-        "## Results",
-        f"{score_note(results)} Bold: the best of a column.",
-        _result_table(results),
-        "## Budgets",
-        "Per example, or per device and round; memory is the peak of a training step.",
-        _budget_table(results),
+        f"Remark: {md(remark)}" if (remark := macs_remark(results)) else "",
+        *map(to_markdown, tables),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table_latex(results: Results) -> str:
+    """Return ``table.tex``: the results and what may be said of them, for the package booktabs."""
+    tables = [result_table(results), *further_tables(results)]
+    names = [f"{results.experiment}-{index}" for index in range(1, len(tables) + 1)]
+    head = f"% Comparison: {' '.join(results.experiment.split())}; needs \\usepackage{{booktabs}}"
+    return "\n\n".join([head, *map(to_latex, tables, names)]) + "\n"
 
 
 def table_csv(results: Results) -> str:
     """Return ``table.csv``: one line per strategy, finished seed and tier, numbers in full precision.
 
     Shares are fractions; an unknown number is empty; ``ranks`` is JSON. ``sampled``, ``failed`` and ``dropped`` are
-    those of the tier, all seeds of the strategy together.
+    those of the tier, all seeds of the strategy together. ``last_METRIC`` is what rows are compared by: the mean of the
+    last evaluated rounds. ``own_test…`` is of the tier's devices on their own test examples; ``target…`` of the whole
+    run: yes, no, or empty where there was none.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     metric = results.metric.name
-    writer.writerow(
-        ["strategy", "seed", "tier", f"final_{metric}", f"best_{metric}", *_CSV_BUDGETS, *_CSV_UPDATES, "epsilon"]
-    )
+    scores = [f"final_{metric}", f"best_{metric}"]
+    added = [f"last_{metric}", *_CSV_OWN, "target_reached", *(f"target_{key}" for key in _CSV_REACHED)]
+    writer.writerow(["strategy", "seed", "tier", *scores, *_CSV_BUDGETS, *_CSV_UPDATES, "epsilon", *added])
     for row in results.strategies:
         for index, seed in enumerate(row.seeds):
             for tier in results.tiers:
-                scores = [_nth(tier_stat(results, row, tier, kind), index) for kind in ("final", "best")]
+                scored = [_nth(tier_stat(results, row, tier, kind), index) for kind in ("final", "best")]
                 cells = [_csv_cell(budget(row, tier, key)) for key in _CSV_BUDGETS]
                 counts = row.updates.get(tier)
                 asked = [getattr(counts, key) if counts else "" for key in _CSV_UPDATES]
                 spent = "" if row.epsilon is None else row.epsilon
-                writer.writerow([row.name, seed, tier, *scores, *cells, *asked, spent])
+                more = _added(results, row, tier, index)
+                writer.writerow([row.name, seed, tier, *scored, *cells, *asked, spent, *more])
     return buffer.getvalue()
 
 
+def _added(results: Results, row: Row, tier: str, index: int) -> list[object]:
+    """Return what a line of ``table.csv`` says of the last rounds, the devices' own tests and the target."""
+    own = row.own_test.get(tier, OwnTest())
+    stats = [row.tiers[tier].judged if tier in row.tiers else None, own.mean, own.worst_decile]
+    scores = [_nth(values_of(results, stat), index) for stat in stats]
+    if not row.reached:
+        return [*scores, "", *("" for _ in _CSV_REACHED)]
+    reached = row.reached[index]
+    return [*scores, "no" if reached is None else "yes", *(getattr(reached, key, "") for key in _CSV_REACHED)]
+
+
 def _values(results: Results, scores: Scores | None, kind: Kind) -> Values:
-    show = Shown(results.metric)
-    if scores is None:
-        return Values(show=show)
-    stat = scores.final if kind == "final" else scores.best
-    known = tuple(map(as_number, stat.values))
-    return Values(mean=as_number(stat.mean), std=as_number(stat.std), values=known, show=show)
+    return values_of(results, None if scores is None else getattr(scores, kind))
 
 
 def _nth(stat: Values, index: int) -> float | str:
@@ -294,39 +326,66 @@ def _gap(tier: str, left: Row, right: Row) -> MacsGap | None:
     return MacsGap(tier=tier, more=more, less=less, excess=max(macs) / min(macs) - 1)
 
 
-def _result_table(results: Results) -> str:
+def result_table(results: Results) -> TextTable:
+    """Return the main table: the metric per tier and overall, and the updates lost."""
     columns = score_columns(results)
-    lines = []
-    for index, row in enumerate(results.strategies):
+
+    def entries(index: int, row: Row) -> list[Entry]:
         note = "" if is_whole(row, results) else f" ({seeds_text(row, results)})"
-        cells = [f"**{c.texts[index]}**" if c.best[index] else c.texts[index] for c in columns]
-        lost = lost_text(sum(row.updates.values(), Updates()))
-        lines.append([_md(row.name) + note, *cells, lost])
-    header = ["Strategy", *(_md(column.heading) for column in columns), "Updates lost"]
-    return _table(header, lines, text_columns=1)
+        scores = [Number(column.texts[index], column.values[index], column.best[index]) for column in columns]
+        return [row.name + note, *scores, _lost(sum(row.updates.values(), Updates()))]
+
+    return TextTable(
+        heading="Results",
+        note=f"{score_note(results)} Bold: the best of a column.",
+        header=["Strategy", *(column.heading for column in columns), "Updates lost"],
+        rows=[entries(index, row) for index, row in enumerate(results.strategies)],
+    )
 
 
-def _budget_table(results: Results) -> str:
-    lines = [
-        [
-            _md(row.name),
-            _md(tier),
-            *(to_text(as_number(budget(row, tier, key))) for _, key, to_text in BUDGETS),
-            lost_text(row.updates.get(tier)),
-        ]
-        for row in results.strategies
-        for tier in results.tiers
-    ]
-    header = ["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS), "Updates lost"]
-    return _table(header, lines, text_columns=2)
+def own_test_table(results: Results) -> TextTable | None:
+    """Return what devices reach on their own test examples; None where they have none."""
+    if not has_own_tests(results):
+        return None
+
+    def entry(stat: Stat | None) -> Number:
+        values = values_of(results, stat)
+        return Number(values.text, values.mean)
+
+    def entries(row: Row) -> list[Entry]:
+        tests = [row.own_test.get(tier, OwnTest()) for tier in results.tiers]
+        means, worst = ([entry(getattr(test, key)) for test in tests] for key in ("mean", "worst_decile"))
+        return [row.name, entry(row.own_test_mean), *means, *worst]
+
+    return TextTable(
+        heading="Devices' own tests",
+        note="The model that serves a tier, on the own test examples of its devices, in the last round that tested "
+        "them: mean over all devices, over those of each tier, and over the worst tenth of these.",
+        header=["Strategy", "All devices", *results.tiers, *(f"{tier}: worst tenth" for tier in results.tiers)],
+        rows=[entries(row) for row in results.strategies],
+    )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
+def further_tables(results: Results) -> list[TextTable]:
+    """Return the tables that say what may be said of the results: differences, target, devices' own tests."""
+    more = (target_table(results), own_test_table(results))
+    return [*difference_tables(results), *(table for table in more if table is not None)]
 
 
-def _md(value: object) -> str:
-    """Return ``str(value)`` so that Markdown shows it as it is, on one line; ``a_b`` needs no escape."""
-    text = re.sub(r"[\\`*{}\[\]<>|~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", str(value))
-    return " ".join(text.split())
+def budget_table(results: Results) -> TextTable:
+    """Return what every tier may spend under every strategy."""
+
+    def entries(row: Row, tier: str) -> list[Entry]:
+        values = [(as_number(budget(row, tier, key)), to_text) for _, key, to_text in BUDGETS]
+        return [row.name, tier, *(Number(to_text(x), x) for x, to_text in values), _lost(row.updates.get(tier))]
+
+    return TextTable(
+        heading="Budgets",
+        note="Per example, or per device and round; memory is the peak of a training step.",
+        header=["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS), "Updates lost"],
+        rows=[entries(row, tier) for row in results.strategies for tier in results.tiers],
+    )
+
+
+def _lost(updates: Updates | None) -> Number:
+    return Number(lost_text(updates), lost_share(updates))

@@ -345,6 +345,31 @@ class Scores(Record):
 
     final: Stat = Stat()
     best: Stat = Stat()
+    last: Stat | None = None
+    """Mean of the last rounds that were evaluated (``Analysis.last``), where more than one was asked for."""
+
+    @property
+    def judged(self) -> Stat:
+        """What rows are compared by: the mean of the last rounds, which is the final value unless more were asked."""
+        return self.final if self.last is None else self.last
+
+
+class OwnTest(Record):
+    """The main metric on devices' own test examples, over seeds, in the last round that tested them."""
+
+    mean: Stat = Stat()
+    """Over devices."""
+    worst_decile: Stat = Stat()
+    """Mean of the worst tenth of them, rounded up."""
+
+
+class Reached(Record):
+    """When a run first reached a target, and what had been spent until then."""
+
+    round: int
+    bytes: int
+    """Received and sent by all devices."""
+    virtual_seconds: float
 
 
 class Series(Record):
@@ -381,6 +406,14 @@ class StrategyResults(Record):
     """Over tiers."""
     worst: Scores
     """Tier."""
+    over_devices: Scores = Scores()
+    """Mean over devices: tiers weighted by how many they have."""
+    own_test: dict[str, OwnTest] = Field(default_factory=dict)
+    """Of each tier's devices, where they have test examples of their own."""
+    own_test_mean: Stat | None = None
+    """Over all of them."""
+    reached: list[Reached | None] = Field(default_factory=list)
+    """The target (``Analysis.target``) by the mean over tiers: one for each seed, None where it never was."""
     monotone_seeds: int
     download_bytes: float | None
     upload_bytes: float | None
@@ -393,6 +426,21 @@ class StrategyResults(Record):
     failed_by: dict[str, int] = Field(default_factory=dict)
     """By kind (``rounds.failure.KINDS``), all seeds together."""
     series: list[Series]
+
+
+class Analysis(Record):
+    """How the rows of a comparison are judged; values are in the metric's own unit: shares are fractions."""
+
+    baseline: str | None = None
+    """The row that all others are compared with; None: the first."""
+    margin: float | None = None
+    """Differences below it count as none; None: half a point for shares, unknown otherwise."""
+    last: int = 1
+    """Evaluated rounds at the end of a run whose mean is judged."""
+    target: float | None = None
+
+
+AS_IT_IS = Analysis()
 
 
 class Results(Record):
@@ -408,4 +456,5 @@ class Results(Record):
     matched_macs: bool
     protocol: dict[str, Value]
     """Settings that all cells share."""
+    analysis: Analysis = Analysis()
     strategies: list[StrategyResults]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UserError
 from fedmaestro.flower import compare as module
 from fedmaestro.flower.compare import Variant, compare, parse_variant
@@ -47,6 +48,9 @@ def test_what_a_comparison_shares_cannot_be_changed_for_one_strategy(key: str) -
         (["nested"], {"resume": True}, "holds no comparison to resume"),
         (["nested+train.rouds=3"], {}, "train.rouds.*train.rounds"),
         (["nested+train.objective=best"], {}, "best"),
+        (["nested", "zero-pad"], {"baseline": "zeropad"}, "unknown --baseline 'zeropad': did you mean 'zero-pad'"),
+        (["nested", "few:nested+train.rounds=5"], {"last": 2}, "--last 2: more than the evaluated rounds of a run .1."),
+        (["nested"], {"target": 0.9}, "--target 0.9: accuracy is in percent"),
         (["own:nested+train.submodel=width-rolling", "nested+train.aggregation=meen"], {}, "meen"),
     ],
 )
@@ -58,6 +62,37 @@ def test_bad_input_is_one_line_and_writes_nothing(
         compare(None, strategies, out=out, **options)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     assert not out.exists()
+
+
+def test_bad_input_to_several_experiments_writes_nothing(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text("seed = 1\n")
+    bad.write_text("[train]\nrouds = 1\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "good.toml").write_text("seed = 2\n")
+    out = tmp_path / "out"
+    for experiments, message in (
+        ([good, bad], "rouds"),
+        ([good, tmp_path / "more" / "good.toml"], "two experiments are called 'good'"),
+        ([], "there is no experiment"),
+        ([ExperimentConfig(), ExperimentConfig()], "two experiments are called 'digits'.*by name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(experiments, ["nested"], out=out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("marker", ["compare.toml", "experiments.toml"])
+def test_one_kind_of_comparison_is_not_resumed_as_the_other(tmp_path: Path, marker: str) -> None:
+    (tmp_path / marker).write_text('experiments = ["a"]')
+    with pytest.raises(UserError, match="already holds a comparison"):
+        compare(None, ["nested"], out=tmp_path)
+    with pytest.raises(UserError, match="already holds a comparison"):
+        compare({"a": None, "b": None}, ["nested"], out=tmp_path)
+    other, kind = ({"a": None, "b": None}, "of several") if marker == "compare.toml" else (None, "")
+    with pytest.raises(UserError, match=f"holds no comparison {kind}"):
+        compare(other, ["nested"], out=tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [marker]
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,18 @@ from typing import Any
 
 import pytest
 
-from fedmaestro.runs.records import RoundRecord, Scores, Stat, StrategyResults, Summary, TierFigures
+from fedmaestro.runs.records import (
+    AS_IT_IS,
+    Analysis,
+    MetricFacts,
+    Reached,
+    RoundRecord,
+    Scores,
+    Stat,
+    StrategyResults,
+    Summary,
+    TierFigures,
+)
 from fedmaestro.runs.results import FinishedCell, is_monotone, stat, strategy_results
 from fedmaestro.runs.summary import summarize
 
@@ -74,9 +85,9 @@ def cell(seed: int, big: list[float | None], small: list[float | None]) -> Finis
     return FinishedCell(seed=seed, summary=summary_of(records), records=records)
 
 
-def row_of(*cells: FinishedCell) -> StrategyResults:
+def row_of(*cells: FinishedCell, analysis: Analysis = AS_IT_IS) -> StrategyResults:
     switches = dict.fromkeys(("summary", "source", "form", "submodel", "objective", "aggregation", "server"), "")
-    return strategy_results(cells, name="x", **switches)
+    return strategy_results(cells, analysis, name="x", **switches)
 
 
 def test_means_and_deviations_are_over_seeds() -> None:
@@ -120,3 +131,61 @@ def test_a_missing_accuracy_makes_the_mean_unknown_rather_than_flattering() -> N
 )
 def test_monotone_allows_half_a_point_between_any_two_tiers(accuracies: list[float | None], expected: bool) -> None:
     assert is_monotone(accuracies) is expected
+
+
+def test_the_mean_of_the_last_rounds_is_judged_where_it_was_asked_for() -> None:
+    cells = (cell(0, [0.1, 0.9, 0.8], [0.1, 0.5, 0.6]), cell(1, [0.1, 0.7, 0.9], [0.1, 0.6, None]))
+    row = row_of(*cells, analysis=Analysis(last=2))
+    assert row.tiers["big"].judged.values == [pytest.approx(0.85), pytest.approx(0.8)]
+    assert row.tiers["small"].judged.values == [pytest.approx(0.55), pytest.approx(0.35)], "rounds that have a value"
+    assert row.mean.judged.values == [pytest.approx(0.7), pytest.approx(0.575)]
+    assert row.worst.judged.values == [pytest.approx(0.55), pytest.approx(0.35)]
+    assert row.tiers["big"].final.values == [0.8, 0.9]
+    assert row_of(*cells).mean.judged == row.mean.final
+    assert row_of(*cells, analysis=Analysis(last=4)).tiers["big"].judged == Stat(values=[None, None])
+
+
+def test_the_mean_over_devices_weighs_tiers_by_their_size() -> None:
+    one = cell(0, [0.1, 0.9], [0.1, 0.5])
+    tiers = {
+        name: x.model_copy(update={"devices": n})
+        for (name, x), n in zip(one.summary.tiers.items(), (1, 3), strict=True)
+    }
+    one = FinishedCell(seed=0, summary=one.summary.model_copy(update={"tiers": tiers}), records=one.records)
+    row = row_of(one)
+    assert row.over_devices.final.values == [pytest.approx(0.25 * 0.9 + 0.75 * 0.5)]
+    assert row.mean.final.values == [pytest.approx(0.7)]
+
+
+def test_devices_own_tests_are_of_the_last_round_that_has_them() -> None:
+    def tested(seed: int, big: float, small: float) -> FinishedCell:
+        of_tiers = {"big": {"devices": 1, "mean": big, "std": None, "worst_decile": big}}
+        of_tiers["small"] = {"devices": 3, "mean": small, "std": 0.1, "worst_decile": small / 2}
+        records = [scored(0, 0.1, 0.1, device_test={}), scored(1, 0.9, 0.5, device_test=of_tiers), RoundRecord(round=2)]
+        return FinishedCell(seed=seed, summary=summary_of(records), records=records)
+
+    row = row_of(tested(0, 0.8, 0.4), tested(1, 1.0, 0.6))
+    assert row.own_test["small"].mean.values == [0.4, 0.6]
+    assert row.own_test["small"].worst_decile.mean == pytest.approx(0.25)
+    assert row.own_test_mean is not None
+    assert row.own_test_mean.values == [pytest.approx(0.5), pytest.approx(0.7)]
+    without = row_of(tested(0, 0.8, 0.4), cell(1, [0.1], [0.1]))
+    assert without.own_test_mean is not None
+    assert without.own_test_mean.mean is None, "a seed that lacks it is not left out"
+    assert row_of(cell(1, [0.1], [0.1])).own_test_mean is None
+
+
+def test_a_target_is_reached_by_the_mean_over_tiers_or_never() -> None:
+    cells = (cell(0, [0.1, 0.5, 0.9], [0.1, 0.6, 0.9]), cell(1, [0.1, 0.9, 0.9], [0.1, None, 0.1]))
+    row = row_of(*cells, analysis=Analysis(target=0.55))
+    assert row.reached == [Reached(round=1, bytes=220, virtual_seconds=4.0), None]
+    assert row_of(*cells).reached == []
+
+
+def test_of_a_metric_where_lower_is_better_a_target_is_reached_from_above() -> None:
+    rmse = MetricFacts(name="accuracy", higher_is_better=False, percent=False)
+    one = cell(0, [9.0, 4.0, 2.0], [9.0, 5.0, 2.0])
+    one = FinishedCell(seed=0, summary=one.summary.model_copy(update={"metric": rmse}), records=one.records)
+    (reached,) = row_of(one, analysis=Analysis(target=4.5)).reached
+    assert reached is not None
+    assert reached.round == 1

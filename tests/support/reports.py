@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.runs.folder import RunFolder, write_atomically, write_record, write_records
-from fedmaestro.runs.records import Results, RoundRecord, StrategyResults, Summary, TierFigures
+from fedmaestro.runs.records import AS_IT_IS, Analysis, Results, RoundRecord, StrategyResults, Summary, TierFigures
 from fedmaestro.runs.results import FinishedCell, strategy_results
 from fedmaestro.runs.summary import summarize
 
@@ -93,14 +93,17 @@ def make_row(
     seeds: Sequence[int] = (0, 1, 2),
     tiers: Sequence[str] = ("flagship", "mid", "minimal"),
     cost: float = 1.0,
+    analysis: Analysis = AS_IT_IS,
+    noise: float = 0.0,
 ) -> StrategyResults:
     """A strategy whose tiers end at 97 % - ``rank`` % - 1 % per tier + 0.2 % per seed; the round before is 0.1 % above.
 
+    With ``noise``, so much is added for even seeds and taken for odd ones: rows differ by more than a constant then.
     A round costs ``cost`` MB down and half of that up, and six minutes of virtual time times ``cost``.
     """
     cells = []
     for seed in seeds:
-        finals = [0.97 - 0.01 * (rank + index) + 0.002 * seed for index in range(len(tiers))]
+        finals = [0.97 - 0.01 * (rank + index) + 0.002 * seed + noise * (-1) ** seed for index in range(len(tiers))]
         records = []
         for number in range(EVALUATED[-1] + 1):
             rise = (1 - math.exp(-number / 4)) / (1 - math.exp(-5))
@@ -121,6 +124,7 @@ def make_row(
         cells.append(FinishedCell(seed=seed, summary=make_summary(records, form), records=records))
     return strategy_results(
         cells,
+        analysis,
         name=name,
         summary=f"what {name} does",
         source=f"paper of {name}",
@@ -132,11 +136,14 @@ def make_row(
     )
 
 
-def make_results(rows: Sequence[StrategyResults] | int = 3, *, seeds: Sequence[int] = (0, 1, 2)) -> Results:
+def make_results(
+    rows: Sequence[StrategyResults] | int = 3, *, seeds: Sequence[int] = (0, 1, 2), analysis: Analysis = AS_IT_IS
+) -> Results:
     """A comparison of ``rows``, or of so many strategies, the third of them dense."""
     if isinstance(rows, int):
         names = [*NAMES, *(f"method-{index}" for index in range(3, rows))][:rows]
-        rows = [make_row(x, i, form="dense" if i == 2 else "lod", seeds=seeds) for i, x in enumerate(names)]
+        forms = ["dense" if index == 2 else "lod" for index in range(rows)]
+        rows = [make_row(x, i, form=forms[i], seeds=seeds, analysis=analysis) for i, x in enumerate(names)]
     return Results(
         experiment="mnist",
         complete=all(row.seeds == list(seeds) for row in rows),
@@ -144,6 +151,7 @@ def make_results(rows: Sequence[StrategyResults] | int = 3, *, seeds: Sequence[i
         tiers=next((list(row.tiers) for row in rows if row.tiers), ["flagship", "mid", "minimal"]),
         matched_macs=True,
         protocol={"data.name": "mnist", "train.rounds": 20, "data.alpha": 0.5, "fleet.file": ""},
+        analysis=analysis,
         strategies=list(rows),
     )
 
