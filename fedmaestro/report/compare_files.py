@@ -7,9 +7,9 @@ from fedmaestro.errors import UserError
 from fedmaestro.places import file_name
 from fedmaestro.report.compare_page import write_comparison
 from fedmaestro.report.compare_table import table_latex
-from fedmaestro.report.difference_plot import critical_difference_figure, difference_figure, has_differences
+from fedmaestro.report.difference_plot import critical_difference_figure
 from fedmaestro.report.difference_table import differences_csv
-from fedmaestro.report.figure import plot_style, save_figure
+from fedmaestro.report.figure import save_figure
 from fedmaestro.report.ranking_table import ranking_csv, ranking_latex, ranking_markdown
 from fedmaestro.runs.folder import write_atomically, write_record
 from fedmaestro.runs.ranking import Ranking, ranking
@@ -24,9 +24,6 @@ def write_files(results: Results, folder: Path) -> None:
     write_comparison(results, folder)
     write_atomically(folder / "table.tex", table_latex(results))
     write_atomically(folder / "differences.csv", differences_csv(results))
-    if has_differences(results):
-        with plot_style():
-            save_figure(difference_figure(results), folder / "plots" / "differences")
 
 
 def write_ranks(ranks: Ranking, folder: Path) -> None:
@@ -36,8 +33,7 @@ def write_ranks(ranks: Ranking, folder: Path) -> None:
     for name, text in texts.items():
         write_atomically(folder / name, text)
     if ranks.average:
-        with plot_style():
-            save_figure(critical_difference_figure(ranks), folder / "plots" / "critical_difference")
+        save_figure(critical_difference_figure(ranks), folder / "plots" / "critical_difference")
 
 
 def is_comparison(folder: Path) -> bool:

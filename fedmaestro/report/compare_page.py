@@ -9,6 +9,7 @@ from fedmaestro.report import compare_table as table
 from fedmaestro.report.compare_curves import factor_bias_figure, metric_figure, tail_energy_figure
 from fedmaestro.report.compare_figure import ranked
 from fedmaestro.report.compare_plots import tier_accuracy_figure, worst_mean_figure
+from fedmaestro.report.difference_plot import difference_figure, has_differences
 from fedmaestro.report.figure import save_figure
 from fedmaestro.report.format import MISSING, Shown
 from fedmaestro.report.page import render
@@ -39,7 +40,8 @@ def write_comparison(results: Results, folder: Path) -> dict[str, Path]:
 
     """
     assert results.strategies, "a comparison needs at least one strategy"
-    written = {name: save_figure(draw(results), folder / "plots" / name) for name, draw in PLOTS.items()}
+    plots = {**PLOTS, **({"differences": difference_figure} if has_differences(results) else {})}
+    written = {name: save_figure(draw(results), folder / "plots" / name) for name, draw in plots.items()}
     texts = {
         "table.md": table.table_markdown(results),
         "table.csv": table.table_csv(results),
@@ -47,8 +49,8 @@ def write_comparison(results: Results, folder: Path) -> dict[str, Path]:
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
-    plots = {f"plots/{path.name}": path for paths in written.values() for path in paths}
-    return {**{name: folder / name for name in texts}, **plots}
+    pictures = {f"plots/{path.name}": path for paths in written.values() for path in paths}
+    return {**{name: folder / name for name in texts}, **pictures}
 
 
 def comparison_page(results: Results, svgs: Mapping[str, str]) -> str:
@@ -65,6 +67,7 @@ def comparison_page(results: Results, svgs: Mapping[str, str]) -> str:
         results=results,
         rows=results.strategies,
         columns=table.score_columns(results),
+        further=table.further_tables(results),
         table=table,
         lost=[f"Lost: {tier}" for tier in results.tiers],
         metric=Shown(results.metric).name,

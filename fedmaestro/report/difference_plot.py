@@ -1,15 +1,13 @@
-"""What may be said of rows, as pictures: differences from a baseline, and ranks over several experiments.
-
-Draw and save them inside `figure.plot_style`.
-"""
+"""What may be said of rows, as pictures: differences from a baseline, and ranks over several experiments."""
 
 import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from fedmaestro.report.compare_figure import NOTE, Scale, apply_scale, even_ticks, titled_figure
+from fedmaestro.report.axis import Scale
+from fedmaestro.report.compare_figure import titled_figure
 from fedmaestro.report.difference_table import difference_text, seeds_note
-from fedmaestro.report.figure import MUTED, SERIES_COLORS, new_figure, short_name
+from fedmaestro.report.figure import BLACK, MUTED, NOTE, SERIES_COLORS, new_figure, plot_style, short_name
 from fedmaestro.report.format import Shown
 from fedmaestro.report.ranking_table import friedman_note
 from fedmaestro.runs.differences import Compared, compared, margin_of
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 _CLAIMED, _OPEN = SERIES_COLORS[0], "#8a8a8a"  # colours of rows with and without a claim
 _PANELS = ("mean", "worst", "devices", "own-test")
 _BAND = "#e8eef5"
-_INK = "#222222"
 
 
 def has_differences(results: Results) -> bool:
@@ -33,6 +30,7 @@ def has_differences(results: Results) -> bool:
     return any(x.mean is not None for family in compared(results) for x in family.differences)
 
 
+@plot_style()
 def difference_figure(results: Results) -> "Figure":
     """Draw every row's difference from the baseline: a panel per measure over tiers or devices, a line per row.
 
@@ -54,14 +52,15 @@ def difference_figure(results: Results) -> "Figure":
     return figure
 
 
+@plot_style()
 def critical_difference_figure(ranks: Ranking) -> "Figure":
     """Draw the average ranks on a line, best left; bars join rows that do not differ (Demšar, 2006)."""
     assert ranks.critical_difference is not None, "there is something to rank"
     order = sorted(range(len(ranks.rows)), key=lambda index: ranks.average[index])
     half = -(-len(order) // 2)
     depth = 0.9 + 0.28 * len(_bars(ranks))
-    figure = new_figure(9.0, 0.33 * (half + depth) + 1.75)
-    figure.suptitle(f"Average ranks over {len(ranks.settings)} experiments", fontsize=11.5, fontweight="bold")
+    title = f"Average ranks over {len(ranks.settings)} experiments"
+    figure = new_figure(9.0, 0.33 * (half + depth) + 1.75, title)
     axes = figure.subplots()
     low, high = 1.0, float(len(order))
     axes.set(xlim=(low - 0.04 * (high - low), high + 0.04 * (high - low)), ylim=(half + depth, -1.3))
@@ -73,7 +72,7 @@ def critical_difference_figure(ranks: Ranking) -> "Figure":
         height = depth + (place if left else len(order) - 1 - place)
         _draw_rank(axes, ranks.average[index], height, low if left else high, short_name(ranks.rows[index]))
     for level, (start, end) in enumerate(_bars(ranks)):
-        axes.plot([start - 0.012 * high, end + 0.012 * high], [0.45 + 0.28 * level] * 2, color=_INK, linewidth=3.2)
+        axes.plot([start - 0.012 * high, end + 0.012 * high], [0.45 + 0.28 * level] * 2, color=BLACK, linewidth=3.2)
     figure.supxlabel(textwrap.fill(friedman_note(ranks), 118, break_on_hyphens=False), **NOTE)
     return figure
 
@@ -81,7 +80,7 @@ def critical_difference_figure(ranks: Ranking) -> "Figure":
 def _draw_family(axes: "Axes", results: Results, family: Compared, *, named: bool) -> None:
     show, margin = Shown(results.metric), margin_of(results)
     scale = _scale(show, family, margin)
-    apply_scale(axes, "x", scale)
+    scale.apply(axes, "x")
     axes.set_title(family.measure.heading, loc="left", fontweight="bold")
     if margin is not None:
         axes.axvspan(-show.factor * margin, show.factor * margin, color=_BAND, linewidth=0, zorder=0)
@@ -124,13 +123,13 @@ def _scale(show: Shown, family: Compared, margin: float | None) -> Scale:
     low, high = min(shown) - 0.05 * span, max(shown) + 0.05 * span
     unit = "points" if show.metric.percent else show.label("{metric}")
     label = f"Difference from {short_name(family.baseline)} ({unit})"
-    return Scale(label=label, low=low, high=high, ticks=even_ticks(low, high, 7))
+    return Scale(label=label, low=low, high=high, bins=7)
 
 
 def _draw_axis(axes: "Axes", low: float, high: float) -> None:
-    axes.plot([low, high], [0, 0], color=_INK, linewidth=1.2)
+    axes.plot([low, high], [0, 0], color=BLACK, linewidth=1.2)
     for tick in range(int(low), int(high) + 1):
-        axes.plot([tick, tick], [0, -0.16], color=_INK, linewidth=1.2)
+        axes.plot([tick, tick], [0, -0.16], color=BLACK, linewidth=1.2)
         axes.text(tick, -0.22, str(tick), ha="center", va="bottom", fontsize=9)
 
 
@@ -145,7 +144,7 @@ def _draw_distance(axes: "Axes", low: float, length: float, distance: float) -> 
 
 def _draw_rank(axes: "Axes", rank: float, height: float, side: float, name: str) -> None:
     """Draw a line from the axis down to the row's name at one side."""
-    axes.plot([rank, rank, side], [0, height, height], color=_INK, linewidth=0.9)
+    axes.plot([rank, rank, side], [0, height, height], color=BLACK, linewidth=0.9)
     left = side == 1.0
     axes.annotate(
         f"{name}  {rank:.2f}" if left else f"{rank:.2f}  {name}",
