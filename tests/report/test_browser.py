@@ -101,7 +101,7 @@ def test_no_errors_and_every_strategy_is_shown(page: str, tmp_path: Path) -> Non
     tables = body.partition("<svg")[0]
     for name in NAMES:
         assert html.escape(name, quote=False) in tables
-    assert dom.count('role="img"') == 7
+    assert dom.count('role="img"') == 8
     assert 'tabindex="0"' in dom, "the page's own script has run"
 
 

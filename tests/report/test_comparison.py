@@ -150,7 +150,7 @@ def test_writes_these_files_and_no_other(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "mnist"
     results = make_results()
     paths = write_comparison(results, folder)
-    plots = [f"plots/{plot}.{suffix}" for plot in PLOTS for suffix in ("png", "svg")]
+    plots = [f"plots/{plot}.{suffix}" for plot in (*PLOTS, "differences") for suffix in ("png", "svg")]
     assert list(paths) == ["table.md", "table.csv", "report.html", *plots]
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert found == paths
