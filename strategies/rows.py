@@ -23,6 +23,7 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "full": SubmodelRule(trains="full"),
     "capable": SubmodelRule(trains="capable"),
     "separate": SubmodelRule(separate=True),
+    "separate-affordable": SubmodelRule(separate=True, trains="affordable"),
     "rank-and-width": SubmodelRule(narrows=True),
     "width": SubmodelRule(form="dense"),
     "width-smallest": SubmodelRule(form="dense", trains="smallest"),
@@ -204,9 +205,17 @@ _ROWS = (
     ),
     Strategy(
         name="exclusive",
+        settings={"train.submodel": "separate-affordable"},
+        summary="a separate model for each size, trained by all devices that afford it: a device trains its own size "
+        "and then every smaller one, and pays for all of them",
+        source="exclusive learning, the baseline of DepthFL (ICLR 2023), on ranks; in one federation, so that sizes "
+        "share a round's devices",
+    ),
+    Strategy(
+        name="exclusive-tier",
         settings={"train.submodel": "separate"},
         summary="each tier trains a model of its own, with the ranks it affords, on its own devices only",
-        source="FedAvg (1602.05629) per tier; the baseline of DepthFL (ICLR 2023)",
+        source="FedAvg (1602.05629) per tier",
     ),
     Strategy(
         name="heterofl",

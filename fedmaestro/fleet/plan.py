@@ -108,6 +108,14 @@ class Plan:
             tiers.setdefault(plan.serves, []).append(plan)
         return tiers
 
+    def trained_by(self, tier: TierPlan) -> list[TierPlan]:
+        """Return the tiers whose submodels the devices of a tier train: none, its own, or the smaller ones too."""
+        if tier.trains is None or self.setting.rule.trains != "affordable":
+            return [] if tier.trains is None else [tier]
+        # Of tiers of one size, which share a model, the first one stands for it.
+        smaller = [tiers[0] for size, tiers in self.serving.items() if size.cost.params < tier.trains.cost.params]
+        return [tier, *smaller]
+
     def by_name(self, name: str) -> TierPlan:
         """Return the plan of the tier of this name."""
         return next(plan for plan in self.tiers if plan.tier.name == name)
@@ -317,7 +325,7 @@ def _tier_plan(
 def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submodel) -> Submodel | None:
     if rule.trains == "capable" and own != whole:
         return None
-    return {"own": own, "smallest": smallest}.get(rule.trains, whole)
+    return {"own": own, "affordable": own, "smallest": smallest}.get(rule.trains, whole)
 
 
 def _filled(architecture: Architecture, sizes: Sequence[Size], macs: Sequence[int]) -> list[Size]:

@@ -12,7 +12,8 @@ class SubmodelRule:
     Attributes:
         form: ``lod`` (rank prefixes) or ``dense`` (leading channels; a tier's width has the MACs of its ranks).
         trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
-            ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
+            ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model;
+            ``affordable``: every tier its own size and, one after the other, all smaller ones (separate models only).
         separate: each size is a model of its own instead of the leading block of one (exclusive training).
         narrows: channels are cut together with ranks (``Architecture.narrows``): a tier's submodel has the leading
             channels of every layer, and of their factors the leading columns; LoD only.
@@ -20,7 +21,7 @@ class SubmodelRule:
     """
 
     form: Literal["lod", "dense"] = "lod"
-    trains: Literal["own", "smallest", "full", "capable"] = "own"
+    trains: Literal["own", "smallest", "full", "capable", "affordable"] = "own"
     separate: bool = False
     narrows: bool = False
     rolls: bool = False
@@ -28,6 +29,8 @@ class SubmodelRule:
     def __post_init__(self) -> None:
         if self.rolls and self.form != "dense":
             raise ValueError("only dense models have channels that could roll")
+        if self.trains == "affordable" and not self.separate:
+            raise ValueError("only separate models can be trained one after the other by one device")
         if self.narrows and self.form != "lod":
             raise ValueError("only LoD models have ranks that could be cut together with channels")
 

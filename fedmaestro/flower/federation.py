@@ -321,21 +321,22 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
 
 def tier_figures(env: Environment, plan: Plan) -> dict[str, TierFigures]:
     """Return the figures of each tier under ``plan``, largest first."""
-    return {tier.tier.name: _figures(env, tier) for tier in plan.tiers}
+    return {tier.tier.name: _figures(env, plan, tier) for tier in plan.tiers}
 
 
-def _figures(env: Environment, tier: TierPlan) -> TierFigures:
-    serves, trains = tier.serves, tier.trains
+def _figures(env: Environment, plan: Plan, tier: TierPlan) -> TierFigures:
+    serves, trained = tier.serves, plan.trained_by(tier)
+    submodels = [part.trains for part in trained if part.trains is not None]
     # Where factors alternate, the mean of two rounds.
-    uploads = [0 if trains is None else upload_bytes(env, trains, number) for number in (1, 2)]
+    uploads = [upload_bytes(env, submodel, number) for submodel in submodels for number in (1, 2)]
     return TierFigures(
         devices=env.devices_of[tier.index],
         ranks=serves.size.describe(),
         params=serves.cost.params,
         macs_per_example=serves.cost.macs_per_example,
-        train_macs_per_example=round(sum(env.method.step_macs(tier, number) for number in (1, 2)) / 2),
+        train_macs_per_example=round(sum(env.method.step_macs(x, number) for x in trained for number in (1, 2)) / 2),
         train_memory_bytes=tier.step_memory_bytes,
-        download_bytes=0 if trains is None else trains.cost.download_bytes + control_bytes(env, trains),
+        download_bytes=sum(x.cost.download_bytes + control_bytes(env, x) for x in submodels),
         upload_bytes=round(sum(uploads) / 2),
     )
 

@@ -189,6 +189,8 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
             "train.aggregation=coverage-mean, which becomes the noisy mean",
         ),
         (method.correction != "none", "train.correction=none: control variates are not clipped"),
+        (method.submodel.trains == "affordable", "train.submodel=separate: updates of several models add up"),
+        (method.submodel.trains == "affordable", "train.submodel=separate: updates of several models add up"),
         (method.norm == "static", "model.norm=group: static norms are set by training examples"),
         (method.settings.get("server.tail-decay"), "server.tail-decay=0: it goes by who took part"),
     ):

@@ -19,7 +19,7 @@ from fedmaestro.fleet.selection import SELECTIONS, History, Round, Selection, se
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The devices of one tier that finish a round."""
+    """The devices that train the submodel of one tier and finish a round: those of the tier, as a rule."""
 
     tier: TierPlan
     devices: tuple[int, ...]
@@ -91,17 +91,24 @@ def schedule_round(
     downloads = dict.fromkeys((tier.index for tier in plan.tiers), 0)
     # Fleets may have a million devices: whole arrays, by tier.
     for tier in plan.tiers:
-        if (submodel := tier.trains) is None:
+        if not (trained := plan.trained_by(tier)):
             continue
-        cost = replace(
-            submodel.cost,
-            upload_bytes=upload_bytes(submodel),
-            download_bytes=submodel.cost.download_bytes + more_download_bytes(submodel),
-        )
-        downloads[tier.index] = cost.download_bytes
+        costs = {
+            part.index: replace(
+                part.trains.cost,
+                upload_bytes=upload_bytes(part.trains),
+                download_bytes=part.trains.cost.download_bytes + more_download_bytes(part.trains),
+            )
+            for part in trained
+            if part.trains is not None
+        }
+        downloads[tier.index] = sum(cost.download_bytes for cost in costs.values())
         able = np.nonzero((tiers == tier.index) & (reachable < tier.tier.availability) & (counts > 0))[0]
         sizes, which = np.unique(counts[able], return_inverse=True)
-        takes = [device_timing(tier.tier, cost, n * local_epochs, step_macs(tier)).total for n in sizes.tolist()]
+        takes = [
+            sum(device_timing(tier.tier, costs[x.index], n * local_epochs, step_macs(x)).total for x in trained)
+            for n in sizes.tolist()
+        ]
         seconds[able] = np.array(takes)[which]
     candidates = np.nonzero(~np.isnan(seconds))[0]
     wanted = math.ceil(round(devices_per_round * over_commit, 9))
@@ -117,6 +124,9 @@ def schedule_round(
     sampled = selected(selection, this, candidates, known, seed)
     awaited = devices_per_round if selection.exact else len(sampled)
     outcome = close_round([float(seconds[d]) for d in sampled], awaited, deadline_seconds)
+    trainers = {
+        tier.index: [other.index for other in plan.tiers if tier in plan.trained_by(other)] for tier in plan.tiers
+    }
     finished = np.array([sampled[i] for i in outcome.finished], np.int64)
     return Schedule(
         groups=tuple(
@@ -126,7 +136,7 @@ def schedule_round(
                 work=tuple(step_macs(tier) * local_epochs * n for n in counts[members].tolist()),
             )
             for tier in plan.tiers
-            if len(members := np.sort(finished[tiers[finished] == tier.index]))
+            if len(members := np.sort(finished[np.isin(tiers[finished], trainers[tier.index])]))
         ),
         dropped=tuple(sampled[i] for i in outcome.dropped),
         download_bytes=sum(downloads[int(tiers[d])] for d in sampled),

@@ -371,13 +371,14 @@ class Gathering:
         """Return what ``RoundRecord`` says of the round's training."""
         examples, attackers = sum(report.examples for report in self.reports), self._env.attackers
         loss = math.fsum(report.loss * report.examples for report in self.reports)
+        trained = self._trained()
         return {
             "train_loss": loss / examples if self.reports else None,
-            "devices": len(self.reports),
+            "devices": len(trained),
             "failed": len(self.failures),
             "failed_by": dict(sorted(Counter(failure.kind for failure in self.failures.values()).items())),
             "dropped": len(self._schedule.dropped),
-            "attackers": 0 if attackers is None else sum(report.device in attackers.devices for report in self.reports),
+            "attackers": 0 if attackers is None else sum(device in attackers.devices for device in trained),
             "updates": self._updates(),
             "download_bytes": self._schedule.download_bytes,
             "upload_bytes": self._upload_bytes,
@@ -386,10 +387,14 @@ class Gathering:
             "factor_bias": self._factor_bias(),
         }
 
+    def _trained(self) -> set[int]:
+        """Return the devices all of whose updates count: of one submodel, or of all that they train."""
+        return {report.device for report in self.reports} - self.failures.keys()
+
     def _updates(self) -> dict[str, Updates]:
         tiers = self._server.plan.tiers
         of = self._env.tiers_in(self._round)
-        trained = Counter(int(of[report.device]) for report in self.reports)
+        trained = Counter(int(of[device]) for device in self._trained())
         failed = Counter(int(of[device]) for device in self.failures)
         dropped = Counter(int(of[device]) for device in self._schedule.dropped)
         return {

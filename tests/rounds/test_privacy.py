@@ -317,7 +317,7 @@ def test_idle_rounds_do_not_end_a_private_run(tmp_path: Path) -> None:
     assert 0 in [record.devices for record in run.rounds[1:]]
 
 
-@pytest.mark.parametrize("row", ["fedmaestro", "exclusive", "alternating", "fjord"])
+@pytest.mark.parametrize("row", ["fedmaestro", "exclusive-tier", "alternating", "fjord"])
 def test_rows_that_average_entries_can_be_private(row: str, tmp_path: Path) -> None:
     run = fedmaestro.run(overrides=SMALL | {"train.strategy": row, "train.rounds": 2}, out=tmp_path / "r", actors=0)
     assert run.summary["epsilon"] > 0

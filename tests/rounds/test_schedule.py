@@ -258,3 +258,26 @@ def test_over_commit_means_the_decimal() -> None:
         over_commit=1.1,
     )
     assert len(schedule.dropped) == 10
+
+
+# Exclusive learning: every size on all devices that afford it
+
+
+@given(SEEDS, ROUNDS)
+def test_a_device_trains_every_size_that_it_affords_and_pays_for_all(seed: int, server_round: int) -> None:
+    lenet = Architecture(name="lenet", input_shape=(1, 28, 28), num_classes=10)
+    rule = SubmodelRule(separate=True, trains="affordable")
+    plan = make_plan(lenet, FLEETS["five-tiers"].tiers, rule, batch_size=32)
+    own = scheduled(plan_of(), seed=seed, server_round=server_round)
+    schedule = scheduled(plan, seed=seed, server_round=server_round)
+    sampled = sorted(finished(own))
+    assert len(sampled) == 12
+    sizes = [tier.tier.name for tier in plan.tiers]  # largest first, five of them
+    rank = {tier.index: sizes.index(tier.tier.name) for tier in plan.tiers}
+    for group in schedule.groups:
+        expected = [device for device in sampled if rank[int(TIER_OF[device])] <= rank[group.tier.index]]
+        assert list(group.devices) == expected
+    costs = {tier.index: tier.serves.cost.download_bytes for tier in plan.tiers}
+    paid = sum(costs[i] for device in sampled for i in costs if rank[i] >= rank[int(TIER_OF[device])])
+    assert schedule.download_bytes == paid
+    assert schedule.virtual_seconds >= own.virtual_seconds
