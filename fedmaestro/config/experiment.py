@@ -38,6 +38,9 @@ AUTO = Unset("auto")
 NONE = Unset("none")
 """Unset: there is no such limit."""
 
+NESTED = "nested"
+"""Needs tiers that are parts of one model all of whose tensors their devices train."""
+
 PREFIXES = "prefixes"
 """Needs tiers that are rank prefixes of one model whose factors all devices train."""
 
@@ -293,9 +296,9 @@ class ServerConfig(Table):
     )
     tail_start: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(
         None,
-        description="factor columns that fewer than this many devices of a round hold, in expectation, start with "
-        "smaller singular values; 0: none; default: the strategy's",
-        json_schema_extra={"needs": PREFIXES},
+        description="factor columns and input channels that fewer than this many devices of a round hold, in "
+        "expectation, start smaller; 0: none; default: the strategy's",
+        json_schema_extra={"needs": NESTED},
     )
 
 

@@ -1,4 +1,4 @@
-"""How many devices of a round hold each factor column, in expectation."""
+"""How many devices of a round hold each factor column and each input channel, in expectation."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,9 @@ from fedmaestro.fleet.plan import Plan
 
 
 def expected_holders(plan: Plan, devices_of: Mapping[int, int], devices_per_round: int) -> dict[str, Tensor]:
-    """Return how many devices of a round hold each column, in expectation: ``(R,)`` by LoD layer.
+    """Return how many devices of a round hold what tiers differ in, in expectation.
+
+    Columns: ``(R,)`` by LoD layer. Inputs: ``(I,)`` by the tensor (a V, a dense weight) whose axis 1 widths cut.
 
     Args:
         plan: what each tier trains, and how often its devices can be reached.
@@ -17,14 +19,16 @@ def expected_holders(plan: Plan, devices_of: Mapping[int, int], devices_per_roun
         devices_per_round: devices whose work a round waits for; fewer where fewer can be reached.
     """
     trained = [
-        (devices_of[tier.index] * tier.tier.availability, tier.trains.size.ranks or {})
-        for tier in plan.tiers
-        if tier.trains is not None
+        (devices_of[tier.index] * tier.tier.availability, tier.trains) for tier in plan.tiers if tier.trains is not None
     ]
     reachable = sum(devices for devices, _ in trained)
     sampled = min(devices_per_round, reachable) / reachable
     holders = {layer: torch.zeros(rank, dtype=torch.float64) for layer, rank in (plan.full.size.ranks or {}).items()}
-    for devices, ranks in trained:
-        for layer, rank in ranks.items():
-            holders[layer][:rank] += sampled * devices
+    for name, shape in plan.full.shapes.items():
+        if len(shape) > 1 and not name.endswith(".u") and any(of.shapes[name][1] < shape[1] for _, of in trained):
+            holders[name] = torch.zeros(shape[1], dtype=torch.float64)
+    for devices, submodel in trained:
+        for name, held in holders.items():
+            ranks = submodel.size.ranks or {}
+            held[: ranks[name] if name in ranks else submodel.shapes[name][1]] += sampled * devices
     return holders

@@ -12,7 +12,7 @@ import numpy as np
 from fedmaestro import rng
 from fedmaestro.clients import OBJECTIVES
 from fedmaestro.config.base import describe
-from fedmaestro.config.experiment import PREFIXES, ExperimentConfig
+from fedmaestro.config.experiment import NESTED, PREFIXES, ExperimentConfig
 from fedmaestro.data import DATASETS, PARTITIONS, cached_partition, data_folder
 from fedmaestro.data.parts import NO_PARTS, DealtParts, Indices, Parts, SplitParts
 from fedmaestro.errors import UserError, check_name
@@ -365,9 +365,9 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
     given = config.flat()
     for setting in describe(ExperimentConfig):
         value = given[setting.key]
-        if setting.needs != PREFIXES or not value or value == setting.default:
+        if setting.needs not in (PREFIXES, NESTED) or not value or value == setting.default:
             continue
-        if not plan.full.size.ranks:
+        if setting.needs == PREFIXES and not plan.full.size.ranks:
             raise UserError(
                 f"{setting.key}={value} needs LoD layers, and under {cuts} model {config.model.name!r} has none: leave "
                 "it out, or use another strategy, train.submodel or model.keep-dense"
