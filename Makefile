@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types docs slow fuzz audit sbom clean
+.PHONY: demo test check lint types docs results slow fuzz audit sbom clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ types: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .typecheck .
 	cd .typecheck && ../$(BIN)/mypy --cache-dir ../.mypy_cache --config-file ../pyproject.toml -p fedmaestro
 	rm -rf build
+
+# Tables and figures of the pages, from the stored results (experiments/results/*.json).
+results: $(STAMP)
+	$(BIN)/python experiments/book.py pages
 
 # The documentation site, into site/. Its reference is read from the files that a wheel installs.
 docs: $(STAMP)
