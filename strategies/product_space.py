@@ -10,8 +10,8 @@ and the same with Adam's or Yogi's moments. All other tensors take the same step
 of a dense network, for which the two spaces are one.
 
 What is paid: the moments have ``O × I`` entries, those of the dense layer, and a layer's matrix is formed for a moment.
-Departures from ``server_optimizers``: a pair counts as a whole, held by as many devices as its first column; it keeps
-its bits where no device of the round sent either factor. Like every re-ordering, the step mixes columns across tier
+Departures from ``server_optimizers``: an entry of ``W`` counts as held by the devices that hold both its row of U and
+its column of V, whatever their rank; a pair keeps its bits where no device of the round sent either factor. Like every re-ordering, the step mixes columns across tier
 edges. Where ``R < min(O, I)`` (a model that was shrunk, or equal MACs), what has a higher rank is cut off; the moments
 keep it.
 
@@ -47,15 +47,22 @@ def product(u: Tensor, v: Tensor) -> Tensor:
 
 
 def holders(devices: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> State:
-    """Return the contributors of ``with_products(state)``: of a pair, the most that any entry of its factors has."""
+    """Return the contributors of ``with_products(state)``, of whose entries ``devices`` are those of ``state``.
+
+    Of ``W (O, I…)``: the fewer of those of its row of U and of its column of V, each at their first rank. Where devices
+    send one factor only, those that do.
+    """
     layers = factor_layers(state)
-    pairs = {
-        f"{layer}{PRODUCT}": torch.maximum(devices[f"{layer}.u"].max(), devices[f"{layer}.v"].max()) for layer in layers
-    }
-    wholes = with_products(state)
-    return {
-        name: pairs[name].expand(tensor.shape) if name in pairs else devices[name] for name, tensor in wholes.items()
-    }
+    factors = {f"{layer}.{factor}" for layer in layers for factor in "uv"}
+    kept = {name: counts for name, counts in devices.items() if name not in factors}
+    return kept | {f"{layer}{PRODUCT}": _held(devices[f"{layer}.u"], devices[f"{layer}.v"]) for layer in layers}
+
+
+def _held(u: Tensor, v: Tensor) -> Tensor:
+    rows, columns = u[:, 0], v[0]
+    if not bool((rows > 0).any()) or not bool((columns > 0).any()):
+        return torch.maximum(rows.max(), columns.max()).expand(len(rows), *columns.shape)
+    return torch.minimum(rows.reshape(-1, *(1,) * columns.dim()), columns.unsqueeze(0))
 
 
 def with_factors(
