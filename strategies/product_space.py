@@ -11,9 +11,9 @@ of a dense network, for which the two spaces are one.
 
 What is paid: the moments have ``O × I`` entries, those of the dense layer, and a layer's matrix is formed for a moment.
 Departures from ``server_optimizers``: an entry of ``W`` counts as held by the devices that hold both its row of U and
-its column of V, whatever their rank; a pair keeps its bits where no device of the round sent either factor. Like every re-ordering, the step mixes columns across tier
-edges. Where ``R < min(O, I)`` (a model that was shrunk, or equal MACs), what has a higher rank is cut off; the moments
-keep it.
+its column of V, whatever their rank; a pair keeps its bits where no device of the round sent either factor. Like every
+re-ordering, the step mixes columns across tier edges. Where ``R < min(O, I)`` (a model that was shrunk, or equal MACs),
+what has a higher rank is cut off; the moments keep it.
 
 Source: FedMaestro; FedAvgM (1909.06335), FedAdam and FedYogi (2003.00295) on products.
 """
