@@ -257,6 +257,8 @@ class Aggregation(Generic[S]):
                         counts[name] += block.devices
             else:
                 for name, shape in shapes.items():
+                    if name not in counts:
+                        continue
                     rows = self.changed_rows(block, name) if self.changed_rows else torch.ones(shape[:1])
                     add_to_leading_block(counts[name], block.devices * as_column(rows, len(shape)).float(), shape)
         return counts

@@ -35,6 +35,7 @@ PLAIN: dict[str, Value] = {
     "train.objective": "own-prefix",
     "train.aggregation": "coverage-mean",
     "train.freeze": "none",
+    "train.per-tier": "none",
     "train.logit-adjustment": 0.0,
     "train.proximal": 0.0,
     "train.correction": "none",

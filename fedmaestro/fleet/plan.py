@@ -1,7 +1,7 @@
 """Who trains what: the size of every tier under a submodel rule, with its costs."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property
@@ -15,6 +15,7 @@ from fedmaestro.fleet.tiers import Tier
 from fedmaestro.fleet.traces import trace_of
 from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.models.kinds import tensors_of
 from fedmaestro.submodel import Shapes, Signature, signature
 
 
@@ -33,6 +34,8 @@ class Setting:
     batch_size: int
     slots: int = 0
     passes: Passes = OWN_PASS
+    own: frozenset[str] = frozenset()
+    """Tensors of which each tier has its own (``train.per-tier``)."""
 
     @property
     def together(self) -> bool:
@@ -42,11 +45,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Submodel:
-    """One size with its shapes and costs; equal to every other one of the same shapes."""
+    """One size with its shapes and costs; equal to every other one of the same shapes and tensors."""
 
     size: Size
     shapes: Shapes
     cost: Cost
+    tier: str | None = None
+    """Whose own tensors it has (``Setting.own``); None: it has none, or those of the whole model."""
 
     @cached_property
     def signature(self) -> Signature:
@@ -54,10 +59,10 @@ class Submodel:
         return signature(self.shapes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Submodel) and self.signature == other.signature
+        return isinstance(other, Submodel) and (self.signature, self.tier) == (other.signature, other.tier)
 
     def __hash__(self) -> int:
-        return hash(self.signature)
+        return hash((self.signature, self.tier))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,7 @@ def make_plan(
     slots: int = 0,
     passes: Passes = OWN_PASS,
     match_macs: bool = False,
+    per_tier: Collection[str] = (),
 ) -> Plan:
     """Fit every tier's size to its budgets: one rank fraction (or width) per tier.
 
@@ -124,9 +130,11 @@ def make_plan(
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
             are the coarser of the two, so ranks follow them, layer by layer (not uniform any more).
+        per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:
-        UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
+        UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model; a kind of
+            tensors that the model does not have.
     """
     _check_ranked(architecture, tiers)
     setting = Setting(rule=rule, batch_size=batch_size, slots=slots, passes=passes)
@@ -146,6 +154,8 @@ def make_plan(
         else:
             # What no tier can train is no part of the model to be compared.
             full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
+    if per_tier:
+        setting = replace(setting, own=tensors_of(architecture.full, per_tier, architecture.name))
     plan = _assemble(architecture, list(enumerate(tiers)), sizes, full, setting)
     if all(tier.trains is None for tier in plan.tiers):
         raise UserError(
@@ -227,8 +237,8 @@ def decode_ranks(plan: Plan, text: str) -> Plan:
 
 def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
     """Return the distinct submodels inside ``trains`` that serve smaller tiers, largest first: a device's levels."""
-    distinct = {other for other in serving if other.cost.params < trains.cost.params}
-    return sorted(distinct, key=lambda other: -other.cost.params)
+    distinct = {other.signature: other for other in serving if other.cost.params < trains.cost.params}
+    return sorted(distinct.values(), key=lambda other: -other.cost.params)
 
 
 def _check_ranked(architecture: Architecture, tiers: tuple[Tier, ...]) -> None:
@@ -249,12 +259,14 @@ def _assemble(
     """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
     known: dict[Submodel, Submodel] = {}
 
-    def submodel(size: Size) -> Submodel:
+    def submodel(size: Size, tier: str | None = None) -> Submodel:
         # Two widths can have the same channels: then they are one size.
-        new = Submodel(size=size, shapes=architecture.shapes(size), cost=_cost(architecture, size, setting))
+        shapes, costs = architecture.shapes(size), _cost(architecture, size, setting)
+        new = Submodel(size=size, shapes=shapes, cost=costs, tier=tier if setting.own else None)
         return known.setdefault(new, new)
 
-    whole, own = submodel(full), [submodel(size) for size in sizes]
+    whole = submodel(full)
+    own = [submodel(size, tier.name) for size, (_, tier) in zip(sizes, tiers, strict=True)]
     smallest = min(own, key=lambda x: x.cost.params)
     serving = [smallest if setting.rule.trains == "smallest" else x for x in own]
     order = sorted(range(len(tiers)), key=lambda i: -own[i].cost.params)

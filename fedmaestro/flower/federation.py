@@ -309,6 +309,7 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
         inputs=architecture.inputs,
         size=plan.full.size,
         tiers={tier.tier.name: tier.serves.size for tier in plan.tiers},
+        per_tier=sorted(plan.setting.own),
         separate={x.tier.name: storage.owner_of(plan, x.serves) or "" for x in plan.tiers} if separate else {},
         round=server.round,
         **({"kept_dense": architecture.kept_dense} if architecture.own else {}),

@@ -24,7 +24,7 @@ from fedmaestro.models.architecture import Architecture
 from fedmaestro.rounds.method import Method, method_of
 from fedmaestro.rounds.privacy import Privacy, find_privacy
 from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
-from fedmaestro.strategies.base import equally
+from fedmaestro.strategies.base import equally, factor_layers
 from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import as_asked, open_data
 from fedmaestro.tasks.task import Task
@@ -160,6 +160,7 @@ def open_environment(
             f"data.devices={devices}: lower it, or simulate more devices"
         )
     _check_correction(config, method)
+    _check_per_tier(method)
     privacy = find_privacy(config, method, devices)
     if privacy is not None:
         # The server divides the sum itself, by what does not depend on who took part.
@@ -180,6 +181,7 @@ def open_environment(
         slots=method.optimizer.slots(train.momentum),
         passes=method.objective.passes,
         match_macs=config.fleet.match_macs,
+        per_tier=method.per_tier,
     )
     _check_needs(config, plan, method)
     with user_code(f"partition {data.partition!r}"):
@@ -252,11 +254,27 @@ def _check_correction(config: ExperimentConfig, method: Method) -> None:
         (train.optimizer != "sgd" or train.momentum > 0, "train.optimizer=sgd without momentum"),
         (method.submodel.separate or method.submodel.rolls, "one model whose tensors stay in place"),
         (method.freeze != "none", "train.freeze=none"),
+        (method.per_tier, "train.per-tier=none: control variates are of tensors that all tiers share"),
         (method.aggregation.mixes or changes, "factors that keep their basis (no re-ordering of columns)"),
         (ranks.rule != "uniform" or ranks.shrink_threshold > 0, "ranks that stay (ranks.rule, ranks.shrink-threshold)"),
     ):
         if wrong:
             raise UserError(f"train.correction={method.correction} needs {why}: strategy {method.name!r} differs")
+
+
+def _check_per_tier(method: Method) -> None:
+    """Refuse own tensors of tiers where tiers do not train sizes of their own within one model."""
+    rule = method.submodel
+    for wrong, why in (
+        (rule.separate, "each tier has a model of its own already"),
+        (rule.trains != "own", "tiers do not train sizes of their own"),
+        (rule.rolls, "a tier trains other channels in every round"),
+    ):
+        if method.per_tier and wrong:
+            raise UserError(
+                f"train.per-tier={' '.join(method.per_tier)!r} does not go with strategy {method.name!r}: {why}: leave "
+                "it out, or use another strategy or train.submodel"
+            )
 
 
 def _users(task: Task) -> int:
@@ -335,6 +353,12 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
                 f"{setting.key}={value} needs tiers that are prefixes of one model whose factors all devices train, "
                 f"and those of {cuts if method.freeze == 'none' else row} are not: leave it out, or use another "
                 "strategy or train.submodel"
+            )
+        if own := factor_layers(sorted(plan.setting.own)):
+            raise UserError(
+                f"{setting.key}={value} needs factors that all tiers share, and train.per-tier="
+                f"{' '.join(method.per_tier)!r} gives each tier its own of {own[0]!r}: leave one of them out, or keep "
+                "that layer dense (model.keep-dense)"
             )
 
 

@@ -12,6 +12,7 @@ from fedmaestro.errors import UserError, check_name
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
+from fedmaestro.models.kinds import KINDS
 from fedmaestro.strategies.base import AnyAggregation, factor_layers
 from fedmaestro.strategies.rows import PLAIN, STRATEGIES, SUBMODELS
 from fedmaestro.strategies.server_step import ServerStep
@@ -36,6 +37,8 @@ class Method:
     schedule: Schedule
     selection: Selection
     freeze: Literal["none", "v", "alternating"]
+    per_tier: tuple[str, ...]
+    """Kinds of tensors of which each tier has its own (``models.kinds``)."""
     logit_adjustment: float
     proximal: float
     correction: Literal["none", "scaffold"]
@@ -114,9 +117,20 @@ def method_of(config: ExperimentConfig) -> Method:
         schedule=SCHEDULES[train.schedule],
         selection=SELECTIONS[train.selection],
         freeze=settings["train.freeze"],  # type: ignore[arg-type]
+        per_tier=_kinds(str(settings["train.per-tier"])),
         logit_adjustment=cast(float, settings["train.logit-adjustment"]),
         proximal=cast(float, settings["train.proximal"]),
         correction=settings["train.correction"],  # type: ignore[arg-type]
         norm=settings["model.norm"],  # type: ignore[arg-type]
         scaler=settings["model.scaler"] == "on",
     )
+
+
+def _kinds(words: str) -> tuple[str, ...]:
+    """Return the kinds of tensors that ``train.per-tier`` names; none for none."""
+    names = words.replace(",", " ").split()
+    for name in names:
+        check_name("train.per-tier", name, ["none", *KINDS])
+    if "none" in names and len(names) > 1:
+        raise UserError(f"train.per-tier={words!r}: none goes with no other word")
+    return tuple(name for name in KINDS if name in names)

@@ -86,6 +86,8 @@ class ModelCard(Record):
     """What serves each tier of a federation."""
     separate: dict[str, str] = Field(default_factory=dict)
     """Where sizes are models of their own: under whose name each tier's lies. There is no whole model then."""
+    per_tier: list[str] = Field(default_factory=list)
+    """Names of the tensors that lie under the name of each tier too, which has its own of them."""
     recomposed: bool = False
     """Whether layers are dense wherever that has no more weights."""
     sha256: str | None = None
@@ -135,7 +137,8 @@ def write_model(
 
     Args:
         folder: of the run.
-        models: the one model under None, or those of ``card.separate`` under their names.
+        models: the one model under None, or those of ``card.separate`` under their names; the tiers' own tensors
+            (``card.per_tier``) under theirs.
         card: what makes modules of them.
         statistics: of the norms of a tier's model, or under None of the whole one's (``static_norm.statistics``).
     """
@@ -209,6 +212,10 @@ def load_model(folder: str | Path, tier: str | None = None, *, trust: bool = Fal
             raise UserError(f"the tiers of {folder} are separate models: name one of {', '.join(card.separate)}")
         owner = f"{file_key(card.separate.get(tier, tier))}/"
         state = {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
+    if card.per_tier:
+        copies = {f"{file_key(owner)}/{name}": (owner, name) for owner in card.tiers for name in card.per_tier}
+        shared = {name: tensor for name, tensor in state.items() if name not in copies}
+        state = shared | {name: state[key] for key, (owner, name) in copies.items() if owner == tier and key in state}
     size = card.size if tier is None else card.tiers[tier]
     try:
         model = architecture.build(size)
