@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmaestro.fleet.rule import Passes
+from fedmaestro.models.exits import EXITS
 from fedmaestro.submodel import Shapes, State, leading_block, state_of
 from fedmaestro.tasks.goal import CLASSIFICATION, Goal
 
@@ -76,6 +77,12 @@ class Prefixes:
         template, shapes = self.smaller[level - 1]
         views = {name: leading_block(self.parameters[name], shape) for name, shape in shapes.items()}
         return self.goal.outputs(functional_call(template, views, inputs))
+
+    def exits(self, x: X) -> list[Tensor]:
+        """Return the outputs of every classifier of the own model, the shallowest first; of most models, of one."""
+        result = self.model(*(x if isinstance(x, tuple) else (x,)))
+        outputs = result[EXITS] if isinstance(result, Mapping) and EXITS in result else [result]
+        return [self.goal.outputs(one) for one in outputs]
 
     def label_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the task's loss, with the logit adjustment where that is on: the mean over the targets that count.

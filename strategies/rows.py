@@ -27,6 +27,8 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "width-smallest": SubmodelRule(form="dense", trains="smallest"),
     "width-separate": SubmodelRule(form="dense", separate=True),
     "width-rolling": SubmodelRule(form="dense", rolls=True),
+    "depth": SubmodelRule(form="dense", scales="depth", exits="ensemble"),
+    "width-depth": SubmodelRule(form="dense", scales="both", exits="last"),
 }
 """Which part of the network a tier trains and is served (``SubmodelRule``)."""
 
@@ -236,6 +238,24 @@ _ROWS = (
         settings={"train.submodel": "width-rolling"},
         summary="a window of channels as wide as the tier affords, which moves on by one channel in every round",
         source="FedRolex (2212.01548); means weighted by examples",
+    ),
+    Strategy(
+        name="depthfl",
+        settings={"train.submodel": "depth", "train.objective": "exit-distillation"},
+        summary="the first blocks with a classifier after each, which learn from each other; tiers are served the "
+        "ensemble of theirs",
+        source="DepthFL (Kim et al., ICLR 2023) with FedAvg; means weighted by examples",
+    ),
+    Strategy(
+        name="scalefl",
+        settings={
+            "train.submodel": "width-depth",
+            "train.objective": "exits-from-last",
+            "model.norm": "static",
+            "model.scaler": "on",
+        },
+        summary="width and depth scaled together; early exits learn from the last one, which serves the tier",
+        source="ScaleFL (Ilhan et al., CVPR 2023); means weighted by examples",
     ),
 )
 

@@ -142,6 +142,8 @@ def extract(
         form=architecture.form,
         keep_dense=card.keep_dense,
         norm=card.norm,
+        scales=card.scales,
+        exits=card.exits,
         input_shape=card.input_shape,
         num_classes=card.num_classes,
         inputs=card.inputs,

@@ -129,7 +129,8 @@ def make_plan(
         slots: see there.
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
-            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more).
+            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Of networks with
+            early exits, the largest size that has no more.
         per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:
@@ -146,7 +147,13 @@ def make_plan(
         if match_macs:
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
             sizes = [pair.width if rule.form == "dense" else pair.ranks for pair in pairs]
-        else:
+            macs = [_cost(dense, pair.width, setting).macs_per_example for pair in pairs]
+        if rule.exits != "none":
+            dense = replace(dense, scales=rule.scales, exits=rule.exits)
+            least = _cost(dense, dense.size_at(dense.fractions()[0]), setting).macs_per_example
+            # As with ranks: below what there is, a rank fraction means the smallest size. Budgets bind.
+            macs = [max(x, least) if tier.rank_fraction else x for tier, x in zip(tiers, macs, strict=True)]
+        if rule.form == "dense" and (rule.exits != "none" or not match_macs):
             by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
             sizes = [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
         if rule.form == "dense":
@@ -342,5 +349,5 @@ def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
 
 
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
-    traced = trace_of(architecture, size.width)
+    traced = trace_of(architecture, size.width, size.depth)
     return cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)

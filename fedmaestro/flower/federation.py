@@ -304,6 +304,8 @@ def model_card(env: Environment, server: ServerState) -> ModelCard:
         form=architecture.form,
         keep_dense=env.config.model.keep_dense,
         norm=architecture.norm,
+        scales=architecture.scales,
+        exits=architecture.exits,
         input_shape=list(env.task.input_shape),
         num_classes=env.task.num_classes,
         inputs=architecture.inputs,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS, InputShape, ModelSpec
+from fedmaestro.models.exits import Answer, classifiers, with_exits
 from fedmaestro.models.scaler import add_scalers
 from fedmaestro.models.shape import Inputs, example_inputs, inputs_of
 from fedmaestro.models.static_norm import StaticNorm, has_static_norms, use_static_batch_norms, use_static_norms
@@ -26,20 +27,24 @@ from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
+Scales = Literal["width", "depth", "both"]
 Norm = Literal["group", "static"]
 FULL = Fraction(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Ranks per LoD layer, or the width of a dense model; the other one is None."""
+    """Ranks per LoD layer, or width or depth, or both, of a dense model; what does not apply is None."""
 
     ranks: Mapping[str, int] | None = None
     width: Fraction | None = None
+    depth: int | None = None
+    """Blocks of a network with early exits."""
 
     def describe(self) -> dict[str, int | float]:
-        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w}``, rounded."""
-        return {"width": round(float(self.width), 4)} if self.width is not None else dict(self.ranks or {})
+        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w, "depth": d}``, rounded."""
+        width = {} if self.width is None else {"width": round(float(self.width), 4)}
+        return dict(self.ranks or {}) | width | ({} if self.depth is None else {"depth": self.depth})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,9 @@ class Architecture:
         form: ``lod`` (factor pairs, sizes are ranks) or ``dense`` (plain layers, sizes are widths).
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
+        scales: what makes a dense form smaller: its width, its depth (the blocks of a network with early exits), or
+            both, in the same proportion.
+        exits: what a network with early exits puts out (``exits``); none: it has none, and no depth.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
     """
@@ -66,6 +74,8 @@ class Architecture:
     keep_dense: str = "first-conv head"
     scaler: bool = False
     norm: Norm = "group"
+    scales: Scales = "width"
+    exits: Answer = "none"
     inputs: Inputs = ()
     spec: ModelSpec = field(init=False)
 
@@ -145,14 +155,23 @@ class Architecture:
         return model
 
     def size_at(self, fraction: Fraction) -> Size:
-        """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
+        """Return the size at ``fraction`` of the chain.
+
+        Ranks ``max(1, ⌊fraction · R⌋)``; that width; that depth, ``max(1, ⌊fraction · D⌋)`` of ``D`` blocks; or that
+        width and depth ``⌈fraction · D⌉``.
+        """
+        if self.form == "dense" and self.scales == "depth":
+            return Size(depth=max(1, math.floor(fraction * len(self.spec.blocks))))
         if self.form == "dense":
-            return Size(width=fraction)
+            deep = math.ceil(fraction * len(self.spec.blocks)) if self.scales == "both" else None
+            return Size(width=fraction, depth=deep)
         full = lod.max_ranks(self.full)
         return Size(ranks={name: max(1, math.floor(fraction * rank)) for name, rank in full.items()})
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
+        if self.form == "dense" and self.scales == "depth":
+            return [Fraction(depth, len(self.spec.blocks)) for depth in range(1, len(self.spec.blocks) + 1)]
         counts = self._channel_counts() if self.form == "dense" else set(lod.max_ranks(self.full).values())
         steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
         return sorted(steps) or [FULL]
@@ -161,7 +180,7 @@ class Architecture:
         """Return the model of this size on the ``meta`` device, with tensors of that size only."""
         if self.form == "dense":
             with torch.device("meta"):
-                return self.with_constants(self._dense(size.width or FULL))
+                return self.with_constants(self._dense(size.width or FULL, size.depth))
         return self.with_constants(lod.truncate(self.full, size.ranks or {}))
 
     def materialize(self, size: Size) -> nn.Module:
@@ -200,7 +219,7 @@ class Architecture:
     def size_of(self, state: Mapping[str, Tensor]) -> Size:
         """Return the size that the factors of ``state`` have (a shrunken model's ranks); dense models are whole."""
         if self.form == "dense":
-            return Size(width=FULL)
+            return self.full_size
         return Size(ranks={name: state[f"{name}.v"].shape[0] for name in lod.max_ranks(self.full)})
 
     def with_state(self, state: Mapping[str, Tensor]) -> nn.Module:
@@ -227,8 +246,11 @@ class Architecture:
                 self.spec.build(self.input_shape, self.num_classes, Recorder())
         return counts
 
-    def _dense(self, width: Fraction) -> nn.Module:
+    def _dense(self, width: Fraction, depth: int | None = None) -> nn.Module:
         model = self.spec.build(self.input_shape, self.num_classes, Scale(width))
+        if self.exits != "none":
+            ends = self.spec.blocks
+            model = with_exits(model, ends, depth or len(ends), self.input_shape, self.num_classes, self.exits)
         if self.own:
             _settle(model, self.inputs, self.name)
             use_static_batch_norms(model)
@@ -275,12 +297,12 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def dense_layers(model: nn.Module, keep_dense: str) -> list[str]:
     """Return the names of the layers that stay dense.
 
-    ``keep_dense`` says which: ``first-conv``, ``head`` (last linear layer), ``none`` and plain names. Those that cannot
-    be factorised are dense in any case.
+    ``keep_dense`` says which: ``first-conv``, ``head`` (last linear layer, and early exits), ``none`` and plain names.
+    Those that cannot be factorised are dense in any case.
     """
     convs = [name for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    groups = {"first-conv": convs[:1], "head": linears[-1:], "none": []}
+    groups = {"first-conv": convs[:1], "head": classifiers(model), "none": []}
     names: dict[str, None] = {}
     for word in keep_dense.replace(",", " ").split():
         check_name("layer in model.keep-dense", word, [*groups, *convs, *linears])

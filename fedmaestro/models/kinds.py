@@ -5,14 +5,14 @@ from collections.abc import Collection
 from torch import nn
 
 from fedmaestro.errors import UserError
-from fedmaestro.lod import LoDLinear
+from fedmaestro.models.exits import classifiers
 from fedmaestro.models.static_norm import StaticNorm
 from fedmaestro.models.width import LeadingGroupNorm
 from fedmaestro.submodel import state_of
 
 KINDS: dict[str, str] = {
     "bias": "what layers add to their outputs; those of norms are no part of it",
-    "head": "all tensors of the last linear layer",
+    "head": "all tensors of the last linear layer; of a network with early exits, of each classifier",
     "norm": "weight and bias of every normalisation",
 }
 """By the words of ``train.per-tier``."""
@@ -50,8 +50,7 @@ def _of_kind(model: nn.Module, kind: str) -> set[str]:
     if kind == "norm":
         return _inside(model, norms)
     if kind == "head":
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | LoDLinear)]
-        return _inside(model, linear[-1:])
+        return _inside(model, classifiers(model))
     parameters = {name for name, _ in model.named_parameters() if "bias" in name.split(".")[-1]}
     return parameters - _inside(model, norms)
 

@@ -328,6 +328,12 @@ def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple
             f"strategy {method.name!r} scales widths, and model {config.model.name!r} has no narrower form: give its "
             "class a parameter scale and build it with scale(channels) channels, or use a strategy of rank prefixes"
         )
+    if method.submodel.exits != "none" and not architecture.spec.blocks:
+        known = ", ".join(name for name, spec in MODELS.items() if spec.blocks)
+        raise UserError(
+            f"strategy {method.name!r} puts classifiers after blocks, and model {config.model.name!r} has no table of "
+            f"its blocks: use {known}, or another strategy"
+        )
     # A row's own scaler only where a norm layer follows: evaluation does not scale, and without norms it would see
     # other activations than training did.
     scales = method.scaler and (config.model.scaler == "on" or architecture.has_norms)

@@ -30,23 +30,35 @@ from fedmaestro.runs.trust import honoured
 from fedmaestro.submodel import State, cut, load, shapes_of
 
 
+def _block_count(depth: Any) -> int:
+    if type(depth) is not int or depth < 1:
+        raise ValueError(f"depth {depth!r} is no number of blocks")
+    return depth
+
+
 def _size(form: Any) -> Size:
     if isinstance(form, Size):
         return form
     try:
-        if "width" in form:
-            return Size(width=Fraction(form["width"]))
+        if "width" in form or "depth" in form:
+            width, depth = form.get("width"), form.get("depth")
+            return Size(
+                width=None if width is None else Fraction(width), depth=None if depth is None else _block_count(depth)
+            )
         return Size(ranks={str(layer): int(rank) for layer, rank in form["ranks"].items()})
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise PydanticCustomError("size", f"no usable size: {type(error).__name__} {error}") from None
 
 
 def _size_form(size: Size) -> dict[str, Any]:
-    return {"width": str(size.width)} if size.width is not None else {"ranks": dict(size.ranks or {})}
+    if size.width is None and size.depth is None:
+        return {"ranks": dict(size.ranks or {})}
+    width = {} if size.width is None else {"width": str(size.width)}
+    return width | ({} if size.depth is None else {"depth": size.depth})
 
 
 CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
-"""In JSON exactly ``{"ranks": {layer: rank}}`` or ``{"width": "1/4"}``."""
+"""In JSON ``{"ranks": {layer: rank}}``, or ``{"width": "1/4"}``, ``{"depth": 2}`` or both of these."""
 
 
 def _inputs(form: Any) -> Inputs:
@@ -76,6 +88,8 @@ class ModelCard(Record):
     form: Literal["lod", "dense"]
     keep_dense: str
     norm: Literal["group", "static"] = "group"
+    scales: Literal["width", "depth", "both"] = "width"
+    exits: Literal["none", "ensemble", "last"] = "none"
     input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
     num_classes: int = Field(ge=1, le=10**7)
     inputs: CardInputs = ()
@@ -112,6 +126,8 @@ class ModelCard(Record):
             form=self.form,
             keep_dense=self.keep_dense,
             norm=self.norm,
+            scales=self.scales,
+            exits=self.exits,
         )
 
     def check_tier(self, tier: str | None, folder: Path) -> None:
