@@ -156,7 +156,8 @@ class Aggregation(Generic[S]):
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None
-    """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
+    """``(block, name) -> bool (rows,)``, or of the tensor's shape: what counts as covered; None: all that devices
+    hold."""
     forbids: Mapping[str, str] = field(default_factory=dict)
     """Settings that must stay zero or unset under this rule, and why: ends the sentence ``KEY=VALUE …``."""
     summary: str
@@ -287,5 +288,5 @@ def scaled_columns(state: Mapping[str, Tensor], layer: str, factors: Tensor) -> 
 
 
 def as_column(rows: Tensor, dimensions: int) -> Tensor:
-    """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions."""
-    return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))
+    """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions; what has as many is as it is."""
+    return rows if rows.dim() == dimensions else rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))

@@ -29,6 +29,7 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "width-rolling": SubmodelRule(form="dense", rolls=True),
     "depth": SubmodelRule(form="dense", scales="depth", exits="ensemble"),
     "width-depth": SubmodelRule(form="dense", scales="both", exits="last"),
+    "entries": SubmodelRule(form="dense", scales="entries"),
 }
 """Which part of the network a tier trains and is served (``SubmodelRule``)."""
 
@@ -256,6 +257,13 @@ _ROWS = (
         },
         summary="width and depth scaled together; early exits learn from the last one, which serves the tier",
         source="ScaleFL (Ilhan et al., CVPR 2023); means weighted by examples",
+    ),
+    Strategy(
+        name="fiarse",
+        settings={"train.submodel": "entries", "train.aggregation": "entry-mean"},
+        summary="the weights of the largest magnitude, as many as the tier's ranks have parameters; saves traffic, "
+        "and no MACs without sparse kernels",
+        source="FIARSE (Wu et al., NeurIPS 2024); means weighted by examples",
     ),
 )
 

@@ -8,15 +8,16 @@ from functools import cache, cached_property
 
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
-from fedmaestro.fleet.cost import Cost, cost
-from fedmaestro.fleet.match import matched_sizes
+from fedmaestro.fleet.cost import Cost, cost, with_kept_entries
+from fedmaestro.fleet.match import Matched, matched_sizes
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import Tier
 from fedmaestro.fleet.traces import trace_of
 from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.models.kinds import tensors_of
-from fedmaestro.submodel import Shapes, Signature, signature
+from fedmaestro.models.masks import kept_count, maskable
+from fedmaestro.submodel import Shapes, Signature, num_elements, signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Submodel:
-    """One size with its shapes and costs; equal to every other one of the same shapes and tensors."""
+    """One size with its shapes and costs; equal to every other one of the same shapes, entries and tensors."""
 
     size: Size
     shapes: Shapes
@@ -59,10 +60,14 @@ class Submodel:
         return signature(self.shapes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Submodel) and (self.signature, self.tier) == (other.signature, other.tier)
+        return isinstance(other, Submodel) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.signature, self.tier))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Signature, Fraction | None, str | None]:
+        return self.signature, self.size.share, self.tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,7 @@ def make_plan(
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
             are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Of networks with
-            early exits, the largest size that has no more.
+            early exits, the largest size that has no more; masked entries save none.
         per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:
@@ -142,23 +147,16 @@ def make_plan(
     fractions = _fit_fractions(architecture, tiers, setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
     if rule.form == "dense" or match_macs:
-        dense = replace(architecture, form="dense")
-        macs = [_cost(architecture, size, setting).macs_per_example for size in sizes]
+        dense, costs = replace(architecture, form="dense"), [_cost(architecture, size, setting) for size in sizes]
+        pairs: list[Matched] = []
         if match_macs:
+            macs = [x.macs_per_example for x in costs]
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
-            sizes = [pair.width if rule.form == "dense" else pair.ranks for pair in pairs]
-            macs = [_cost(dense, pair.width, setting).macs_per_example for pair in pairs]
-        if rule.exits != "none":
-            dense = replace(dense, scales=rule.scales, exits=rule.exits)
-            least = _cost(dense, dense.size_at(dense.fractions()[0]), setting).macs_per_example
-            # As with ranks: below what there is, a rank fraction means the smallest size. Budgets bind.
-            macs = [max(x, least) if tier.rank_fraction else x for tier, x in zip(tiers, macs, strict=True)]
-        if rule.form == "dense" and (rule.exits != "none" or not match_macs):
-            by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
-            sizes = [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
         if rule.form == "dense":
-            architecture, full = dense, dense.full_size
+            architecture = replace(dense, scales=rule.scales, exits=rule.exits)
+            sizes, full = _dense_sizes(architecture, tiers, setting, costs, pairs), architecture.full_size
         else:
+            sizes = [pair.ranks for pair in pairs]
             # What no tier can train is no part of the model to be compared.
             full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
     if per_tier:
@@ -170,6 +168,48 @@ def make_plan(
             "use another strategy or fleet"
         )
     return plan
+
+
+def _dense_sizes(
+    dense: Architecture, tiers: tuple[Tier, ...], setting: Setting, ranked: Sequence[Cost], pairs: Sequence[Matched]
+) -> list[Size]:
+    """Return what every tier affords of a dense model.
+
+    Args:
+        dense: with what makes it smaller.
+        tiers: the fleet.
+        setting: what their plans have in common.
+        ranked: what each tier's ranks cost, for which a rank fraction stands.
+        pairs: sizes of equal MACs, where these are asked for.
+    """
+    if dense.scales == "width" and pairs:
+        return [pair.width for pair in pairs]
+    if dense.scales == "entries":
+        return _fit_entries(dense, tiers, setting, ranked)
+    macs = [x.macs_per_example for x in ranked]
+    if pairs:
+        width = replace(dense, scales="width", exits="none")
+        macs = [_cost(width, pair.width, setting).macs_per_example for pair in pairs]
+    if dense.exits != "none":
+        least = _cost(dense, dense.size_at(dense.fractions()[0]), setting).macs_per_example
+        # As with ranks: below what there is, a rank fraction means the smallest size. Budgets bind.
+        macs = [max(x, least) if tier.rank_fraction else x for tier, x in zip(tiers, macs, strict=True)]
+    by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
+    return [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
+
+
+def _fit_entries(dense: Architecture, tiers: tuple[Tier, ...], setting: Setting, ranked: Sequence[Cost]) -> list[Size]:
+    """Fit the shares of entries that tiers keep: a rank fraction stands for the parameters of its ranks.
+
+    Not for their MACs: those of masked tensors are the whole model's, whatever the share.
+    """
+    chain = [dense.size_at(fraction) for fraction in dense.fractions()]
+    costs = [_cost(dense, size, setting) for size in chain]
+    reach = [
+        max(1, sum(x.params <= own.params for x in costs)) if tier.rank_fraction else len(chain)
+        for tier, own in zip(tiers, ranked, strict=True)
+    ]
+    return [chain[i] for i in _fit_all(tiers, reach, lambda i: costs[i], costs[-1], setting.together)]
 
 
 def affordable(plan: Plan, chain: Sequence[Size], worth: Callable[[str, int], float]) -> list[Size]:
@@ -244,7 +284,9 @@ def decode_ranks(plan: Plan, text: str) -> Plan:
 
 def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
     """Return the distinct submodels inside ``trains`` that serve smaller tiers, largest first: a device's levels."""
-    distinct = {other.signature: other for other in serving if other.cost.params < trains.cost.params}
+    distinct = {
+        (other.signature, other.size.share): other for other in serving if other.cost.params < trains.cost.params
+    }
     return sorted(distinct.values(), key=lambda other: -other.cost.params)
 
 
@@ -350,4 +392,9 @@ def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
 
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
     traced = trace_of(architecture, size.width, size.depth)
-    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
+    dense = cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
+    if size.share is None:
+        return dense
+    shapes = architecture.shapes(size)
+    weights = num_elements({name: shape for name, shape in shapes.items() if maskable(shape)})
+    return with_kept_entries(dense, kept=kept_count(weights, size.share), of=weights)

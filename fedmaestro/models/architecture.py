@@ -27,7 +27,9 @@ from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
-Scales = Literal["width", "depth", "both"]
+Scales = Literal["width", "depth", "both", "entries"]
+SHARES = 1000
+"""Steps of the share of entries that a submodel keeps."""
 Norm = Literal["group", "static"]
 FULL = Fraction(1)
 
@@ -40,11 +42,14 @@ class Size:
     width: Fraction | None = None
     depth: int | None = None
     """Blocks of a network with early exits."""
+    share: Fraction | None = None
+    """Part of the weights' entries that are kept, by magnitude (``masks``)."""
 
     def describe(self) -> dict[str, int | float]:
-        """Return what ``summary.json`` shows: ``{layer: rank, …}`` or ``{"width": w, "depth": d}``, rounded."""
-        width = {} if self.width is None else {"width": round(float(self.width), 4)}
-        return dict(self.ranks or {}) | width | ({} if self.depth is None else {"depth": self.depth})
+        """Return what ``summary.json`` shows: ``{layer: rank, …}``, or ``width``, ``depth`` or ``share``, rounded."""
+        parts = {"width": self.width, "depth": self.depth, "share": self.share}
+        rounded = {key: round(float(x), 4) if key != "depth" else int(x) for key, x in parts.items() if x is not None}
+        return dict(self.ranks or {}) | rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class Architecture:
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
         scales: what makes a dense form smaller: its width, its depth (the blocks of a network with early exits), or
-            both, in the same proportion.
+            both, in the same proportion; or how many entries of its weights are not zero, in tensors of one shape.
         exits: what a network with early exits puts out (``exits``); none: it has none, and no depth.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
@@ -158,8 +163,10 @@ class Architecture:
         """Return the size at ``fraction`` of the chain.
 
         Ranks ``max(1, ⌊fraction · R⌋)``; that width; that depth, ``max(1, ⌊fraction · D⌋)`` of ``D`` blocks; or that
-        width and depth ``⌈fraction · D⌉``.
+        width and depth ``⌈fraction · D⌉``; that share of entries.
         """
+        if self.form == "dense" and self.scales == "entries":
+            return Size(share=fraction)
         if self.form == "dense" and self.scales == "depth":
             return Size(depth=max(1, math.floor(fraction * len(self.spec.blocks))))
         if self.form == "dense":
@@ -170,6 +177,8 @@ class Architecture:
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
+        if self.form == "dense" and self.scales == "entries":
+            return [Fraction(count, SHARES) for count in range(1, SHARES + 1)]
         if self.form == "dense" and self.scales == "depth":
             return [Fraction(depth, len(self.spec.blocks)) for depth in range(1, len(self.spec.blocks) + 1)]
         counts = self._channel_counts() if self.form == "dense" else set(lod.max_ranks(self.full).values())

@@ -25,6 +25,7 @@ from fedmaestro.rounds.method import Method, method_of
 from fedmaestro.rounds.privacy import Privacy, find_privacy
 from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
 from fedmaestro.strategies.base import equally, factor_layers
+from fedmaestro.strategies.entry_mean import ENTRY_MEAN
 from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import as_asked, open_data
 from fedmaestro.tasks.task import Task
@@ -161,6 +162,7 @@ def open_environment(
         )
     _check_correction(config, method)
     _check_per_tier(method)
+    _check_masks(method)
     privacy = find_privacy(config, method, devices)
     if privacy is not None:
         # The server divides the sum itself, by what does not depend on who took part.
@@ -254,12 +256,28 @@ def _check_correction(config: ExperimentConfig, method: Method) -> None:
         (train.optimizer != "sgd" or train.momentum > 0, "train.optimizer=sgd without momentum"),
         (method.submodel.separate or method.submodel.rolls, "one model whose tensors stay in place"),
         (method.freeze != "none", "train.freeze=none"),
+        (method.submodel.scales == "entries", "tensors that devices hold as a whole"),
         (method.per_tier, "train.per-tier=none: control variates are of tensors that all tiers share"),
         (method.aggregation.mixes or changes, "factors that keep their basis (no re-ordering of columns)"),
         (ranks.rule != "uniform" or ranks.shrink_threshold > 0, "ranks that stay (ranks.rule, ranks.shrink-threshold)"),
     ):
         if wrong:
             raise UserError(f"train.correction={method.correction} needs {why}: strategy {method.name!r} differs")
+
+
+def _check_masks(method: Method) -> None:
+    """Refuse what masked weights and aggregations by entry do not go with, or without each other."""
+    masks, by_entry = method.submodel.scales == "entries", method.aggregation.name == ENTRY_MEAN.name
+    if masks and not by_entry:
+        raise UserError(
+            f"train.aggregation={method.aggregation.name!r} takes zeros for weights, and under strategy "
+            f"{method.name!r} devices have some of the weights only: use {ENTRY_MEAN.name}, or another train.submodel"
+        )
+    if masks and any(method.objective.passes.expected(2)[1:]):
+        raise UserError(
+            f"train.objective={method.objective.name!r} trains smaller tiers' submodels too, which strategy "
+            f"{method.name!r} has none of inside a device's: use another"
+        )
 
 
 def _check_per_tier(method: Method) -> None:

@@ -111,6 +111,8 @@ def why_not(
         return f"objective {objective.name!r} does not say what it draws (Objective.choices)"
     if settings.optimizer.name != "sgd":
         return f"optimiser {settings.optimizer.name!r} keeps a state of its own"
+    if settings.masks:
+        return "weights are masked"
     if settings.group_lasso:
         return "the group lasso is a term of each model"
     if padding is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedmaestro.fleet.plan import Plan, Submodel
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.models.masks import masked
 from fedmaestro.submodel import Shapes, State, cut
 
 Owner = str | None
@@ -70,14 +71,19 @@ def owner_of(plan: Plan, submodel: Submodel) -> Owner:
 
 
 def download(plan: Plan, models: Models, submodel: Submodel) -> State:
-    """Return the tensors of a submodel, as views."""
+    """Return the tensors of a submodel as a device is sent them: views, unless it keeps a part of the entries only."""
+    state, share = _held(plan, models, submodel), submodel.size.share
+    return state if share is None else masked(state, share)
+
+
+def _held(plan: Plan, models: Models, submodel: Submodel) -> State:
     state = cut(models[owner_of(plan, submodel)], submodel.shapes)
     return state if submodel.tier is None else state | cut(models[submodel.tier], own_shapes(plan, submodel))
 
 
 def whole(plan: Plan, models: Models, owner: Owner) -> State:
     """Return the model whose devices decide what becomes of ``models[owner]``: itself, or that of the tier."""
-    return download(plan, models, plan.by_name(owner).serves) if owner and plan.setting.own else dict(models[owner])
+    return _held(plan, models, plan.by_name(owner).serves) if owner and plan.setting.own else dict(models[owner])
 
 
 def advanced(plan: Plan, state: State) -> State:

@@ -18,6 +18,7 @@ from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture, Size
+from fedmaestro.models.masks import masked
 from fedmaestro.models.shape import Input, Inputs
 from fedmaestro.models.static_norm import set_statistics
 from fedmaestro.places import read_file
@@ -40,25 +41,22 @@ def _size(form: Any) -> Size:
     if isinstance(form, Size):
         return form
     try:
-        if "width" in form or "depth" in form:
-            width, depth = form.get("width"), form.get("depth")
-            return Size(
-                width=None if width is None else Fraction(width), depth=None if depth is None else _block_count(depth)
-            )
+        if form.keys() & {"width", "depth", "share"}:
+            width, share = (Fraction(form[key]) if key in form else None for key in ("width", "share"))
+            return Size(width=width, share=share, depth=_block_count(form["depth"]) if "depth" in form else None)
         return Size(ranks={str(layer): int(rank) for layer, rank in form["ranks"].items()})
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise PydanticCustomError("size", f"no usable size: {type(error).__name__} {error}") from None
 
 
 def _size_form(size: Size) -> dict[str, Any]:
-    if size.width is None and size.depth is None:
-        return {"ranks": dict(size.ranks or {})}
-    width = {} if size.width is None else {"width": str(size.width)}
-    return width | ({} if size.depth is None else {"depth": size.depth})
+    parts = {key: str(x) for key, x in (("width", size.width), ("share", size.share)) if x is not None}
+    form = parts | ({} if size.depth is None else {"depth": size.depth})
+    return form or {"ranks": dict(size.ranks or {})}
 
 
 CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
-"""In JSON ``{"ranks": {layer: rank}}``, or ``{"width": "1/4"}``, ``{"depth": 2}`` or both of these."""
+"""In JSON ``{"ranks": {layer: rank}}``, ``{"width": "1/4"}``, ``{"depth": 2}``, both of these, ``{"share": "1/4"}``."""
 
 
 def _inputs(form: Any) -> Inputs:
@@ -88,7 +86,7 @@ class ModelCard(Record):
     form: Literal["lod", "dense"]
     keep_dense: str
     norm: Literal["group", "static"] = "group"
-    scales: Literal["width", "depth", "both"] = "width"
+    scales: Literal["width", "depth", "both", "entries"] = "width"
     exits: Literal["none", "ensemble", "last"] = "none"
     input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
     num_classes: int = Field(ge=1, le=10**7)
@@ -242,6 +240,8 @@ def load_model(folder: str | Path, tier: str | None = None, *, trust: bool = Fal
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
     if card.recomposed:
         model = lod.recompose(model)
+    if size.share is not None:
+        state = masked(state, size.share)
     model = filled(architecture.on_cpu(model), state, folder, cut_to_size=tier is not None)
     set_statistics(model, fixed)
     return model

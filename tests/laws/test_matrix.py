@@ -60,6 +60,7 @@ MEAN_LAWS = {*SHARED_LAWS, NO_EXAMPLES, IDLE_STATE, IDLE_TIERS, IDLE_FULL, UNTRA
 PAIR_LAWS: dict[str, set[str]] = {
     "coverage-mean": MEAN_LAWS,
     "masked-mean": MEAN_LAWS,
+    "entry-mean": MEAN_LAWS,
     "zero-pad": {*SHARED_LAWS, NO_EXAMPLES, FEDAVG},
     "hetlora": {*SHARED_LAWS},
     "product-svd": {*SHARED_LAWS, NO_EXAMPLES, FEDAVG_OF_PRODUCTS, BASIS, ORDERED},
