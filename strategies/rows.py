@@ -29,6 +29,7 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "width-rolling": SubmodelRule(form="dense", rolls=True),
     "depth": SubmodelRule(form="dense", scales="depth", exits="ensemble"),
     "width-depth": SubmodelRule(form="dense", scales="both", exits="last"),
+    "width-blocks": SubmodelRule(form="dense", scales="blocks"),
     "entries": SubmodelRule(form="dense", scales="entries"),
 }
 """Which part of the network a tier trains and is served (``SubmodelRule``)."""
@@ -257,6 +258,13 @@ _ROWS = (
         },
         summary="width and depth scaled together; early exits learn from the last one, which serves the tier",
         source="ScaleFL (Ilhan et al., CVPR 2023); means weighted by examples",
+    ),
+    Strategy(
+        name="nefl",
+        settings={"train.submodel": "width-blocks", "train.per-tier": "norm step", "model.norm": "static"},
+        summary="leading channels, and in residual networks fewer blocks with learnt step sizes; norms and step sizes "
+        "are each tier's own, where the model has them",
+        source="NeFL (2308.07761); means weighted by examples, each device trains its tier's size",
     ),
     Strategy(
         name="fiarse",

@@ -156,7 +156,8 @@ class TrainConfig(Table):
     )
     per_tier: Annotated[str | None, BY_STRATEGY] = Field(
         None,
-        description="tensors of which each tier has its own: none, or bias, head and norm, separated by spaces; "
+        description="tensors of which each tier has its own: none, or bias, head, norm and step, separated by "
+        "spaces; "
         "default: the strategy's",
     )
     logit_adjustment: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(

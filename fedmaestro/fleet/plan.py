@@ -134,8 +134,8 @@ def make_plan(
         slots: see there.
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
-            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Of networks with
-            early exits, the largest size that has no more; masked entries save none.
+            are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Of other sizes,
+            the largest that has no more; masked entries save none.
         per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:

@@ -14,8 +14,8 @@ class SubmodelRule:
         trains: ``own``: every tier its own size; ``smallest``: all the smallest tier's, which also serves all;
             ``full``: all the whole model, budgets or not (oracle); ``capable``: only tiers that afford the whole model.
         separate: each size is a model of its own instead of the leading block of one (exclusive training).
-        scales: what makes a dense model smaller (``models.architecture``): width, depth (early exits), both, or entries
-            that are zero.
+        scales: what makes a dense model smaller (``models.architecture``): width, depth (early exits), both, width and
+            residual blocks, or entries that are zero.
         exits: what a network with early exits puts out: the ensemble of its classifiers, or the last one.
         rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
     """
@@ -23,7 +23,7 @@ class SubmodelRule:
     form: Literal["lod", "dense"] = "lod"
     trains: Literal["own", "smallest", "full", "capable"] = "own"
     separate: bool = False
-    scales: Literal["width", "depth", "both", "entries"] = "width"
+    scales: Literal["width", "depth", "both", "blocks", "entries"] = "width"
     exits: Literal["none", "ensemble", "last"] = "none"
     rolls: bool = False
 
@@ -34,7 +34,7 @@ class SubmodelRule:
     def describe(self) -> str:
         """Return the rule in a few words: ``width, own, rolling``."""
         marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
-        cuts = {"both": "width and depth"}.get(self.scales, self.scales)
+        cuts = {"both": "width and depth", "blocks": "width and blocks"}.get(self.scales, self.scales)
         return ", ".join([cuts if self.form == "dense" else "rank", self.trains, *marks])
 
 

@@ -38,12 +38,17 @@ class ModelSpec:
     blocks: tuple[str, ...] = ()
     """Last layer of each block of a sequence of layers, after which an early exit can be (``exits``); none: it has no
     such form."""
+    optional: tuple[str, ...] = ()
+    """Residual blocks that the network can do without (``steps``)."""
     summary: str
 
 
-def _drawn(build: Callable[[InputShape, int, Scale], nn.Module], summary: str, blocks: str = "") -> ModelSpec:
+def _drawn(
+    build: Callable[[InputShape, int, Scale], nn.Module], summary: str, blocks: str = "", optional: str = ""
+) -> ModelSpec:
     """Return the row of a model that starts as ``init.initialize`` draws it."""
-    return ModelSpec(build=build, initialize=initialize, summary=summary, blocks=tuple(blocks.split()))
+    ends, others = tuple(blocks.split()), tuple(optional.split())
+    return ModelSpec(build=build, initialize=initialize, summary=summary, blocks=ends, optional=others)
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -53,7 +58,10 @@ MODELS: dict[str, ModelSpec] = {
         build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)", blocks="relu1 relu2 relu3 relu4"
     ),
     "resnet18": _drawn(
-        build=resnet18, summary="ResNet-18 for CIFAR with GroupNorm", blocks="block1b block2b block3b block4b"
+        build=resnet18,
+        summary="ResNet-18 for CIFAR with GroupNorm",
+        blocks="block1b block2b block3b block4b",
+        optional="block1b block2b block3b block4b",
     ),
     "vgg19": _drawn(build=vgg19, summary="VGG-19 for CIFAR with GroupNorm", blocks="relu2 relu4 relu8 relu12 relu16"),
     "transformer": _drawn(build=transformer, summary="encoder-decoder Transformer, 6 + 6 layers of 512 (Multi30k)"),

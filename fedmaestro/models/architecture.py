@@ -22,12 +22,13 @@ from fedmaestro.models.exits import Answer, classifiers, with_exits
 from fedmaestro.models.scaler import add_scalers
 from fedmaestro.models.shape import Inputs, example_inputs, inputs_of
 from fedmaestro.models.static_norm import StaticNorm, has_static_norms, use_static_batch_norms, use_static_norms
+from fedmaestro.models.steps import leave_out, use_steps
 from fedmaestro.models.width import LeadingGroupNorm, Scale
 from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
-Scales = Literal["width", "depth", "both", "entries"]
+Scales = Literal["width", "depth", "both", "blocks", "entries"]
 SHARES = 1000
 """Steps of the share of entries that a submodel keeps."""
 Norm = Literal["group", "static"]
@@ -41,7 +42,7 @@ class Size:
     ranks: Mapping[str, int] | None = None
     width: Fraction | None = None
     depth: int | None = None
-    """Blocks of a network with early exits."""
+    """Blocks of a network with early exits, or those that it could do without and has."""
     share: Fraction | None = None
     """Part of the weights' entries that are kept, by magnitude (``masks``)."""
 
@@ -66,7 +67,8 @@ class Architecture:
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
         scales: what makes a dense form smaller: its width, its depth (the blocks of a network with early exits), or
-            both, in the same proportion; or how many entries of its weights are not zero, in tensors of one shape.
+            both, in the same proportion; its width and how many it has of the blocks that it could do without
+            (``steps``); or how many entries of its weights are not zero, in tensors of one shape.
         exits: what a network with early exits puts out (``exits``); none: it has none, and no depth.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
@@ -163,15 +165,15 @@ class Architecture:
         """Return the size at ``fraction`` of the chain.
 
         Ranks ``max(1, ⌊fraction · R⌋)``; that width; that depth, ``max(1, ⌊fraction · D⌋)`` of ``D`` blocks; or that
-        width and depth ``⌈fraction · D⌉``; that share of entries.
+        width and depth ``⌈fraction · D⌉``, or as many of ``D`` blocks that it can do without; that share of entries.
         """
         if self.form == "dense" and self.scales == "entries":
             return Size(share=fraction)
         if self.form == "dense" and self.scales == "depth":
             return Size(depth=max(1, math.floor(fraction * len(self.spec.blocks))))
         if self.form == "dense":
-            deep = math.ceil(fraction * len(self.spec.blocks)) if self.scales == "both" else None
-            return Size(width=fraction, depth=deep)
+            blocks = {"both": self.spec.blocks, "blocks": self.spec.optional}.get(self.scales, ())
+            return Size(width=fraction, depth=math.ceil(fraction * len(blocks)) if blocks else None)
         full = lod.max_ranks(self.full)
         return Size(ranks={name: max(1, math.floor(fraction * rank)) for name, rank in full.items()})
 
@@ -263,6 +265,9 @@ class Architecture:
         if self.own:
             _settle(model, self.inputs, self.name)
             use_static_batch_norms(model)
+        if self.scales == "blocks":
+            use_steps(model)
+            leave_out(model, self.spec.optional[len(self.spec.optional) if depth is None else depth :])
         if self.norm == "static":
             use_static_norms(model)
         if self.scaler and width != FULL:

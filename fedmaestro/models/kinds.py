@@ -14,6 +14,7 @@ KINDS: dict[str, str] = {
     "bias": "what layers add to their outputs; those of norms are no part of it",
     "head": "all tensors of the last linear layer; of a network with early exits, of each classifier",
     "norm": "weight and bias of every normalisation",
+    "step": "step sizes of residual blocks (train.submodel = width-blocks)",
 }
 """By the words of ``train.per-tier``."""
 
@@ -44,11 +45,18 @@ def tensors_of(model: nn.Module, kinds: Collection[str], name: str) -> frozenset
     return frozenset().union(*found.values())
 
 
+def kinds_in(model: nn.Module, kinds: Collection[str]) -> tuple[str, ...]:
+    """Return those of ``kinds`` that a model has tensors of."""
+    return tuple(kind for kind in kinds if _of_kind(model, kind))
+
+
 def _of_kind(model: nn.Module, kind: str) -> set[str]:
     modules = dict(model.named_modules())
     norms = [name for name, module in modules.items() if isinstance(module, _NORMS)]
     if kind == "norm":
         return _inside(model, norms)
+    if kind == "step":
+        return {name for name, _ in model.named_parameters() if name.split(".")[-1] == "step"}
     if kind == "head":
         return _inside(model, classifiers(model))
     parameters = {name for name, _ in model.named_parameters() if "bias" in name.split(".")[-1]}

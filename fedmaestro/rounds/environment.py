@@ -21,6 +21,7 @@ from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
 from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.models.kinds import kinds_in
 from fedmaestro.rounds.method import Method, method_of
 from fedmaestro.rounds.privacy import Privacy, find_privacy
 from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
@@ -175,6 +176,8 @@ def open_environment(
             f"fleet.attack={config.fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
         )
     architecture, task = _architecture(config, method, task)
+    if config.train.per_tier is None:
+        method = _of_model(method, architecture)
     plan = make_plan(
         architecture,
         tiers,
@@ -326,6 +329,14 @@ def _of_task(config: ExperimentConfig, method: Method, task: Task) -> Method:
         objective=objective,
         settings={**method.settings, "train.logit-adjustment": 0.0, "train.objective": objective.name},
     )
+
+
+def _of_model(method: Method, architecture: Architecture) -> Method:
+    """Return the method with those of its row's own kinds of tensors that the model has."""
+    rule = method.submodel
+    formed = replace(architecture, form=rule.form, scales=rule.scales, exits=rule.exits)
+    kinds = kinds_in(formed.full, method.per_tier) if method.per_tier else ()
+    return replace(method, per_tier=kinds, settings={**method.settings, "train.per-tier": " ".join(kinds) or "none"})
 
 
 def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple[Architecture, Task]:

@@ -32,7 +32,7 @@ from fedmaestro.submodel import State, cut, load, shapes_of
 
 
 def _block_count(depth: Any) -> int:
-    if type(depth) is not int or depth < 1:
+    if type(depth) is not int or depth < 0:
         raise ValueError(f"depth {depth!r} is no number of blocks")
     return depth
 
@@ -86,7 +86,7 @@ class ModelCard(Record):
     form: Literal["lod", "dense"]
     keep_dense: str
     norm: Literal["group", "static"] = "group"
-    scales: Literal["width", "depth", "both", "entries"] = "width"
+    scales: Literal["width", "depth", "both", "blocks", "entries"] = "width"
     exits: Literal["none", "ensemble", "last"] = "none"
     input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
     num_classes: int = Field(ge=1, le=10**7)
