@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import budgets, fit, with_macs_budget, within_ranks, without_fraction
@@ -17,7 +17,7 @@ from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.models.kinds import tensors_of
 from fedmaestro.models.masks import kept_count, maskable
-from fedmaestro.submodel import Shapes, Signature, num_elements, signature
+from fedmaestro.submodel import Shapes, Signature, num_elements, shapes_of, signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +395,11 @@ def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
     dense = cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
     if size.share is None:
         return dense
-    shapes = architecture.shapes(size)
-    weights = num_elements({name: shape for name, shape in shapes.items() if maskable(shape)})
+    weights = _weight_entries(architecture)
     return with_kept_entries(dense, kept=kept_count(weights, size.share), of=weights)
+
+
+@lru_cache(maxsize=16)
+def _weight_entries(architecture: Architecture) -> int:
+    """Return how many entries masks choose from."""
+    return num_elements({name: shape for name, shape in shapes_of(architecture.full).items() if maskable(shape)})

@@ -30,6 +30,10 @@ class SubmodelRule:
     def __post_init__(self) -> None:
         if self.rolls and self.form != "dense":
             raise ValueError("only dense models have channels that could roll")
+        if self.scales != "width" and self.form != "dense":
+            raise ValueError(f"only dense models are made smaller by {self.scales}")
+        if (self.exits != "none") != (self.scales in ("depth", "both")):
+            raise ValueError("a network has a depth if it has early exits")
 
     def describe(self) -> str:
         """Return the rule in a few words: ``width, own, rolling``."""

@@ -261,13 +261,14 @@ class Architecture:
         model = self.spec.build(self.input_shape, self.num_classes, Scale(width))
         if self.exits != "none":
             ends = self.spec.blocks
-            model = with_exits(model, ends, depth or len(ends), self.input_shape, self.num_classes, self.exits)
+            deep = len(ends) if depth is None else depth
+            model = with_exits(model, ends, deep, self.input_shape, self.num_classes, self.exits)
         if self.own:
             _settle(model, self.inputs, self.name)
             use_static_batch_norms(model)
         if self.scales == "blocks":
             use_steps(model)
-            leave_out(model, self.spec.optional[len(self.spec.optional) if depth is None else depth :])
+            leave_out(model, self.spec.optional, depth)
         if self.norm == "static":
             use_static_norms(model)
         if self.scaler and width != FULL:

@@ -76,7 +76,12 @@ def with_exits(
         input_shape: of an example.
         num_classes: ``K``.
         answer: of the new network.
+
+    Raises:
+        ValueError: a number of blocks that there is not.
     """
+    if not 1 <= depth <= len(ends):
+        raise ValueError(f"{depth} of {len(ends)} blocks")
     layers = OrderedDict(plain.named_children())
     blocks = _blocks(list(layers), ends)
     after_last = tuple(layers)[sum(map(len, blocks)) :]

@@ -23,7 +23,13 @@ def use_steps(model: nn.Module) -> None:
             module.step = nn.Parameter(torch.ones(1))
 
 
-def leave_out(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Put the identity in the place of blocks, in place: none of their tensors is left."""
-    for name in blocks:
+def leave_out(model: nn.Module, optional: Sequence[str], depth: int | None) -> None:
+    """Put the identity in the place of all ``optional`` blocks but the first ``depth`` (None: all stay), in place.
+
+    None of their tensors is left. ValueError for a number of blocks that there is not.
+    """
+    kept = len(optional) if depth is None else depth
+    if not 0 <= kept <= len(optional):
+        raise ValueError(f"{kept} of {len(optional)} blocks")
+    for name in optional[kept:]:
         setattr(model, name, nn.Identity())

@@ -11,6 +11,8 @@ from torch import nn
 
 from fedmaestro.config.experiment import load_config
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.cost import cost
+from fedmaestro.fleet.traces import trace_of
 from fedmaestro.flower.run import Run
 from fedmaestro.models.architecture import Architecture, Size
 from fedmaestro.rounds.environment import open_environment
@@ -56,6 +58,15 @@ def test_it_starts_as_the_plain_network_and_a_step_of_zero_is_a_block_left_out()
         model.get_parameter("block4b.step").zero_()
         # Behind it is a ReLU, which passes on what one has put out already.
         assert torch.equal(model(x), filled(Size(width=NARROW, depth=3))(x))
+
+
+def test_costs_grow() -> None:
+    sizes = [RESNET.size_at(Fraction(1, 16)), RESNET.size_at(Fraction(1, 8)), Size(width=Fraction(1, 8), depth=2)]
+    costs = [cost(trace_of(RESNET, size.width, size.depth), {}, batch_size=4) for size in sizes]
+    for small, large in pairwise(costs):
+        assert small.macs_per_example < large.macs_per_example
+        assert small.params < large.params
+        assert small.train_memory_bytes < large.train_memory_bytes
 
 
 def test_own_tensors_are_those_that_the_model_has() -> None:
