@@ -7,6 +7,7 @@ if __name__ != "fedmaestro.clients":
     raise ImportError("import fedmaestro.clients, not clients")
 
 from fedmaestro.clients.base import Objective
+from fedmaestro.clients.exit_distillation import EXIT_DISTILLATION, EXITS_FROM_LAST
 from fedmaestro.clients.masked_cross_entropy import MASKED_CROSS_ENTROPY
 from fedmaestro.clients.mutual_distillation import MUTUAL_DISTILLATION
 from fedmaestro.clients.ordered_prefixes import ORDERED_PREFIXES
@@ -21,6 +22,8 @@ _ROWS = (
     SELF_DISTILLATION,
     MUTUAL_DISTILLATION,
     MASKED_CROSS_ENTROPY,
+    EXIT_DISTILLATION,
+    EXITS_FROM_LAST,
 )
 
 OBJECTIVES: dict[str, Objective] = {row.name: row for row in _ROWS}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmaestro.fleet.rule import Passes
+from fedmaestro.models.exits import EXITS
+from fedmaestro.models.masks import kept_weights, maskable
 from fedmaestro.submodel import Shapes, State, leading_block, state_of
 from fedmaestro.tasks.goal import CLASSIFICATION, Goal
 
@@ -42,6 +44,8 @@ class Prefixes:
     goal: Goal = CLASSIFICATION
     classes: Tensor | None = None
     offsets: Tensor | None = None
+    threshold: float | None = None
+    """The smallest magnitude of weights that count; None: all do."""
     state: State = field(default_factory=dict)
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
@@ -72,10 +76,23 @@ class Prefixes:
         """Return the outputs of a level: logits ``(B, classes)`` of images, say."""
         inputs = x if isinstance(x, tuple) else (x,)
         if level == 0:
-            return self.goal.outputs(self.model(*inputs))
+            return self.goal.outputs(self._own(inputs))
         template, shapes = self.smaller[level - 1]
         views = {name: leading_block(self.parameters[name], shape) for name, shape in shapes.items()}
         return self.goal.outputs(functional_call(template, views, inputs))
+
+    def _own(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Return what the own model puts out, with its weights masked where that is asked for."""
+        if self.threshold is None:
+            return self.model(*inputs)
+        kept = {name: kept_weights(x, self.threshold) for name, x in self.parameters.items() if maskable(x.shape)}
+        return functional_call(self.model, kept, inputs)
+
+    def exits(self, x: X) -> list[Tensor]:
+        """Return the outputs of every classifier of the own model, the shallowest first; of most models, of one."""
+        result = self._own(x if isinstance(x, tuple) else (x,))
+        outputs = result[EXITS] if isinstance(result, Mapping) and EXITS in result else [result]
+        return [self.goal.outputs(one) for one in outputs]
 
     def label_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the task's loss, with the logit adjustment where that is on: the mean over the targets that count.

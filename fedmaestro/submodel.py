@@ -1,7 +1,8 @@
-"""Submodels: the leading block of every tensor of the global state.
+"""Submodels: leading blocks of tensors of the global state, of all of them or of some.
 
-A submodel is ``{name: full[name][:n_0, :n_1, …]}``, so its shapes alone say what it covers. LoD prefixes
-(``U (O, r)``, ``V (r, I)``) and width-scaled dense models (leading channels) are both of this kind.
+A submodel is ``{name: full[name][:n_0, :n_1, …]}``, so its names and shapes alone say what it covers. LoD prefixes
+(``U (O, r)``, ``V (r, I)``) and width-scaled dense models (leading channels) have all tensors; networks that leave out
+blocks lack those of the blocks.
 """
 
 from collections.abc import Mapping

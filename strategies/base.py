@@ -158,7 +158,10 @@ class Aggregation(Generic[S]):
     rebases: bool = False
     """Whether the rule gives trained factor pairs another basis, in which nobody's memory of them holds."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None
-    """``(block, name) -> bool (rows,)``: rows of a tensor that count as covered; None: all that devices hold."""
+    """``(block, name) -> bool (rows,)``, or of the tensor's shape: what counts as covered; None: all that devices
+    hold."""
+    forbids: Mapping[str, str] = field(default_factory=dict)
+    """Settings that must stay zero or unset under this rule, and why: ends the sentence ``KEY=VALUE …``."""
     summary: str
     source: str
 
@@ -257,6 +260,8 @@ class Aggregation(Generic[S]):
                         counts[name] += block.devices
             else:
                 for name, shape in shapes.items():
+                    if name not in counts:
+                        continue
                     rows = self.changed_rows(block, name) if self.changed_rows else torch.ones(shape[:1])
                     add_to_leading_block(counts[name], block.devices * as_column(rows, len(shape)).float(), shape)
         return counts
@@ -285,5 +290,5 @@ def scaled_columns(state: Mapping[str, Tensor], layer: str, factors: Tensor) -> 
 
 
 def as_column(rows: Tensor, dimensions: int) -> Tensor:
-    """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions."""
-    return rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))
+    """Return ``rows (n,)`` as ``(n, 1, …)`` of this many dimensions; what has as many is as it is."""
+    return rows if rows.dim() == dimensions else rows.reshape((*rows.shape, *(1,) * (dimensions - 1)))

@@ -40,7 +40,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class RowSums:
-    """``Σ weight · tensor`` over changed rows, and of each tensor ``(rows,)`` the ``Σ weight`` of each row."""
+    """``Σ weight · tensor`` over what has changed, and of each tensor ``Σ weight``: ``(rows,)``, or of each entry."""
 
     sums: State
     rows: State
@@ -59,9 +59,16 @@ def changed_rows(tensor: Tensor, start: Tensor | None) -> Tensor:
     """Return, of shape ``tensor.shape[:1]``, which rows differ from ``start`` in some bit; all if that is None."""
     if start is None:
         return torch.ones(tensor.shape[:1], dtype=torch.bool)
-    bits = _BITS[tensor.element_size()]
-    differs = tensor.view(bits) != start.view(bits)
+    differs = changed_entries(tensor, start)
     return differs.flatten(1).any(1) if tensor.dim() > 1 else differs
+
+
+def changed_entries(tensor: Tensor, start: Tensor | None) -> Tensor:
+    """Return, of the tensor's shape, which entries differ from ``start`` in some bit; all if that is None."""
+    if start is None:
+        return torch.ones(tensor.shape, dtype=torch.bool)
+    bits = _BITS[tensor.element_size()]
+    return tensor.view(bits) != start.view(bits)
 
 
 def _add(left: RowSums, right: RowSums, sizes: Sizes) -> RowSums:
@@ -90,7 +97,7 @@ CHANGED_ROWS: Reduction[RowSums] = Reduction(
 
 
 def finish(partial: Partial[RowSums], global_state: Mapping[str, Tensor]) -> State:
-    """Divide the sum of each row by the weight of the devices that changed it."""
+    """Divide the sum of each row, or entry, by the weight of the devices that changed it."""
     return {name: _mean(name, partial, old) for name, old in global_state.items()}
 
 

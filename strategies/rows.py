@@ -29,6 +29,10 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "width-smallest": SubmodelRule(form="dense", trains="smallest"),
     "width-separate": SubmodelRule(form="dense", separate=True),
     "width-rolling": SubmodelRule(form="dense", rolls=True),
+    "depth": SubmodelRule(form="dense", scales="depth", exits="ensemble"),
+    "width-depth": SubmodelRule(form="dense", scales="both", exits="last"),
+    "width-blocks": SubmodelRule(form="dense", scales="blocks"),
+    "entries": SubmodelRule(form="dense", scales="entries"),
 }
 """Which part of the network a tier trains and is served (``SubmodelRule``)."""
 
@@ -37,6 +41,7 @@ PLAIN: dict[str, Value] = {
     "train.objective": "own-prefix",
     "train.aggregation": "coverage-mean",
     "train.freeze": "none",
+    "train.per-tier": "none",
     "train.logit-adjustment": 0.0,
     "train.proximal": 0.0,
     "train.correction": "none",
@@ -253,6 +258,38 @@ _ROWS = (
         summary="a window of channels as wide as the tier affords, which moves on by one channel a round; scaler, "
         "static normalisation and masked head as in heterofl",
         source="FedRolex (2212.01548) with the parts of HeteroFL that its release keeps; means weighted by examples",
+    ),
+    Strategy(
+        name="depthfl",
+        settings={"train.submodel": "depth", "train.objective": "exit-distillation"},
+        summary="the first blocks with a classifier after each, which learn from each other; tiers are served the "
+        "ensemble of theirs",
+        source="DepthFL (Kim et al., ICLR 2023) with FedAvg; means weighted by examples",
+    ),
+    Strategy(
+        name="scalefl",
+        settings={
+            "train.submodel": "width-depth",
+            "train.objective": "exits-from-last",
+            "model.norm": "static",
+            "model.scaler": "on",
+        },
+        summary="width and depth scaled together; early exits learn from the last one, which serves the tier",
+        source="ScaleFL (Ilhan et al., CVPR 2023); means weighted by examples",
+    ),
+    Strategy(
+        name="nefl",
+        settings={"train.submodel": "width-blocks", "train.per-tier": "norm step", "model.norm": "static"},
+        summary="leading channels, and in residual networks fewer blocks with learnt step sizes; norms and step sizes "
+        "are each tier's own, where the model has them",
+        source="NeFL (2308.07761); means weighted by examples, each device trains its tier's size",
+    ),
+    Strategy(
+        name="fiarse",
+        settings={"train.submodel": "entries", "train.aggregation": "entry-mean"},
+        summary="the weights of the largest magnitude, as many as the tier's ranks have parameters; saves traffic, "
+        "and no MACs without sparse kernels",
+        source="FIARSE (Wu et al., NeurIPS 2024); means weighted by examples",
     ),
 )
 

@@ -7,6 +7,7 @@ from fedmaestro.errors import UserError, check_name
 from fedmaestro.strategies.base import AnyAggregation
 from fedmaestro.strategies.block_product import BLOCK_PRODUCT
 from fedmaestro.strategies.coverage_mean import COVERAGE_MEAN
+from fedmaestro.strategies.entry_mean import ENTRY_MEAN
 from fedmaestro.strategies.hetlora import HETLORA
 from fedmaestro.strategies.masked_mean import MASKED_MEAN
 from fedmaestro.strategies.multi_krum import MULTI_KRUM
@@ -27,6 +28,7 @@ AGGREGATIONS: dict[str, AnyAggregation] = {
     for rule in (
         COVERAGE_MEAN,
         MASKED_MEAN,
+        ENTRY_MEAN,
         ZERO_PAD,
         HETLORA,
         PRODUCT_SVD,

@@ -180,6 +180,12 @@ class TrainConfig(Table):
         description="factor that devices do not train: v always; alternating: V in odd rounds, U in even ones; "
         "default: the strategy's",
     )
+    per_tier: Annotated[str | None, BY_STRATEGY] = Field(
+        None,
+        description="tensors of which each tier has its own: none, or bias, head, norm and step, separated by "
+        "spaces; "
+        "default: the strategy's",
+    )
     logit_adjustment: Annotated[Annotated[float, Field(ge=0)] | None, BY_STRATEGY] = Field(
         None,
         description="devices add this times the log frequency of their classes to the logits in training; 0: plain "

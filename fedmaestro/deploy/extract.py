@@ -143,6 +143,8 @@ def extract(
         keep_dense=card.keep_dense,
         norm=card.norm,
         width=card.width,
+        scales=card.scales,
+        exits=card.exits,
         input_shape=card.input_shape,
         num_classes=card.num_classes,
         inputs=card.inputs,

@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,27 @@ def cost(traced: Trace, ranks: Mapping[str, int], *, batch_size: int, slots: int
 
 def _sums(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+
+
+def with_kept_entries(dense: Cost, *, kept: int, of: int) -> Cost:
+    """Return the cost of a device that keeps some entries of its weights and has no sparse kernels.
+
+    It computes, and holds in memory, what the dense model does. It is sent the kept entries, and where they are: a bit
+    for each of all entries, unless it keeps all; it sends the kept entries back, whose places the server knows.
+
+    Args:
+        dense: of the whole tensors.
+        kept: entries that it keeps.
+        of: all of these tensors' entries.
+    """
+    params = dense.params - (of - kept)
+    places = math.ceil(of / 8) if kept < of else 0
+    return replace(
+        dense,
+        params=params,
+        download_bytes=BYTES_PER_SCALAR * params + places,
+        upload_bytes=BYTES_PER_SCALAR * params,
+    )
 
 
 def _checked_ranks(traced: Trace, ranks: Mapping[str, int]) -> dict[str, int]:

@@ -1,10 +1,10 @@
 """Who trains what: the size of every tier under a submodel rule, with its costs."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 from fedmaestro.errors import UserError
 from fedmaestro.fleet.budgets import (
@@ -16,14 +16,16 @@ from fedmaestro.fleet.budgets import (
     within_widths,
     without_fraction,
 )
-from fedmaestro.fleet.cost import Cost, cost
-from fedmaestro.fleet.match import matched_sizes, ranks_of_macs
+from fedmaestro.fleet.cost import Cost, cost, with_kept_entries
+from fedmaestro.fleet.match import Matched, matched_sizes, ranks_of_macs
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import Tier
 from fedmaestro.fleet.traces import trace_of
 from fedmaestro.lod.search import add_columns
 from fedmaestro.models.architecture import Architecture, Size
-from fedmaestro.submodel import Shapes, Signature, signature
+from fedmaestro.models.kinds import tensors_of
+from fedmaestro.models.masks import kept_count, maskable
+from fedmaestro.submodel import Shapes, Signature, num_elements, shapes_of, signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Setting:
     batch_size: int
     slots: int = 0
     passes: Passes = OWN_PASS
+    own: frozenset[str] = frozenset()
+    """Tensors of which each tier has its own (``train.per-tier``)."""
 
     @property
     def together(self) -> bool:
@@ -50,11 +54,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Submodel:
-    """One size with its shapes and costs; equal to every other one of the same shapes."""
+    """One size with its shapes and costs; equal to every other one of the same shapes, entries and tensors."""
 
     size: Size
     shapes: Shapes
     cost: Cost
+    tier: str | None = None
+    """Whose own tensors it has (``Setting.own``); None: it has none, or those of the whole model."""
 
     @cached_property
     def signature(self) -> Signature:
@@ -62,10 +68,14 @@ class Submodel:
         return signature(self.shapes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Submodel) and self.signature == other.signature
+        return isinstance(other, Submodel) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self.signature)
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Signature, Fraction | None, str | None]:
+        return self.signature, self.size.share, self.tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +140,7 @@ def make_plan(
     slots: int = 0,
     passes: Passes = OWN_PASS,
     match_macs: bool = False,
+    per_tier: Collection[str] = (),
 ) -> Plan:
     """Fit every tier's size to its budgets: one rank fraction (or width) per tier.
 
@@ -142,32 +153,40 @@ def make_plan(
         passes: see there.
         match_macs: give ranks and widths the same MACs per tier, those of the width next to the tier's ranks: widths
             are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Tiers that cut both
-            take the largest width whose chain fits these MACs, and then as many ranks more.
+            take the largest width whose chain fits these MACs, and then as many ranks more. Of other sizes, the largest
+            that has no more; masked entries save none.
+        per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:
-        UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model.
+        UserError: a tier that affords no size; ``capable`` without a tier that affords the whole model; a kind of
+            tensors that the model does not have.
     """
     _check_ranked(architecture, tiers)
     setting = Setting(rule=rule, batch_size=batch_size, slots=slots, passes=passes)
     dense = replace(architecture, form="dense")
     fractions = _fit_fractions(architecture, [_at_width(tier, architecture, setting) for tier in tiers], setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
-    other = replace(architecture, narrows=True) if rule.narrows else dense if rule.form == "dense" else architecture
-    if other != architecture or match_macs:
-        macs = [_cost(architecture, size, setting).macs_per_example for size in sizes]
+    if rule.form == "dense" or rule.narrows or match_macs:
+        costs, pairs = [_cost(architecture, size, setting) for size in sizes], list[Matched]()
         if match_macs:
+            macs = [x.macs_per_example for x in costs]
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
-            sizes = [pair.width if rule.form == "dense" else pair.ranks for pair in pairs]
-            macs = [_cost(dense, pair.width, setting).macs_per_example for pair in pairs]
-        if other != architecture and not (match_macs and rule.form == "dense"):
-            by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
-            sizes = [other.size_at(fraction) for fraction in _fit_fractions(other, by_macs, setting)]
-        if match_macs and rule.narrows:
-            sizes = _filled(other, sizes, macs)
-        architecture, full = other, other.full_size
+        if rule.form == "dense":
+            architecture = replace(dense, scales=rule.scales, exits=rule.exits)
+            sizes, full = _dense_sizes(architecture, tiers, setting, costs, pairs), architecture.full_size
+        elif rule.narrows:
+            limits = [_cost(dense, pair.width, setting) for pair in pairs] if pairs else costs
+            architecture = replace(architecture, narrows=True)
+            sizes, full = _narrow_sizes(architecture, tiers, setting, limits), architecture.full_size
+            if match_macs:
+                sizes = _filled(architecture, sizes, [limit.macs_per_example for limit in limits])
+        else:
+            sizes = [pair.ranks for pair in pairs]
         if match_macs and rule.form == "lod":
             # What no tier can train is no part of the model to be compared.
             full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
+    if per_tier:
+        setting = replace(setting, own=tensors_of(architecture.full, per_tier, architecture.name))
     plan = _assemble(architecture, list(enumerate(tiers)), sizes, full, setting)
     if all(tier.trains is None for tier in plan.tiers):
         raise UserError(
@@ -175,6 +194,48 @@ def make_plan(
             "use another strategy or fleet"
         )
     return plan
+
+
+def _dense_sizes(
+    dense: Architecture, tiers: tuple[Tier, ...], setting: Setting, ranked: Sequence[Cost], pairs: Sequence[Matched]
+) -> list[Size]:
+    """Return what every tier affords of a dense model.
+
+    Args:
+        dense: with what makes it smaller.
+        tiers: the fleet.
+        setting: what their plans have in common.
+        ranked: what each tier's ranks cost, for which a rank fraction stands.
+        pairs: sizes of equal MACs, where these are asked for.
+    """
+    if dense.scales == "width" and pairs:
+        return [pair.width for pair in pairs]
+    if dense.scales == "entries":
+        return _fit_entries(dense, tiers, setting, ranked)
+    macs = [x.macs_per_example for x in ranked]
+    if pairs:
+        width = replace(dense, scales="width", exits="none")
+        macs = [_cost(width, pair.width, setting).macs_per_example for pair in pairs]
+    if dense.exits != "none":
+        least = _cost(dense, dense.size_at(dense.fractions()[0]), setting).macs_per_example
+        # As with ranks: below what there is, a rank fraction means the smallest size. Budgets bind.
+        macs = [max(x, least) if tier.rank_fraction else x for tier, x in zip(tiers, macs, strict=True)]
+    by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
+    return [dense.size_at(fraction) for fraction in _fit_fractions(dense, by_macs, setting)]
+
+
+def _fit_entries(dense: Architecture, tiers: tuple[Tier, ...], setting: Setting, ranked: Sequence[Cost]) -> list[Size]:
+    """Fit the shares of entries that tiers keep: a rank fraction stands for the parameters of its ranks.
+
+    Not for their MACs: those of masked tensors are the whole model's, whatever the share.
+    """
+    chain = [dense.size_at(fraction) for fraction in dense.fractions()]
+    costs = [_cost(dense, size, setting) for size in chain]
+    reach = [
+        max(1, sum(x.params <= own.params for x in costs)) if tier.rank_fraction else len(chain)
+        for tier, own in zip(tiers, ranked, strict=True)
+    ]
+    return [chain[i] for i in _fit_all(tiers, reach, lambda i: costs[i], costs[-1], setting.together)]
 
 
 def affordable(plan: Plan, chain: Sequence[Size], worth: Callable[[str, int], float]) -> list[Size]:
@@ -253,8 +314,10 @@ def decode_ranks(plan: Plan, text: str) -> Plan:
 
 def smaller_levels(trains: Submodel, serving: Iterable[Submodel]) -> list[Submodel]:
     """Return the distinct submodels inside ``trains`` that serve smaller tiers, largest first: a device's levels."""
-    distinct = {other for other in serving if other.cost.params < trains.cost.params}
-    return sorted(distinct, key=lambda other: -other.cost.params)
+    distinct = {
+        (other.signature, other.size.share): other for other in serving if other.cost.params < trains.cost.params
+    }
+    return sorted(distinct.values(), key=lambda other: -other.cost.params)
 
 
 def _check_ranked(architecture: Architecture, tiers: tuple[Tier, ...]) -> None:
@@ -275,12 +338,14 @@ def _assemble(
     """Return the plan of tiers (with their positions in the fleet) that afford these sizes, all of one chain."""
     known: dict[Submodel, Submodel] = {}
 
-    def submodel(size: Size) -> Submodel:
+    def submodel(size: Size, tier: str | None = None) -> Submodel:
         # Two widths can have the same channels: then they are one size.
-        new = Submodel(size=size, shapes=architecture.shapes(size), cost=_cost(architecture, size, setting))
+        shapes, costs = architecture.shapes(size), _cost(architecture, size, setting)
+        new = Submodel(size=size, shapes=shapes, cost=costs, tier=tier if setting.own else None)
         return known.setdefault(new, new)
 
-    whole, own = submodel(full), [submodel(size) for size in sizes]
+    whole = submodel(full)
+    own = [submodel(size, tier.name) for size, (_, tier) in zip(sizes, tiers, strict=True)]
     smallest = min(own, key=lambda x: x.cost.params)
     serving = [smallest if setting.rule.trains == "smallest" else x for x in own]
     order = sorted(range(len(tiers)), key=lambda i: -own[i].cost.params)
@@ -326,6 +391,14 @@ def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submo
     if rule.trains == "capable" and own != whole:
         return None
     return {"own": own, "affordable": own, "smallest": smallest}.get(rule.trains, whole)
+
+
+def _narrow_sizes(
+    architecture: Architecture, tiers: Sequence[Tier], setting: Setting, limits: Sequence[Cost]
+) -> list[Size]:
+    """Return the largest narrower LoD sizes that have no more MACs than ``limits``, and fit all budgets."""
+    by_macs = [with_macs_budget(tier, limit.macs_per_example) for tier, limit in zip(tiers, limits, strict=True)]
+    return [architecture.size_at(fraction) for fraction in _fit_fractions(architecture, by_macs, setting)]
 
 
 def _filled(architecture: Architecture, sizes: Sequence[Size], macs: Sequence[int]) -> list[Size]:
@@ -389,5 +462,15 @@ def _beside(own: Cost, smaller: Iterable[Cost]) -> Cost:
 
 
 def _cost(architecture: Architecture, size: Size, setting: Setting) -> Cost:
-    traced = trace_of(architecture, size.width)
-    return cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
+    traced = trace_of(architecture, size.width, size.depth)
+    dense = cost(traced, size.ranks or {}, batch_size=setting.batch_size, slots=setting.slots)
+    if size.share is None:
+        return dense
+    weights = _weight_entries(architecture)
+    return with_kept_entries(dense, kept=kept_count(weights, size.share), of=weights)
+
+
+@lru_cache(maxsize=16)
+def _weight_entries(architecture: Architecture) -> int:
+    """Return how many entries masks choose from."""
+    return num_elements({name: shape for name, shape in shapes_of(architecture.full).items() if maskable(shape)})

@@ -17,6 +17,9 @@ class SubmodelRule:
         separate: each size is a model of its own instead of the leading block of one (exclusive training).
         narrows: channels are cut together with ranks (``Architecture.narrows``): a tier's submodel has the leading
             channels of every layer, and of their factors the leading columns; LoD only.
+        scales: what makes a dense model smaller (``models.architecture``): width, depth (early exits), both, width and
+            residual blocks, or entries that are zero.
+        exits: what a network with early exits puts out: the ensemble of its classifiers, or the last one.
         rolls: the window of leading channels moves on by one channel in every round (FedRolex); dense models only.
     """
 
@@ -24,6 +27,8 @@ class SubmodelRule:
     trains: Literal["own", "smallest", "full", "capable", "affordable"] = "own"
     separate: bool = False
     narrows: bool = False
+    scales: Literal["width", "depth", "both", "blocks", "entries"] = "width"
+    exits: Literal["none", "ensemble", "last"] = "none"
     rolls: bool = False
 
     def __post_init__(self) -> None:
@@ -33,11 +38,16 @@ class SubmodelRule:
             raise ValueError("only separate models can be trained one after the other by one device")
         if self.narrows and self.form != "lod":
             raise ValueError("only LoD models have ranks that could be cut together with channels")
+        if self.scales != "width" and self.form != "dense":
+            raise ValueError(f"only dense models are made smaller by {self.scales}")
+        if (self.exits != "none") != (self.scales in ("depth", "both")):
+            raise ValueError("a network has a depth if it has early exits")
 
     def describe(self) -> str:
         """Return the rule in a few words: ``width, own, rolling``."""
         marks = [word for word, flag in (("separate", self.separate), ("rolling", self.rolls)) if flag]
-        what = "rank and width" if self.narrows else "width" if self.form == "dense" else "rank"
+        cuts = {"both": "width and depth", "blocks": "width and blocks"}.get(self.scales, self.scales)
+        what = "rank and width" if self.narrows else "rank" if self.form == "lod" else cuts
         return ", ".join([what, self.trains, *marks])
 
 

@@ -22,16 +22,16 @@ _FILE = "trace.json"
 
 
 @lru_cache(maxsize=256)
-def trace_of(architecture: Architecture, width: Fraction | None = None) -> Trace:
-    """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a width."""
+def trace_of(architecture: Architecture, width: Fraction | None = None, depth: int | None = None) -> Trace:
+    """Return the trace of a LoD model, from which the closed form covers all ranks, or of a dense one of a size."""
 
     def measured() -> Trace:
-        model = architecture.measurable(None if width is None else Size(width=width))
+        model = architecture.measurable(None if width is None and depth is None else Size(width=width, depth=depth))
         return trace(model, architecture.inputs)
 
     if architecture.own:
         return measured()
-    about = [str(getattr(architecture, x.name)) for x in fields(architecture) if x.init] + [str(width)]
+    about = [str(getattr(architecture, x.name)) for x in fields(architecture) if x.init] + [str(width), str(depth)]
     try:
         entry = cache.cache_root() / "traces" / cache.key(about, torch.__version__, _code())
         return cache.fetch(entry, lambda folder: _write(folder, measured()), _read)

@@ -355,7 +355,7 @@ class TieredStrategy(FlowerStrategy):
     def _load(self, arrays: ArrayRecord) -> None:
         """Take the state that Flower's own loop keeps."""
         self._shared()
-        self.server, self._records = replace(self.server, models={None: to_state(arrays)}), {}
+        self.server, self._records = replace(self.server, models={**self.server.models, None: to_state(arrays)}), {}
 
 
 def _chunks(devices: Sequence[int], examples: Sequence[int]) -> Iterator[list[int]]:

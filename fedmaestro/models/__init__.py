@@ -36,21 +36,40 @@ class ModelSpec:
     """``(model, generator)``, called on uninitialised tensors; None: the model keeps what ``build`` gave it."""
     scales: bool = True
     """Whether ``build`` makes narrower networks at smaller scales."""
+    blocks: tuple[str, ...] = ()
+    """Last layer of each block of a sequence of layers, after which an early exit can be (``exits``); none: it has no
+    such form."""
+    optional: tuple[str, ...] = ()
+    """Residual blocks that the network can do without (``steps``)."""
     summary: str
 
 
-def _drawn(build: Callable[[InputShape, int, Scale], nn.Module], summary: str) -> ModelSpec:
+def _drawn(
+    build: Callable[[InputShape, int, Scale], nn.Module], summary: str, blocks: str = "", optional: str = ""
+) -> ModelSpec:
     """Return the row of a model that starts as ``init.initialize`` draws it."""
-    return ModelSpec(build=build, initialize=initialize, summary=summary)
+    ends, others = tuple(blocks.split()), tuple(optional.split())
+    return ModelSpec(build=build, initialize=initialize, summary=summary, blocks=ends, optional=others)
 
 
 MODELS: dict[str, ModelSpec] = {
-    "mlp": _drawn(build=mlp, summary="perceptron, two hidden layers of 128 (digits)"),
-    "lenet": _drawn(build=lenet, summary="LeNet-5, 44,426 parameters dense (MNIST)"),
-    "cnn": _drawn(build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)"),
-    "conv": _drawn(build=conv, summary="HeteroFL's four convolutions, 1,556,874 parameters dense (MNIST)"),
-    "resnet18": _drawn(build=resnet18, summary="ResNet-18 for CIFAR with GroupNorm"),
-    "vgg19": _drawn(build=vgg19, summary="VGG-19 for CIFAR with GroupNorm"),
+    "mlp": _drawn(build=mlp, summary="perceptron, two hidden layers of 128 (digits)", blocks="relu1 relu2"),
+    "lenet": _drawn(build=lenet, summary="LeNet-5, 44,426 parameters dense (MNIST)", blocks="relu1 relu2 relu3 relu4"),
+    "cnn": _drawn(
+        build=cnn, summary="three convolutions with GroupNorm (CIFAR on a CPU)", blocks="relu1 relu2 relu3 relu4"
+    ),
+    "conv": _drawn(
+        build=conv,
+        summary="HeteroFL's four convolutions, 1,556,874 parameters dense (MNIST)",
+        blocks="relu1 relu2 relu3 relu4",
+    ),
+    "resnet18": _drawn(
+        build=resnet18,
+        summary="ResNet-18 for CIFAR with GroupNorm",
+        blocks="block1b block2b block3b block4b",
+        optional="block1b block2b block3b block4b",
+    ),
+    "vgg19": _drawn(build=vgg19, summary="VGG-19 for CIFAR with GroupNorm", blocks="relu2 relu4 relu8 relu12 relu16"),
     "transformer": _drawn(build=transformer, summary="encoder-decoder Transformer, 6 + 6 layers of 512 (Multi30k)"),
     "transformer-small": _drawn(build=transformer_small, summary="3 + 3 layers of 96 (Multi30k on a CPU)"),
 }

@@ -18,29 +18,42 @@ from torch import Tensor, nn
 from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS, InputShape, ModelSpec
+from fedmaestro.models.exits import Answer, classifiers, with_exits
 from fedmaestro.models.scaler import add_scalers
 from fedmaestro.models.shape import Inputs, example_inputs, inputs_of
 from fedmaestro.models.static_norm import StaticNorm, has_static_norms, use_static_batch_norms, use_static_norms
+from fedmaestro.models.steps import leave_out, use_steps
 from fedmaestro.models.width import LeadingGroupNorm, Scale
 from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
 Form = Literal["lod", "dense"]
+Scales = Literal["width", "depth", "both", "blocks", "entries"]
+SHARES = 1000
+"""Steps of the share of entries that a submodel keeps."""
 Norm = Literal["group", "static"]
 FULL = Fraction(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Ranks per LoD layer, or the width of a dense model, and the other one None; or ranks of a narrower LoD model."""
+    """Ranks per LoD layer, with the network's width where that is cut too; or a dense model's width, depth or both.
+
+    What does not apply is None.
+    """
 
     ranks: Mapping[str, int] | None = None
     width: Fraction | None = None
+    depth: int | None = None
+    """Blocks of a network with early exits, or those that it could do without and has."""
+    share: Fraction | None = None
+    """Part of the weights' entries that are kept, by magnitude (``masks``)."""
 
     def describe(self) -> dict[str, int | float]:
-        """Return what ``summary.json`` shows: ``{layer: rank, …}``, ``{"width": w}`` rounded, or both."""
-        width = {"width": round(float(self.width), 4)} if self.width is not None else {}
-        return {**width, **(self.ranks or {})}
+        """Return what ``summary.json`` shows: ``{layer: rank, …}``, or ``width``, ``depth`` or ``share``, rounded."""
+        parts = {"width": self.width, "depth": self.depth, "share": self.share}
+        rounded = {key: round(float(x), 4) if key != "depth" else int(x) for key, x in parts.items() if x is not None}
+        return dict(self.ranks or {}) | rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +69,10 @@ class Architecture:
         form: ``lod`` (factor pairs, sizes are ranks) or ``dense`` (plain layers, sizes are widths).
         keep_dense: layers that are not factorised: names, ``first-conv``, ``head`` or ``none``, separated by spaces.
         scaler: in training, divide the outputs of narrower layers by their width ratio (``scaler``); dense form only.
+        scales: what makes a dense form smaller: its width, its depth (the blocks of a network with early exits), or
+            both, in the same proportion; its width and how many it has of the blocks that it could do without
+            (``steps``); or how many entries of its weights are not zero, in tensors of one shape.
+        exits: what a network with early exits puts out (``exits``); none: it has none, and no depth.
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
         narrows: whether the sizes of the LoD form cut channels together with ranks: at width ``w``, the ranks are the
@@ -70,6 +87,8 @@ class Architecture:
     keep_dense: str = "first-conv head"
     scaler: bool = False
     norm: Norm = "group"
+    scales: Scales = "width"
+    exits: Answer = "none"
     inputs: Inputs = ()
     width: Fraction = FULL
     narrows: bool = False
@@ -151,15 +170,28 @@ class Architecture:
         return model
 
     def size_at(self, fraction: Fraction) -> Size:
-        """Return the size at ``fraction`` of the chain: ranks ``max(1, ⌊fraction · R⌋)``, or that width."""
+        """Return the size at ``fraction`` of the chain.
+
+        Ranks ``max(1, ⌊fraction · R⌋)``; that width; that depth, ``max(1, ⌊fraction · D⌋)`` of ``D`` blocks; or that
+        width and depth ``⌈fraction · D⌉``, or as many of ``D`` blocks that it can do without; that share of entries.
+        """
+        if self.form == "dense" and self.scales == "entries":
+            return Size(share=fraction)
+        if self.form == "dense" and self.scales == "depth":
+            return Size(depth=max(1, math.floor(fraction * len(self.spec.blocks))))
         if self.form == "dense":
-            return Size(width=fraction)
+            blocks = {"both": self.spec.blocks, "blocks": self.spec.optional}.get(self.scales, ())
+            return Size(width=fraction, depth=math.ceil(fraction * len(blocks)) if blocks else None)
         full = lod.max_ranks(self._narrowed(fraction) if self.narrows else self.full)
         ranks = {name: max(1, math.floor(fraction * rank)) for name, rank in full.items()}
         return Size(ranks=ranks, width=fraction if self.narrows else None)
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""
+        if self.form == "dense" and self.scales == "entries":
+            return [Fraction(count, SHARES) for count in range(1, SHARES + 1)]
+        if self.form == "dense" and self.scales == "depth":
+            return [Fraction(depth, len(self.spec.blocks)) for depth in range(1, len(self.spec.blocks) + 1)]
         counts = self._channel_counts() if self.form == "dense" or self.narrows else set()
         counts |= set(lod.max_ranks(self.full).values()) if self.form == "lod" else set()
         steps = {Fraction(j, count) for count in counts for j in range(1, count + 1)}
@@ -169,7 +201,7 @@ class Architecture:
         """Return the model of this size on the ``meta`` device, with tensors of that size only."""
         if self.form == "dense":
             with torch.device("meta"):
-                return self.with_constants(self._dense(size.width or FULL))
+                return self.with_constants(self._dense(size.width or FULL, size.depth))
         whole = self.full if size.width is None else self._narrowed(size.width)
         return self.with_constants(lod.truncate(whole, size.ranks or {}))
 
@@ -214,7 +246,7 @@ class Architecture:
     def size_of(self, state: Mapping[str, Tensor]) -> Size:
         """Return the size that the factors of ``state`` have (a shrunken model's ranks); dense models are whole."""
         if self.form == "dense":
-            return Size(width=FULL)
+            return self.full_size
         return Size(ranks={name: state[f"{name}.v"].shape[0] for name in lod.max_ranks(self.full)})
 
     def with_state(self, state: Mapping[str, Tensor]) -> nn.Module:
@@ -241,11 +273,18 @@ class Architecture:
                 self.spec.build(self.input_shape, self.num_classes, Recorder(self.width))
         return counts
 
-    def _dense(self, width: Fraction) -> nn.Module:
+    def _dense(self, width: Fraction, depth: int | None = None) -> nn.Module:
         model = self.spec.build(self.input_shape, self.num_classes, Scale(self.width * width))
+        if self.exits != "none":
+            ends = self.spec.blocks
+            deep = len(ends) if depth is None else depth
+            model = with_exits(model, ends, deep, self.input_shape, self.num_classes, self.exits)
         if self.own:
             _settle(model, self.inputs, self.name)
             use_static_batch_norms(model)
+        if self.scales == "blocks":
+            use_steps(model)
+            leave_out(model, self.spec.optional, depth)
         if self.norm == "static":
             use_static_norms(model)
         if self.scaler and width != FULL:
@@ -289,12 +328,12 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def dense_layers(model: nn.Module, keep_dense: str) -> list[str]:
     """Return the names of the layers that stay dense.
 
-    ``keep_dense`` says which: ``first-conv``, ``head`` (last linear layer), ``none`` and plain names. Those that cannot
-    be factorised are dense in any case.
+    ``keep_dense`` says which: ``first-conv``, ``head`` (last linear layer, and early exits), ``none`` and plain names.
+    Those that cannot be factorised are dense in any case.
     """
     convs = [name for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    groups = {"first-conv": convs[:1], "head": linears[-1:], "none": []}
+    groups = {"first-conv": convs[:1], "head": classifiers(model), "none": []}
     names: dict[str, None] = {}
     for word in keep_dense.replace(",", " ").split():
         check_name("layer in model.keep-dense", word, [*groups, *convs, *linears])

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fedmaestro.models.resnet import BasicBlock
 from fedmaestro.models.static_norm import StaticNorm
 from fedmaestro.models.transformer import Transformer
 from fedmaestro.models.width import LeadingGroupNorm
@@ -12,7 +13,8 @@ from fedmaestro.models.width import LeadingGroupNorm
 def initialize(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every Linear and Conv2d weight from ``N(0, 2 / fan_in)`` and set biases to zero (He et al., ICCV 2015).
 
-    Norms start as the identity. Meant for a model with uninitialised tensors: no global generator is drawn from.
+    Norms start as the identity, step sizes at 1. Meant for a model with uninitialised tensors: no global generator is
+    drawn from.
 
     PyTorch's own default has a sixth of that variance. A low prefix keeps only a part of a weight's energy, so under
     the default the small tiers' signals fade over the layers: on MNIST they stayed at chance for ten rounds.
@@ -26,6 +28,8 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     for module in model.modules():
         if isinstance(module, nn.GroupNorm | LeadingGroupNorm | StaticNorm | nn.LayerNorm):
             module.reset_parameters()
+        if isinstance(module, BasicBlock) and module.step is not None:
+            nn.init.ones_(module.step)
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
         if isinstance(module, nn.Linear | nn.Conv2d):

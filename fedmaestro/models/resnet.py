@@ -9,7 +9,12 @@ from fedmaestro.models.width import Scale, group_norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut (He et al., CVPR 2016), each convolution followed by GroupNorm."""
+    """Two 3×3 convolutions and a shortcut (He et al., CVPR 2016), each convolution followed by GroupNorm.
+
+    ``step``, one number or None, is what the convolutions' outputs are multiplied by before the shortcut is added.
+    """
+
+    step: nn.Parameter | None
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -18,6 +23,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.norm2 = group_norm(after)
         self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.register_parameter("step", None)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != after:
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), group_norm(after))
@@ -26,6 +32,8 @@ class BasicBlock(nn.Module):
         """Map ``(B, before, H, W)`` to ``(B, after, H/stride, W/stride)``."""
         out = self.relu1(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
+        if self.step is not None:
+            out = self.step * out
         return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
 
 

@@ -23,10 +23,12 @@ from fedmaestro.fleet.plan import Plan, TierPlan, decode_ranks, make_plan
 from fedmaestro.fleet.tiers import Tier, assign_tiers, load_tiers
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import Architecture
+from fedmaestro.models.kinds import kinds_in
 from fedmaestro.rounds.method import Method, method_of
 from fedmaestro.rounds.privacy import Privacy, find_privacy
 from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
-from fedmaestro.strategies.base import equally
+from fedmaestro.strategies.base import equally, factor_layers
+from fedmaestro.strategies.entry_mean import ENTRY_MEAN
 from fedmaestro.tasks.fitting import fitted
 from fedmaestro.tasks.opening import as_asked, open_data
 from fedmaestro.tasks.task import Task
@@ -172,6 +174,8 @@ def open_environment(
         )
     _check_correction(config, method)
     _check_dynamic(config, method)
+    _check_per_tier(method)
+    _check_masks(method)
     privacy = find_privacy(config, method, devices)
     if privacy is not None:
         # The server divides the sum itself, by what does not depend on who took part.
@@ -184,6 +188,8 @@ def open_environment(
             f"fleet.attack={config.fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
         )
     architecture, task = _architecture(config, method, task)
+    if config.train.per_tier is None:
+        method = _of_model(method, architecture)
     plan = make_plan(
         architecture,
         tiers,
@@ -192,6 +198,7 @@ def open_environment(
         slots=method.optimizer.slots(train.momentum),
         passes=method.objective.passes,
         match_macs=config.fleet.match_macs,
+        per_tier=method.per_tier,
     )
     _check_needs(config, plan, method)
     with user_code(f"partition {data.partition!r}"):
@@ -267,6 +274,8 @@ def _check_correction(config: ExperimentConfig, method: Method) -> None:
         (train.optimizer != "sgd" or train.momentum > 0, "train.optimizer=sgd without momentum"),
         (method.submodel.separate or method.submodel.rolls, "one model whose tensors stay in place"),
         (method.freeze != "none", "train.freeze=none"),
+        (method.submodel.scales == "entries", "tensors that devices hold as a whole"),
+        (method.per_tier, "train.per-tier=none: control variates are of tensors that all tiers share"),
         (method.aggregation.mixes or changes, "factors that keep their basis (no re-ordering of columns)"),
         (ranks.rule != "uniform" or ranks.shrink_threshold > 0, "ranks that stay (ranks.rule, ranks.shrink-threshold)"),
     ):
@@ -287,6 +296,36 @@ def _check_dynamic(config: ExperimentConfig, method: Method) -> None:
             raise UserError(
                 f"fleet.assignment=dynamic draws a device's tier anew in every round, and {why} needs it to stay: "
                 "change one of them"
+            )
+
+
+def _check_masks(method: Method) -> None:
+    """Refuse what masked weights and aggregations by entry do not go with, or without each other."""
+    masks, by_entry = method.submodel.scales == "entries", method.aggregation.name == ENTRY_MEAN.name
+    if masks and not by_entry:
+        raise UserError(
+            f"train.aggregation={method.aggregation.name!r} takes zeros for weights, and under strategy "
+            f"{method.name!r} devices have some of the weights only: use {ENTRY_MEAN.name}, or another train.submodel"
+        )
+    if masks and any(method.objective.passes.expected(2)[1:]):
+        raise UserError(
+            f"train.objective={method.objective.name!r} trains smaller tiers' submodels too, which strategy "
+            f"{method.name!r} has none of inside a device's: use another"
+        )
+
+
+def _check_per_tier(method: Method) -> None:
+    """Refuse own tensors of tiers where tiers do not train sizes of their own within one model."""
+    rule = method.submodel
+    for wrong, why in (
+        (rule.separate, "each tier has a model of its own already"),
+        (rule.trains != "own", "tiers do not train sizes of their own"),
+        (rule.rolls, "a tier trains other channels in every round"),
+    ):
+        if method.per_tier and wrong:
+            raise UserError(
+                f"train.per-tier={' '.join(method.per_tier)!r} does not go with strategy {method.name!r}: {why}: leave "
+                "it out, or use another strategy or train.submodel"
             )
 
 
@@ -323,6 +362,14 @@ def _of_task(config: ExperimentConfig, method: Method, task: Task) -> Method:
     )
 
 
+def _of_model(method: Method, architecture: Architecture) -> Method:
+    """Return the method with those of its row's own kinds of tensors that the model has."""
+    rule = method.submodel
+    formed = replace(architecture, form=rule.form, scales=rule.scales, exits=rule.exits)
+    kinds = kinds_in(formed.full, method.per_tier) if method.per_tier else ()
+    return replace(method, per_tier=kinds, settings={**method.settings, "train.per-tier": " ".join(kinds) or "none"})
+
+
 def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple[Architecture, Task]:
     """Return the architecture for the task's examples, and the task with the examples as that takes them."""
     architecture, task = fitted(
@@ -352,6 +399,12 @@ def _architecture(config: ExperimentConfig, method: Method, task: Task) -> tuple
             f"model.norm=group: channels of strategy {method.name!r} roll, and the groups of model "
             f"{config.model.name!r} would change their members: use model.norm=static"
         )
+    if method.submodel.exits != "none" and not architecture.spec.blocks:
+        known = ", ".join(name for name, spec in MODELS.items() if spec.blocks)
+        raise UserError(
+            f"strategy {method.name!r} puts classifiers after blocks, and model {config.model.name!r} has no table of "
+            f"its blocks: use {known}, or another strategy"
+        )
     # A row's own scaler only where a norm layer follows: evaluation does not scale, and without norms it would see
     # other activations than training did.
     scales = method.scaler and (config.model.scaler == "on" or architecture.has_norms)
@@ -377,6 +430,12 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
                 f"{setting.key}={value} needs tiers that are prefixes of one model whose factors all devices train, "
                 f"and those of {cuts if method.freeze == 'none' else row} are not: leave it out, or use another "
                 "strategy or train.submodel"
+            )
+        if own := factor_layers(sorted(plan.setting.own)):
+            raise UserError(
+                f"{setting.key}={value} needs factors that all tiers share, and train.per-tier="
+                f"{' '.join(method.per_tier)!r} gives each tier its own of {own[0]!r}: leave one of them out, or keep "
+                "that layer dense (model.keep-dense)"
             )
 
 

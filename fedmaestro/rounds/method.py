@@ -13,6 +13,7 @@ from fedmaestro.fleet.plan import TierPlan
 from fedmaestro.fleet.rule import SubmodelRule
 from fedmaestro.fleet.selection import SELECTIONS, Selection
 from fedmaestro.models.architecture import Norm
+from fedmaestro.models.kinds import KINDS
 from fedmaestro.strategies.base import AnyAggregation, factor_layers
 from fedmaestro.strategies.rows import PLAIN, STRATEGIES, SUBMODELS
 from fedmaestro.strategies.server_optimizers import OPTIMIZER
@@ -39,6 +40,8 @@ class Method:
     decay: Decay
     selection: Selection
     freeze: Literal["none", "v", "alternating"]
+    per_tier: tuple[str, ...]
+    """Kinds of tensors of which each tier has its own (``models.kinds``)."""
     logit_adjustment: float
     proximal: float
     correction: Literal["none", "scaffold"]
@@ -134,6 +137,9 @@ def method_of(config: ExperimentConfig) -> Method:
     ):
         check_name(key, name, rows)
     aggregation = AGGREGATIONS[str(settings["train.aggregation"])]
+    for key, reason in aggregation.forbids.items():
+        if set_to := config.get(key):
+            raise UserError(f"{key}={set_to} {reason}")
     server, settings["server.space"] = _chain(value, config, aggregation)
     return Method(
         name=row.name,
@@ -149,9 +155,20 @@ def method_of(config: ExperimentConfig) -> Method:
         decay=decay_of(train.schedule, train.rounds, train.lr_final_factor, train.lr_milestones, train.lr_gamma),
         selection=SELECTIONS[train.selection],
         freeze=settings["train.freeze"],  # type: ignore[arg-type]
+        per_tier=_kinds(str(settings["train.per-tier"])),
         logit_adjustment=cast(float, settings["train.logit-adjustment"]),
         proximal=cast(float, settings["train.proximal"]),
         correction=settings["train.correction"],  # type: ignore[arg-type]
         norm=settings["model.norm"],  # type: ignore[arg-type]
         scaler=settings["model.scaler"] == "on",
     )
+
+
+def _kinds(words: str) -> tuple[str, ...]:
+    """Return the kinds of tensors that ``train.per-tier`` names; none for none."""
+    names = words.replace(",", " ").split()
+    for name in names:
+        check_name("train.per-tier", name, ["none", *KINDS])
+    if "none" in names and len(names) > 1:
+        raise UserError(f"train.per-tier={words!r}: none goes with no other word")
+    return tuple(name for name in KINDS if name in names)

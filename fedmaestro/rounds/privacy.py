@@ -190,7 +190,7 @@ def find_privacy(config: ExperimentConfig, method: Method, devices: int) -> Priv
         ),
         (method.correction != "none", "train.correction=none: control variates are not clipped"),
         (method.submodel.trains == "affordable", "train.submodel=separate: updates of several models add up"),
-        (method.submodel.trains == "affordable", "train.submodel=separate: updates of several models add up"),
+        (method.per_tier, "train.per-tier=none: an update would be released twice, to all tiers and to its own"),
         (method.norm == "static", "model.norm=group: static norms are set by training examples"),
         (method.settings.get("server.tail-decay"), "server.tail-decay=0: it goes by who took part"),
     ):

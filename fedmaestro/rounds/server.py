@@ -130,6 +130,7 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
     if env.privacy is not None or any(partial.devices for partial in partials.values()):
         for owner, before in server.models.items():
             aggregation, expected = env.method.aggregation, expected_of(env, server, owner, server_round)
+            whole = storage.whole(server.plan, server.models, owner)
             partial = partials[owner]
             this = Round(
                 number=server_round,
@@ -141,10 +142,11 @@ def step(env: Environment, server: ServerState, partials: Mapping[Owner, AnyPart
             )
             with user_code(f"aggregation {aggregation.name!r} in round {server_round}"):
                 if env.privacy is None or expected is None:
-                    aggregated = aggregation.finish(partial, before)
+                    aggregated = aggregation.finish(partial, whole)
                 else:
                     aggregated = env.privacy.released(partial, before, expected, server_round, owner)
-                aggregated = _same_shapes(aggregated, before, aggregation.name)
+                aggregated = _same_shapes(aggregated, whole, aggregation.name)
+            aggregated = {name: aggregated[name] for name in before}
             with user_code(f"server.steps in round {server_round}"):
                 state, kept = run_chain(env.method.server, aggregated, memory.get(owner, {}), this)
             _same_shapes(state, before, "server.steps")
@@ -189,7 +191,9 @@ def _rederived(env: Environment, server: ServerState) -> ServerState:
         plan=server.plan, state=server.models[None], memory=server.memory.get(None, {}), updates=server.updates
     )
     new = rederive(env.plan, now, env.rederivation)
-    return replace(server, models={None: new.state}, memory={None: new.memory}, updates=new.updates, plan=new.plan)
+    # Tensors of the tiers' own are no factors: their shapes are those of any ranks.
+    models, memory = {**server.models, None: new.state}, {**server.memory, None: new.memory}
+    return replace(server, models=models, memory=memory, updates=new.updates, plan=new.plan)
 
 
 def _contiguous(state: State) -> State:
@@ -360,12 +364,20 @@ class Gathering:
     def partials(self) -> dict[Owner, AnyPartial]:
         """What the devices of each model amount to, without the probes; all cohorts must be there."""
         sizes = sizes_of(self._env, self._server.plan, self._round)
+        nodes = self._nodes | self._own_nodes
         return {
-            owner: self._nodes[owner].partial
-            if owner in self._nodes
+            owner: nodes[owner].partial
+            if owner in nodes
             else self._env.method.aggregation.init(model, sizes.get(owner, ()))
             for owner, model in self._server.models.items()
         }
+
+    @property
+    def _own_nodes(self) -> dict[Owner, Node]:
+        """What the devices of each tier amount to, where tiers have tensors of their own."""
+        tiers = self._server.plan.tiers if self._server.plan.setting.own else ()
+        roots = {tier.tier.name: self._trees[tier.index].root for tier in tiers if tier.index in self._trees}
+        return {name: node for name, node in roots.items() if node is not None}
 
     def facts(self) -> dict[str, Any]:
         """Return what ``RoundRecord`` says of the round's training."""

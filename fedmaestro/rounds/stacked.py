@@ -113,6 +113,8 @@ def why_not(
         return f"optimiser {settings.optimizer.name!r} keeps a state of its own"
     if objective.masked and settings.weight_decay:
         return "weight decay is taken back from rows that a device does not train"
+    if settings.masks:
+        return "weights are masked"
     if settings.group_lasso:
         return "the group lasso is a term of each model"
     if padding is not None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from fedmaestro.clients.scaffold import Control
 from fedmaestro.errors import DivergedError
 from fedmaestro.lod import group_lasso
 from fedmaestro.lod.suffix import Tail
+from fedmaestro.models.masks import threshold_of
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.submodel import State, load
 from fedmaestro.tasks.task import Batch
@@ -74,6 +75,8 @@ class LocalTraining:
     """For the group lasso, by layer: what the columns behind the device's prefix add to its suffix norms."""
     frozen: frozenset[str] = frozenset()
     """Parameters that stay as they were sent."""
+    masks: bool = False
+    """Whether a device keeps the largest of its weights only (``models.masks``)."""
     mixed: bool = False
     """Whether passes compute in bfloat16 where PyTorch's autocast does; parameters and steps stay in float32."""
 
@@ -106,6 +109,7 @@ def local_training(
         group_lasso=train.group_lasso,
         tails=tails or {},
         frozen=frozen,
+        masks=env.method.submodel.scales == "entries",
         mixed=train.precision == "bfloat16",
     )
 
@@ -148,6 +152,8 @@ def train_device(
     load(prefixes.state, start)
     count = len(examples)
     prefixes = prefixes.of_device(examples.targets, masked=objective.masked, logit_adjustment=settings.logit_adjustment)
+    if settings.masks:
+        prefixes = replace(prefixes, threshold=threshold_of(start))
     for name, parameter in prefixes.parameters.items():
         parameter.requires_grad_(name not in settings.frozen)
     trained = {name: parameter for name, parameter in prefixes.parameters.items() if parameter.requires_grad}

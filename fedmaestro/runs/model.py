@@ -18,6 +18,7 @@ from fedmaestro import lod
 from fedmaestro.errors import UserError, check_name
 from fedmaestro.models import MODELS
 from fedmaestro.models.architecture import FULL, Architecture, Size
+from fedmaestro.models.masks import masked
 from fedmaestro.models.shape import Input, Inputs
 from fedmaestro.models.static_norm import set_statistics
 from fedmaestro.places import read_file
@@ -30,26 +31,36 @@ from fedmaestro.runs.trust import honoured
 from fedmaestro.submodel import State, cut, load, shapes_of
 
 
+def _block_count(depth: Any) -> int:
+    if type(depth) is not int or depth < 0:
+        raise ValueError(f"depth {depth!r} is no number of blocks")
+    return depth
+
+
 def _size(form: Any) -> Size:
     if isinstance(form, Size):
         return form
     try:
-        width = Fraction(form["width"]) if "width" in form else None
-        ranks = None if width is not None and "ranks" not in form else form["ranks"]
-        return Size(
-            width=width, ranks=None if ranks is None else {str(layer): int(rank) for layer, rank in ranks.items()}
-        )
+        ranks = {str(layer): int(rank) for layer, rank in form["ranks"].items()} if "ranks" in form else None
+        if form.keys() & {"width", "depth", "share"}:
+            width, share = (Fraction(form[key]) if key in form else None for key in ("width", "share"))
+            depth = _block_count(form["depth"]) if "depth" in form else None
+            return Size(width=width, share=share, depth=depth, ranks=ranks)
+        if ranks is None:
+            raise KeyError("ranks")
+        return Size(ranks=ranks)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise PydanticCustomError("size", f"no usable size: {type(error).__name__} {error}") from None
 
 
 def _size_form(size: Size) -> dict[str, Any]:
-    width = {"width": str(size.width)} if size.width is not None else {}
-    return width if width and size.ranks is None else {**width, "ranks": dict(size.ranks or {})}
+    parts: dict[str, Any] = {key: str(x) for key, x in (("width", size.width), ("share", size.share)) if x is not None}
+    parts |= {} if size.depth is None else {"depth": size.depth}
+    return parts if parts and size.ranks is None else parts | {"ranks": dict(size.ranks or {})}
 
 
 CardSize = Annotated[Size, PlainValidator(_size), PlainSerializer(_size_form)]
-"""In JSON exactly ``{"ranks": {layer: rank}}``, ``{"width": "1/4"}``, or both."""
+"""In JSON ``{"ranks": {layer: rank}}``, ``{"width": "1/4"}``, ``{"depth": 2}``, both of two, ``{"share": "1/4"}``."""
 
 
 def _width(form: Any) -> Fraction:
@@ -95,6 +106,8 @@ class ModelCard(Record):
     norm: Literal["group", "static"] = "group"
     width: CardWidth = FULL
     """Of the whole network (``model.width``)."""
+    scales: Literal["width", "depth", "both", "blocks", "entries"] = "width"
+    exits: Literal["none", "ensemble", "last"] = "none"
     input_shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(max_length=8)
     num_classes: int = Field(ge=1, le=10**7)
     inputs: CardInputs = ()
@@ -105,6 +118,8 @@ class ModelCard(Record):
     """What serves each tier of a federation."""
     separate: dict[str, str] = Field(default_factory=dict)
     """Where sizes are models of their own: under whose name each tier's lies. There is no whole model then."""
+    per_tier: list[str] = Field(default_factory=list)
+    """Names of the tensors that lie under the name of each tier too, which has its own of them."""
     recomposed: bool = False
     """Whether layers are dense wherever that has no more weights."""
     sha256: str | None = None
@@ -130,6 +145,8 @@ class ModelCard(Record):
             keep_dense=self.keep_dense,
             norm=self.norm,
             width=self.width,
+            scales=self.scales,
+            exits=self.exits,
         )
 
     def check_tier(self, tier: str | None, folder: Path) -> None:
@@ -155,7 +172,8 @@ def write_model(
 
     Args:
         folder: of the run.
-        models: the one model under None, or those of ``card.separate`` under their names.
+        models: the one model under None, or those of ``card.separate`` under their names; the tiers' own tensors
+            (``card.per_tier``) under theirs.
         card: what makes modules of them.
         statistics: of the norms of a tier's model, or under None of the whole one's (``static_norm.statistics``).
     """
@@ -229,6 +247,10 @@ def load_model(folder: str | Path, tier: str | None = None, *, trust: bool = Fal
             raise UserError(f"the tiers of {folder} are separate models: name one of {', '.join(card.separate)}")
         owner = f"{file_key(card.separate.get(tier, tier))}/"
         state = {name.removeprefix(owner): tensor for name, tensor in state.items() if name.startswith(owner)}
+    if card.per_tier:
+        copies = {f"{file_key(owner)}/{name}": (owner, name) for owner in card.tiers for name in card.per_tier}
+        shared = {name: tensor for name, tensor in state.items() if name not in copies}
+        state = shared | {name: state[key] for key, (owner, name) in copies.items() if owner == tier and key in state}
     size = card.size if tier is None else card.tiers[tier]
     try:
         model = architecture.build(size)
@@ -239,6 +261,8 @@ def load_model(folder: str | Path, tier: str | None = None, *, trust: bool = Fal
         raise UserError(f"model.json in {folder} is no model card: it gives no usable size: {reason}") from None
     if card.recomposed:
         model = lod.recompose(model)
+    if size.share is not None:
+        state = masked(state, size.share)
     model = filled(architecture.on_cpu(model), state, folder, cut_to_size=tier is not None)
     set_statistics(model, fixed)
     return model

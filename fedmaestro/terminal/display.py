@@ -227,8 +227,8 @@ def tier_table(summary: dict[str, Any]) -> Table:
 
 
 def _ranks(ranks: dict[str, float]) -> str:
-    if "width" in ranks:
-        return f"width {ranks['width']}"
+    if parts := [f"{key} {ranks[key]}" for key in ("width", "depth", "share") if key in ranks]:
+        return ", ".join(parts)
     values = list(ranks.values())
     return "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
 

@@ -60,6 +60,7 @@ MEAN_LAWS = {*SHARED_LAWS, NO_EXAMPLES, IDLE_STATE, IDLE_TIERS, IDLE_FULL, UNTRA
 PAIR_LAWS: dict[str, set[str]] = {
     "coverage-mean": MEAN_LAWS,
     "masked-mean": MEAN_LAWS,
+    "entry-mean": MEAN_LAWS,
     "zero-pad": {*SHARED_LAWS, NO_EXAMPLES, FEDAVG},
     "hetlora": {*SHARED_LAWS},
     "product-svd": {*SHARED_LAWS, NO_EXAMPLES, FEDAVG_OF_PRODUCTS, BASIS, ORDERED},
@@ -77,6 +78,15 @@ DENSE_LAWS: dict[str, set[str]] = {
     **dict.fromkeys(("norm-clipping", "coordinate-median", "trimmed-mean", "multi-krum"), ROBUST_LAWS),
 }
 """On all other tensors, where rules about products are the coverage mean."""
+
+BLOCK_LAWS: dict[str, set[str]] = {
+    **dict.fromkeys(DENSE_LAWS, MEAN_LAWS),
+    # What a device does not send is not padded: that is for tensors of which it sends a part.
+    "zero-pad": MEAN_LAWS,
+    "hetlora": {*SHARED_LAWS, IDLE_STATE, IDLE_TIERS, IDLE_FULL, UNTRAINED},
+    **dict.fromkeys(("norm-clipping", "coordinate-median", "trimmed-mean", "multi-krum"), ROBUST_LAWS),
+}
+"""On submodels that leave out whole tensors."""
 
 RULES = {name: rule.of(lambda key: {"train.assumed-attackers": 0.3}[key]) for name, rule in AGGREGATIONS.items()}
 
@@ -111,6 +121,17 @@ def _dense_shapes(r: int, R: int) -> Shapes:
     return {"layer.weight": (r + 2, 2 * r), "layer.bias": (r + 2,)}
 
 
+def _block_shapes(r: int, R: int) -> Shapes:
+    """A network of ``R`` blocks of which the first ``r`` are held, each with its classifier."""
+    more = {f"block{i}.weight": (R + 1, 3) for i in range(2, r + 1)}
+    return {
+        "layer.weight": (R + 1, 2),
+        "layer.bias": (R + 1,),
+        **more,
+        **{f"exit{i}.weight": (2, i) for i in range(1, r + 1)},
+    }
+
+
 def _pair_matrix(state: State) -> Tensor:
     return state["layer.u"].double() @ state["layer.v"].flatten(1).double()
 
@@ -119,7 +140,12 @@ PAIRS = {
     "linear pair": Kind(shapes=_linear_shapes, matrix=_pair_matrix),
     "conv pair": Kind(shapes=_conv_shapes, matrix=_pair_matrix),
 }
-KINDS = PAIRS | {"dense": Kind(shapes=_dense_shapes, matrix=lambda state: state["layer.weight"].double())}
+KINDS = PAIRS | {
+    "dense": Kind(shapes=_dense_shapes, matrix=lambda state: state["layer.weight"].double()),
+    "blocks": Kind(
+        shapes=_block_shapes, matrix=lambda state: torch.cat([x.double().flatten() for x in state.values()])
+    ),
+}
 
 SIZES = st.integers(1, 8)
 TIERS: dict[str, Callable[[int], st.SearchStrategy[list[int]]]] = {
@@ -292,7 +318,8 @@ def untrained_is_kept(agg: Aggregation, fed: Federation) -> None:
     for name, tensor in state.items():
         trained = torch.zeros(tensor.shape, dtype=torch.bool)
         for submodel in fed.submodels:
-            trained[tuple(slice(n) for n in submodel[name].shape)] = True
+            if name in submodel:
+                trained[tuple(slice(n) for n in submodel[name].shape)] = True
         assert new[name][~trained].numpy().tobytes() == tensor[~trained].numpy().tobytes(), name
 
 
@@ -521,12 +548,13 @@ LAWS: dict[str, Callable[[Aggregation, Federation], None]] = {
 
 
 def kept_laws(rule: str, kind: str) -> set[str]:
-    return (PAIR_LAWS if kind in PAIRS else DENSE_LAWS)[rule]
+    return (PAIR_LAWS if kind in PAIRS else BLOCK_LAWS if kind == "blocks" else DENSE_LAWS)[rule]
 
 
 def test_every_rule_has_a_row() -> None:
-    assert PAIR_LAWS.keys() == DENSE_LAWS.keys() == AGGREGATIONS.keys()
-    assert all(kept <= LAWS.keys() for kept in (*PAIR_LAWS.values(), *DENSE_LAWS.values()))
+    tables = PAIR_LAWS, DENSE_LAWS, BLOCK_LAWS
+    assert all(table.keys() == AGGREGATIONS.keys() for table in tables)
+    assert all(kept <= LAWS.keys() for table in tables for kept in table.values())
 
 
 @pytest.mark.parametrize("tiers", TIERS)

@@ -63,6 +63,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "separate": {"train.strategy": "exclusive", "server.optimizer": "adam"},
     "rolling": {"train.strategy": "fedrolex", "server.optimizer": "momentum"},
     "products": {"train.strategy": "partitioned-product"},
+    "own tensors at changing ranks": {
+        "train.strategy": "nested",
+        "train.per-tier": "bias head",
+        "server.optimizer": "momentum",
+        "ranks.rule": "learned",
+        "ranks.shrink-threshold": 0.5,
+        "ranks.shrink-every": 2,
+        "ranks.shrink-min-updates": 1,
+    },
     "changing ranks": {
         "train.strategy": "nested",
         "server.optimizer": "momentum",
