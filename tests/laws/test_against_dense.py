@@ -5,6 +5,7 @@ prefixes of an SVD can be compared as well.
 """
 
 import itertools
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -67,15 +68,18 @@ def held(x: Array, index: tuple[int, ...]) -> bool:
     return all(i < n for i, n in zip(index, x.shape, strict=True))
 
 
-def mean_of_entries(old: Dense, devices: list[Dense], starts: list[Dense], n: list[float], *, masked: bool) -> Dense:
+def mean_of_entries(
+    old: Dense, devices: list[Dense], starts: list[Dense], n: list[float], *, changed: Literal["row", "entry", ""]
+) -> Dense:
+    """The mean over those that hold an entry and, if that is asked for, have changed its row, or the entry itself."""
     new = {name: x.copy() for name, x in old.items()}
     for name, x in new.items():
         for index in itertools.product(*map(range, x.shape)):
             total = weight = 0.0
             for device, start, examples in zip(devices, starts, n, strict=True):
                 if held(device[name], index):
-                    row = index[:1]
-                    if not masked or device[name][row].tobytes() != start[name][row].tobytes():
+                    of = index if changed == "entry" else index[:1]
+                    if not changed or device[name][of].tobytes() != start[name][of].tobytes():
                         total, weight = total + examples * device[name][index], weight + examples
             if weight:
                 x[index] = total / weight
@@ -119,8 +123,9 @@ def best_prefixes(old: Dense, full: dict[str, Array], plain: Dense) -> Prefixes:
 
 
 def expected(rule: str, old: Dense, devices: list[Dense], starts: list[Dense], n: list[float]) -> Prefixes:
-    mean = mean_of_entries(old, devices, starts, n, masked=rule == "masked-mean")
-    if rule in ("coverage-mean", "masked-mean"):
+    changed: dict[str, Literal["row", "entry", ""]] = {"masked-mean": "row", "entry-mean": "entry"}
+    mean = mean_of_entries(old, devices, starts, n, changed=changed.get(rule, ""))
+    if rule in ("coverage-mean", *changed):
         return prefixes(mean)
     if rule in ("zero-pad", "hetlora"):
         weights = n if rule == "zero-pad" else [norm_of_products(device) for device in devices]
