@@ -33,6 +33,10 @@ LONGEST_TEXT = 4096
 """Characters of a setting."""
 
 
+HeldOut = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+"""How many examples are held out: a number, or below 1 a share of all."""
+
+
 @dataclass(frozen=True)
 class Unset:
     """Annotation of a setting ``T | None``: the word that stands for ``None`` in text."""

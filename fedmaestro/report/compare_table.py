@@ -182,7 +182,8 @@ def score_note(results: Results) -> str:
     """Return what the numbers of the result table are."""
     show = Shown(results.metric)
     direction = "" if show.metric.higher_is_better else " (lower is better)"
-    return f"Test {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
+    split = "Validation" if results.protocol.get("data.validation") else "Test"
+    return f"{split} {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
 
 
 def protocol(results: Results) -> dict[str, str]:

@@ -34,7 +34,15 @@ def run_title(run: RunRecord) -> str:
     """Return the headline as one line: ``mnist · lenet · nested · own-prefix · seed 0``."""
     facts = headline(run)
     names = [value for key, value in facts.items() if key != "seed" and value != MISSING]
-    return " · ".join([*names, f"seed {facts['seed']}"] if facts["seed"] != MISSING else names)
+    names += [f"seed {facts['seed']}"] if facts["seed"] != MISSING else []
+    return " · ".join([*names, *(["validation split, not test"] if split(run) == "validation" else [])])
+
+
+def split(run: RunRecord) -> str:
+    """Return what the run's values are of: ``test``, or ``validation`` (``data.validation``)."""
+    if run.summary is not None:
+        return run.summary.split
+    return "validation" if as_number(flatten(run.config).get("data.validation")) > 0 else "test"
 
 
 def tier_facts(run: RunRecord) -> dict[str, dict[str, Any]]:

@@ -180,6 +180,8 @@ class Summary(Record):
     seed: int
     dataset: str
     model: str
+    split: str = "test"
+    """What the values are of: ``test``, or ``validation`` with ``data.validation``."""
     interrupted: bool = False
     """Whether the run can go on: the last round was not reached."""
     tiers: dict[str, TierSummary]

@@ -78,6 +78,12 @@ class LiveDisplay(ComparisonObserver):
             f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}",
             soft_wrap=True,
         )
+        if held := config.data.validation:
+            self.console.print(
+                f"evaluated on {env.task.test_examples} training examples that are held out (data.validation={held}), "
+                "not on the test set",
+                soft_wrap=True,
+            )
         if dense := env.plan.architecture.kept_dense if env.plan.architecture.own else {}:
             said = ", ".join(f"{layer} ({why})" for layer, why in dense.items())
             self.console.print(f"layers that stay dense: {said}", soft_wrap=True)
@@ -203,7 +209,8 @@ def tier_table(summary: dict[str, Any]) -> Table:
     """
     show = _shown_of(summary)
     main = "" if show.name == "accuracy" else f" · {show.name}"
-    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}"
+    split = " · validation split" if summary.get("split") == "validation" else ""
+    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}{split}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("tier", no_wrap=True)
     updates = {name: Updates(**tier.get("updates", {})) for name, tier in summary["tiers"].items()}
