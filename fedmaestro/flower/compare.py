@@ -6,11 +6,12 @@ with ``resume``: finished cells are kept, the one in work continues from its che
 same.
 """
 
+import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,11 @@ from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
 from fedmaestro.runs.frames import rounds_frame
 from fedmaestro.runs.history import check_seal
 from fedmaestro.runs.reader import read_json
-from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary
+from fedmaestro.runs.records import ACCURACY, Results, StrategyResults, Summary, Tuned
 from fedmaestro.runs.results import FinishedCell, strategy_results
 from fedmaestro.runs.start import check_folder, code_of, name_of, resolve
 from fedmaestro.runs.trust import honoured
+from fedmaestro.runs.tuned import check_comparable, chosen_for, read_tuned, to_toml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +131,7 @@ def compare(
     use: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
+    tuned: str | os.PathLike[str] | None = None,
     out: str | Path | None = None,
     actors: int | None = None,
     gpus_per_actor: float = 0.0,
@@ -156,6 +159,8 @@ def compare(
         use: files or modules of user code.
         overrides: dotted settings for all cells.
         data_dir: folder of local data.
+        tuned: what ``tune`` has returned, or the file or folder that it has written: every row runs with the settings
+            that were chosen for it, on other seeds than they were chosen on.
         out: the comparison's folder; a new one under ``runs/`` by default.
         actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
         gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
@@ -171,29 +176,30 @@ def compare(
         UntrainedError: a cell in which no update counted; everything was written then.
         KeyboardInterrupt: Ctrl-C before anything was finished.
     """
-    variants = [parse_variant(text) for text in strategies]
+    tuning = None if tuned is None else read_tuned(tuned)
+    variants = [_as_tuned(parse_variant(text), tuning) for text in strategies]
     objects = {"model": model, "dataset": data, "task": task, "partition": partition, "fleet": fleet}
     overrides = given(objects, use, overrides)
     words = " ".join(f"{variant.strategy} {' '.join(map(str, variant.changes.values()))}" for variant in variants)
     activate(code_of(resolve(ExperimentConfig, experiment, overrides, data_dir, None, False), more=words))
-    base = _base(experiment, overrides, data_dir, variants)
+    base = base_of(experiment, overrides, data_dir, variants)
     numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(variants, numbers)
+    check_rows(variants, numbers)
+    if tuning is not None:
+        check_comparable(tuning, base.flat(), numbers, [variant.label for variant in variants])
     name = name_of(experiment, base)
     folder = Path(out or base.out or new_folder(f"{name}-compare"))
     folder = absolute(folder)
-    cells = [_cell(base, variant, seed, folder) for seed in numbers for variant in variants]
-    _check_folder(folder, resume)
+    more = {"train.record-bias": True}
+    cells = [cell_of(base, variant, seed, folder, more) for seed in numbers for variant in variants]
+    check_place(folder, "compare.toml", resume)
     actors = checked_actors(actors)
     # Everything that can be wrong with a strategy shows here, before anything is written or started.
     for cell in cells:
-        if cell.folder.holds_run():
-            check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
-            if cell.folder.summary.exists():
-                check_seal(cell.folder)
+        check_kept(cell)
     for cell in cells[: len(variants)]:
         prepare(cell.config, name, resume=cell.folder.holds_run(), on_data=to_all(observers))
-    write_atomically(folder / "compare.toml", _description(base, name, variants, numbers))
+    write_atomically(folder / "compare.toml", _description(base, name, variants, numbers, tuning))
     stop = threading.Event()
     todo = [cell for cell in cells if cell.finished() is None]
 
@@ -203,7 +209,7 @@ def compare(
             observer.on_cells(folder, done, len(cells))
 
     def write() -> Results:
-        results = _results(name, base, variants, numbers, cells)
+        results = _results(name, base, variants, numbers, cells, tuning)
         write_record(folder / "results.json", results)
         return results
 
@@ -212,23 +218,13 @@ def compare(
             tell_cells()
             for observer in observers:
                 observer.on_cell(cell.variant.label, cell.seed)
-            _run_cell(cell, grid, stop, observers, name)
+            run_cell(cell, grid, stop, observers, name)
             write()
 
-    interrupted = False
-    if todo:
-        try:
-            simulate(
-                server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
-            )
-        except InterruptedRunError:
-            interrupted = True
-        except UserError:
-            if not resume and not any(cell.folder.path.exists() for cell in cells):
-                (folder / "compare.toml").unlink()
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
+    def start() -> None:
+        simulate(server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address)
+
+    interrupted = bool(todo) and was_interrupted(start, folder / "compare.toml", resume=resume)
     results = write()
     if interrupted and not any(row.seeds for row in results.strategies):
         raise KeyboardInterrupt
@@ -236,6 +232,35 @@ def compare(
     write_comparison(results, folder)
     check_all_trained(cells, folder)
     return Comparison(folder)
+
+
+def was_interrupted(start: Callable[[], None], description: Path, *, resume: bool) -> bool:
+    """Start the cells and return whether Ctrl-C ended them; a start that is refused leaves nothing behind.
+
+    Args:
+        start: runs the cells.
+        description: file in the folder of the comparison, or of the tuning, that was written for this.
+        resume: whether it was there before.
+    """
+    try:
+        start()
+    except InterruptedRunError:
+        return True
+    except UserError:
+        if not resume and not any((description.parent / "cells").glob("*")):
+            description.unlink()
+            with suppress(OSError):
+                description.parent.rmdir()
+        raise
+    return False
+
+
+def check_kept(cell: Cell) -> None:
+    """Raise UserError where a cell's folder holds another run, or results that were changed."""
+    if cell.folder.holds_run():
+        check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
+        if cell.folder.summary.exists():
+            check_seal(cell.folder)
 
 
 def check_all_trained(cells: Sequence[Cell], folder: Path) -> None:
@@ -259,12 +284,25 @@ def parse_variant(text: str) -> Variant:
         raise UserError(f"strategy {text!r}: write NAME, or LABEL:NAME+KEY=VALUE")
     changes = dict(parse_assignment(assignment) for assignment in parts["set"].split("+")[1:])
     for key in changes:
-        if any(key == fixed or (fixed.endswith(".") and key.startswith(fixed)) for fixed in _FIXED):
-            raise UserError(f"strategy {text!r}: {key} is the same for all of a comparison: give it with --set")
+        check_free(key, f"strategy {text!r}")
     return Variant(label=parts["label"] or text.strip(), strategy=parts["name"], changes=changes)
 
 
-def _base(
+def check_free(key: str, where: str) -> None:
+    """Raise UserError for a setting that all variants share."""
+    if any(key == fixed or (fixed.endswith(".") and key.startswith(fixed)) for fixed in _FIXED):
+        raise UserError(f"{where}: {key} is the same for all of a comparison: give it with --set")
+
+
+def _as_tuned(variant: Variant, tuning: Tuned | None) -> Variant:
+    """Return the variant with the settings that were chosen for it."""
+    if tuning is None:
+        return variant
+    chosen = chosen_for(tuning, variant.label, variant.strategy, variant.changes)
+    return replace(variant, changes={**variant.changes, **chosen})
+
+
+def base_of(
     experiment: str | Path | ExperimentConfig | None,
     overrides: Mapping[str, Any] | None,
     data_dir: str | Path | None,
@@ -286,13 +324,17 @@ def _with(base: ExperimentConfig, variant: Variant, more: Mapping[str, Value] | 
     return base.changed(changes, f"strategy {variant.label!r}")
 
 
-def _cell(base: ExperimentConfig, variant: Variant, seed: int, folder: Path) -> Cell:
+def cell_of(
+    base: ExperimentConfig, variant: Variant, seed: int, folder: Path, more: Mapping[str, Value] | None = None
+) -> Cell:
+    """Return the run of a variant with a seed in the folder of a comparison, ``more`` settings laid over it."""
     own = folder / "cells" / f"{variant.folder_name}-seed{seed}"
-    config = _with(base, variant, {"seed": seed, "out": str(own), "train.record-bias": True})
+    config = _with(base, variant, {"seed": seed, "out": str(own), **(more or {})})
     return Cell(variant=variant, seed=seed, config=config, folder=RunFolder(own))
 
 
-def _check(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+def check_rows(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    """Raise UserError without a seed, or for two variants of one name."""
     if not seeds:
         raise UserError("--seeds 0: at least one is needed")
     labels = [variant.folder_name for variant in variants]
@@ -300,31 +342,35 @@ def _check(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         raise UserError(f"strategy {repeated[0]!r} is given twice: name each once, or give one a label (LABEL:NAME)")
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
-    """Check that the comparison may use ``folder``; the cells' own folders are checked one by one."""
+def check_place(folder: Path, description: str, resume: bool, what: str = "comparison") -> None:
+    """Check that a comparison, or a tuning, may use ``folder``; the cells' own folders are checked one by one."""
     RunFolder(folder).check_usable()
-    taken = folder / "compare.toml"
-    if resume and not taken.exists():
-        raise UserError(f"{folder} holds no comparison to resume: leave --resume out")
-    if not resume and (taken.exists() or RunFolder(folder).holds_run()):
-        raise UserError(f"{folder} already holds a comparison or a run: add --resume, or choose another --out")
+    if resume and not (folder / description).exists():
+        raise UserError(f"{folder} holds no {what} to resume: leave --resume out")
+    taken = any((folder / name).exists() for name in ("compare.toml", "tune.toml"))
+    if not resume and (taken or RunFolder(folder).holds_run()):
+        raise UserError(f"{folder} already holds a {what} or a run: add --resume, or choose another --out")
 
 
-def _run_cell(
-    cell: Cell, grid: Grid, stop: threading.Event, observers: Sequence[ComparisonObserver], name: str
-) -> None:
+def run_cell(cell: Cell, grid: Grid, stop: threading.Event, observers: Sequence[ComparisonObserver], name: str) -> None:
+    """Run a cell to its end, from its checkpoint if it has one; InterruptedRunError where Ctrl-C ends it."""
     resume = cell.folder.holds_run()
     folder, env = prepare(cell.config, name, resume=resume)
     if Federation(grid, env, folder, stop, observers, resume=resume).run().interrupted:
         raise InterruptedRunError(f"stopped in {folder.path}")
 
 
-def _description(base: ExperimentConfig, name: str, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
+def _description(
+    base: ExperimentConfig, name: str, variants: Sequence[Variant], seeds: Sequence[int], tuning: Tuned | None
+) -> str:
     """Return ``compare.toml``: what was compared, and the settings that all cells share."""
     shared = base.model_dump(by_alias=True)
     shared["train"].pop("strategy")
     rows = [{"label": v.label, "strategy": v.strategy, "set": dict(v.changes)} for v in variants]
-    return tomli_w.dumps({"experiment": name, "seeds": list(seeds), "strategies": rows, "settings": shared})
+    about: dict[str, Any] = {"experiment": name, "seeds": list(seeds), "strategies": rows, "settings": shared}
+    if tuning is not None:
+        about["tuned"] = to_toml(tuning)
+    return tomli_w.dumps(about)
 
 
 def _results(
@@ -333,12 +379,14 @@ def _results(
     variants: Sequence[Variant],
     seeds: Sequence[int],
     cells: Sequence[Cell],
+    tuning: Tuned | None,
 ) -> Results:
     rows = []
     for variant in variants:
         finished = [done for cell in cells if cell.variant is variant and (done := cell.finished()) is not None]
         rows.append(_row(base, variant, finished))
-    private = ("seed", "out", "use", "data.dir", "train.strategy")
+    private = {"seed", "out", "use", "data.dir", "train.strategy"}
+    private |= set.intersection(*(set(variant.changes) for variant in variants))  # nothing that they share
     return Results(
         experiment=name,
         complete=all(len(row.seeds) == len(seeds) for row in rows),
@@ -347,6 +395,7 @@ def _results(
         metric=next((done.summary.metric for cell in cells if (done := cell.finished()) is not None), ACCURACY),
         matched_macs=base.fleet.match_macs,
         protocol={key: value for key, value in base.flat().items() if key not in private},
+        tuned=tuning,
         strategies=rows,
     )
 

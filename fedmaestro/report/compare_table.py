@@ -8,13 +8,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_text
+from fedmaestro.report.markdown import escaped as _md
+from fedmaestro.report.markdown import table as _table
+from fedmaestro.report.tuning import tuned_line, tuned_table
 from fedmaestro.runs.records import Results, Scores, Updates
 from fedmaestro.runs.records import StrategyResults as Row
 
@@ -192,7 +195,8 @@ def protocol(results: Results) -> dict[str, str]:
         key: value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in results.protocol.items()
     }
-    return {**settings, "MACs matched between families": "yes" if results.matched_macs else "no"}
+    tuned = {} if results.tuned is None else {"Tuned": tuned_line(results.tuned)}
+    return {**settings, "MACs matched between families": "yes" if results.matched_macs else "no", **tuned}
 
 
 def table_markdown(results: Results) -> str:
@@ -211,6 +215,7 @@ def table_markdown(results: Results) -> str:
         "## Budgets",
         "Per example, or per device and round; memory is the peak of a training step.",
         _budget_table(results),
+        "" if results.tuned is None else f"## Tuning\n\n{tuned_table(results.tuned)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -320,14 +325,3 @@ def _budget_table(results: Results) -> str:
     ]
     header = ["Strategy", "Tier", *(heading for heading, _, _ in BUDGETS), "Updates lost"]
     return _table(header, lines, text_columns=2)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
-
-
-def _md(value: object) -> str:
-    """Return ``str(value)`` so that Markdown shows it as it is, on one line; ``a_b`` needs no escape."""
-    text = re.sub(r"[\\`*{}\[\]<>|~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", str(value))
-    return " ".join(text.split())
