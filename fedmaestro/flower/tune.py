@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 
 from fedmaestro.config.base import Value, flatten
 from fedmaestro.config.experiment import ExperimentConfig
-from fedmaestro.config.search import Choices, Dimension, corners, spaces_of
+from fedmaestro.config.search import Choices, Dimension, corners, settings_text, spaces_of
 from fedmaestro.errors import UntrainedError, UserError, one_line
 from fedmaestro.extend import given
 from fedmaestro.flower.client_app import app as default_client_app
@@ -41,14 +41,14 @@ from fedmaestro.flower.compare import (
     run_cell,
     was_interrupted,
 )
-from fedmaestro.flower.run import check_trained, prepare, to_all
+from fedmaestro.flower.run import prepare, to_all, why_untrained
 from fedmaestro.flower.samplers import Sampler, budget, check_sampler, points_of, sampler_of
 from fedmaestro.flower.simulation import checked_actors, simulate
 from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.places import absolute, new_folder
 from fedmaestro.report.tuning import tuning_markdown
 from fedmaestro.rounds.observer import ComparisonObserver
-from fedmaestro.runs.code import activate
+from fedmaestro.runs.code import activate, located
 from fedmaestro.runs.folder import write_atomically
 from fedmaestro.runs.reader import parse, read_toml
 from fedmaestro.runs.records import MetricFacts, Trial, Tuned, TunedRow, TuningCost
@@ -236,7 +236,7 @@ def tune(
     spaces = spaces_of(search, [variant.label for variant in variants])
     rows = [_Row(variant=variant, space=spaces[variant.label]) for variant in variants]
     objects = {"model": model, "dataset": data, "task": task, "partition": partition, "fleet": fleet}
-    overrides = {**given(objects, use, overrides), **({} if validation is None else {"data.validation": validation})}
+    overrides = {**given(objects, use, overrides), **_given_split(validation)}
     activate(code_of(resolve(ExperimentConfig, experiment, overrides, data_dir, None, False), more=_words(rows)))
     base = _validated(base_of(experiment, overrides, data_dir, variants))
     first = base.seed + FIRST_SEED
@@ -278,6 +278,13 @@ def _words(rows: Sequence[_Row]) -> str:
     values = [value for row in rows for value in row.variant.changes.values()]
     values += [x for row in rows for d in row.space.values() if isinstance(d, Choices) for x in d.values]
     return " ".join([*(row.variant.strategy for row in rows), *map(str, values)])
+
+
+def _given_split(validation: float | None) -> dict[str, float]:
+    """Return the setting of ``--validation``."""
+    if validation is not None and not validation:
+        raise UserError("--validation 0: settings are chosen on a validation split: hold some examples out, 0.1 say")
+    return {} if validation is None else {"data.validation": validation}
 
 
 def _validated(base: ExperimentConfig) -> ExperimentConfig:
@@ -333,7 +340,10 @@ def _metric(plan: _Plan, observers: Sequence[ComparisonObserver]) -> MetricFacts
     for row in plan.rows:
         for settings in corners(row.space):
             cell = plan.cells(row, 0, settings)[0]
-            _, env = prepare(cell.config, plan.name, on_data=to_all(observers))
+            try:
+                _, env = prepare(cell.config, plan.name, on_data=to_all(observers))
+            except UserError as error:
+                raise UserError(f"row {row.variant.label!r} with {settings_text(settings)}: {error}") from None
             found = found or metric_facts(env.task)
     assert found is not None
     return found
@@ -386,7 +396,7 @@ class _Search:
             done = cell.finished()
             value = None if done is None else final_value(done)
             cost += TuningCost() if done is None else _cost(done)
-            if why := why or _failure(cell, done, value):
+            if why := why or _failure(done, value):
                 failures.append(f"seed {cell.seed}: {why}")
             elif value is not None:
                 values.append(value)
@@ -414,8 +424,9 @@ class _Search:
         except Exception as error:
             if not list(grid.get_node_ids()):  # not the settings: all trials would fail like this
                 raise
-            log.warning("%s, seed %d failed: %s", cell.variant.label, cell.seed, one_line(error))
-            return one_line(error)
+            why = one_line(error if isinstance(error, UserError) else located(error))
+            log.warning("%s, seed %d failed: %s", cell.variant.label, cell.seed, why)
+            return why
         return ""
 
     def _tell_cells(self) -> None:
@@ -460,15 +471,12 @@ def final_value(done: FinishedCell) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _failure(cell: Cell, done: FinishedCell | None, value: float | None) -> str:
+def _failure(done: FinishedCell | None, value: float | None) -> str:
     """Return why a run that has ended counts as failed, or nothing."""
     if done is None:
         return "it did not end"
-    try:
-        check_trained(done.summary, cell.folder)
-    except UntrainedError as error:
-        return one_line(error)
-    return "" if value is not None else f"no {done.summary.metric.name} of every tier in the last round: it diverged"
+    diverged = f"no {done.summary.metric.name} of every tier in the last round: it has diverged"
+    return why_untrained(done.summary) or (diverged if value is None else "")
 
 
 def _cost(done: FinishedCell) -> TuningCost:
