@@ -3,8 +3,8 @@
     pip install "fedmaestro[sweep]"
     python examples/sweep_optuna.py            # 8 trials of 10 rounds on the embedded digits
 
-What is chosen is chosen on training examples that are held out for that (``data.validation``), never on the test set: the
-test set is looked at once, for the settings that won. ``fedmaestro tune`` does this for all rows of a comparison.
+What is chosen is chosen on training examples that are held out for that (``data.validation``), never on the test set:
+the test set is looked at once, for the settings that won. ``fedmaestro tune`` does this for all rows of a comparison.
 """
 
 import argparse
