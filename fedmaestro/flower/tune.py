@@ -251,24 +251,28 @@ def tune(
     )
     _check(plan, resume)
     actors = checked_actors(actors)
-    search_run = _Search(plan, _metric(plan, observers), observers)
+    work = _Search(plan, _metric(plan, observers), observers)
     write_atomically(plan.folder / "tune.toml", tomli_w.dumps(plan.description))
 
+    def server(grid: Grid) -> None:
+        work.run(grid)
+
     def start() -> None:
-        simulate(
-            search_run.run,
-            client_app,
-            actors=actors,
-            gpus_per_actor=gpus_per_actor,
-            stop=search_run.stop,
-            ray_address=ray_address,
-        )
+        if not work.run(None):
+            simulate(
+                server,
+                client_app,
+                actors=actors,
+                gpus_per_actor=gpus_per_actor,
+                stop=work.stop,
+                ray_address=ray_address,
+            )
 
     was_interrupted(start, plan.folder / "tune.toml", resume=resume)
-    tuned = search_run.tuned()
+    tuned = work.tuned()
     if not any(row.trials for row in tuned.rows):
         raise KeyboardInterrupt
-    search_run.write()
+    work.write()
     _check_all_chosen(tuned, plan.folder)
     return Tuning(plan.folder)
 
@@ -370,28 +374,48 @@ class _Search:
         self.plan, self.metric, self.observers = plan, metric, observers
         self.stop = threading.Event()
         self._trials: dict[str, list[Trial]] = {row.variant.label: [] for row in plan.rows}
+        self._samplers = {row.variant.label: plan.sampler_of(row, metric) for row in plan.rows}
+        self._todo = [(number, row) for number in range(1, plan.trials + 1) for row in plan.rows]
+        self._asked: dict[str, Value] | None = None
         self._runs = 0
 
-    def run(self, grid: Grid) -> None:
-        """Run all trials, of one row after the other; InterruptedRunError where Ctrl-C ends it."""
-        samplers = {row.variant.label: self.plan.sampler_of(row, self.metric) for row in self.plan.rows}
-        for number in range(1, self.plan.trials + 1):
-            for row in self.plan.rows:
-                label = row.variant.label
-                settings = samplers[label].ask()
-                trial = self._tried(row, number, settings, grid)
-                samplers[label].tell(trial.value)
-                self._trials[label].append(trial)
-                self.write()
-                for observer in self.observers:
-                    observer.on_trial(label, trial)
-        self._tell_cells()
+    def run(self, grid: Grid | None) -> bool:
+        """Run the trials that are left, one of every row after the other, and return whether all are done.
 
-    def _tried(self, row: _Row, number: int, settings: dict[str, Value], grid: Grid) -> Trial:
+        Args:
+            grid: the hosts; None: take what is finished up to the first trial that needs some.
+
+        Raises:
+            InterruptedRunError: Ctrl-C.
+        """
+        while self._todo:
+            number, row = self._todo[0]
+            label = row.variant.label
+            self._asked = self._asked or self._samplers[label].ask()
+            cells = self.plan.cells(row, number, self._asked)
+            for cell in cells:
+                check_kept(cell)
+            if grid is None and any(cell.finished() is None for cell in cells):
+                return False
+            self._keep(label, self._tried(cells, number, self._asked, grid), write=grid is not None)
+            del self._todo[0]
+        self._tell_cells()
+        return True
+
+    def _keep(self, label: str, trial: Trial, *, write: bool) -> None:
+        self._samplers[label].tell(trial.value)
+        self._asked = None
+        self._trials[label].append(trial)
+        if write:
+            self.write()
+        for observer in self.observers:
+            observer.on_trial(label, trial)
+
+    def _tried(self, cells: Sequence[Cell], number: int, settings: dict[str, Value], grid: Grid | None) -> Trial:
         """Return a trial, after what is not finished of it was run."""
         values, failures, cost = [], [], TuningCost()
-        for cell in self.plan.cells(row, number, settings):
-            why = self._run(cell, grid)
+        for cell in cells:
+            why = "" if grid is None or cell.finished() is not None else self._run(cell, grid)
             self._runs += 1
             done = cell.finished()
             value = None if done is None else final_value(done)
@@ -410,10 +434,7 @@ class _Search:
         )
 
     def _run(self, cell: Cell, grid: Grid) -> str:
-        """Run a cell unless it is finished; return why that failed, or nothing."""
-        check_kept(cell)
-        if cell.finished() is not None:
-            return ""
+        """Run a cell; return why that failed, or nothing."""
         self._tell_cells()
         for observer in self.observers:
             observer.on_cell(cell.variant.label, cell.seed)
@@ -498,7 +519,7 @@ def _tuned_row(plan: _Plan, row: _Row, trials: Sequence[Trial], metric: MetricFa
         strategy=variant.strategy,
         set=dict(variant.changes),
         searched={key: str(dimension) for key, dimension in row.space.items()},
-        edges={} if best is None else _edges(plan, row, best.settings),
+        edges=_edges(plan, row, best.settings) if best is not None and len(trials) == plan.trials else {},
     )
     return row_of(facts, trials, metric)
 

@@ -81,10 +81,10 @@ def test_every_row_gets_as_many_runs_and_the_best_mean_is_chosen(finished: Tunin
 
 
 def test_a_finished_tuning_is_resumed_without_a_run(finished: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_cell(*_: object) -> None:
-        raise AssertionError("run again")
+    def simulate(*_: object, **__: object) -> None:
+        raise AssertionError("hosts were started")
 
-    monkeypatch.setattr(module, "run_cell", run_cell)
+    monkeypatch.setattr(module, "simulate", simulate)
     before = finished.results
     search = {"train.lr": [0.05, 0.2], "own": {"server.tail-start": [0, 4]}}
     again = tuned(finished.path, ["nested", "own:fedmaestro"], search, [10, 11], trials=2, resume=True)
