@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 import fedmaestro
 from fedmaestro import extend
+from fedmaestro.config.base import read
+from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.flower import tune as module
 from fedmaestro.flower.tune import Tuning, tune
@@ -119,6 +121,8 @@ def test_a_comparison_runs_what_was_chosen_and_says_so(finished: Tuning, tmp_pat
     assert "Tuned = grid, 2 trials of every row, seeds 10, 11, by accuracy on 10 % of the training examples" in table
     assert "| own | train.lr: 0.05, 0.2; server.tail-start: 0, 4 | train.lr=0.2" in table
     assert 'sampler = "grid"' in (tmp_path / "c" / "compare.toml").read_text()
+    assert r"\caption{Tuning. What was tried" in (tmp_path / "c" / "table.tex").read_text()
+    assert "server.tail-start: 0, 4" in (tmp_path / "c" / "report.html").read_text()
     again = fedmaestro.compare(
         None, ["own:fedmaestro", "nested"], [0], overrides=SMALL, tuned=finished.path, out=tmp_path / "c", resume=True
     )
@@ -144,6 +148,22 @@ def test_a_comparison_refuses_what_the_tuning_is_not_for(
         compared(finished, tmp_path / "c", strategies, seeds, **overrides)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "c").exists()
+
+
+def test_of_several_experiments_each_has_to_be_the_tuned_one(finished: Tuning, tmp_path: Path) -> None:
+    def both(**other: Any) -> Any:
+        experiments = {"a": None, "b": read(ExperimentConfig, None, other)}
+        options: dict[str, Any] = {"overrides": SMALL, "tuned": finished, "out": tmp_path / "c", "actors": 0}
+        return fedmaestro.compare(experiments, ["nested", "own:fedmaestro"], 1, **options)
+
+    with pytest.raises(UserError, match=r"experiment 'b': --tuned: it was made for another experiment \(data\.alpha"):
+        both(**{"data.alpha": 0.5})
+    with pytest.raises(UserError, match="experiment 'b': seed 11 is one that the rows were tuned on"):
+        both(seed=11)
+    assert not (tmp_path / "c").exists()
+    for part in both(seed=5).parts.values():
+        assert part.results["tuned"] == finished.results
+        assert 'sampler = "grid"' in (part.path / "compare.toml").read_text()
 
 
 def test_settings_that_change_no_result_or_were_chosen_may_differ(finished: Tuning, tmp_path: Path) -> None:
