@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedmaestro.deploy.extract import extract
     from fedmaestro.flower.compare import compare
     from fedmaestro.flower.run import run
+    from fedmaestro.flower.tune import tune
     from fedmaestro.runs.model import load_model
     from fedmaestro.training.run import train
 
@@ -46,9 +47,10 @@ _FUNCTIONS = {
     "load_model": "runs.model",
     "run": "flower.run",
     "train": "training.run",
+    "tune": "flower.tune",
 }
 
-__all__ = ["__version__", "compare", "extract", "load_model", "run", "train"]
+__all__ = ["__version__", "compare", "extract", "load_model", "run", "train", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,6 +65,16 @@ _Actors = Annotated[
 ]
 
 
+_Strategies = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B,…",
+        help="Rows of `fedmaestro list strategies`, separated by commas: [LABEL:]NAME[+KEY=VALUE…], for example "
+        "nested,both:nested+train.objective=paired-prefixes.",
+    ),
+]
+
+
 class LogFormat(StrEnum):
     """How a command tells what happens."""
 
@@ -152,14 +162,7 @@ def compare(
             "the demo on embedded digits."
         ),
     ] = None,
-    strategies: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,…",
-            help="Rows of `fedmaestro list strategies`, separated by commas: [LABEL:]NAME[+KEY=VALUE…], for example "
-            "nested,both:nested+train.objective=paired-prefixes.",
-        ),
-    ] = "",
+    strategies: _Strategies = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each strategy, counted from the experiment's.")] = 3,
     baseline: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Row that the others are tested against; the first by default.")
@@ -180,6 +183,10 @@ def compare(
     set_: _Overrides = None,
     use: _Use = None,
     data_dir: _DataDir = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="File or folder of `fedmaestro tune`: every row runs with what was chosen for it."),
+    ] = None,
     out: _Out = None,
     actors: _Actors = None,
     gpus_per_actor: _Gpus = 0.0,
@@ -204,9 +211,7 @@ def compare(
     console = Terminal(quiet=json)
     trackers = trackers_of(track or [])
     overrides = dict(parse_assignment(text) for text in set_ or [])
-    names = [name for name in strategies.split(",") if name.strip()]
-    if not names:
-        raise UserError("--strategies is empty: name some, for example --strategies nested,zero-pad")
+    names = _named(strategies)
     try:
         with RunLines() if json else ComparisonDisplay(console) as display:
             finished = run_comparison(
@@ -220,6 +225,7 @@ def compare(
                 use=use,
                 overrides=overrides,
                 data_dir=data_dir,
+                tuned=tuned,
                 out=out,
                 actors=actors,
                 gpus_per_actor=gpus_per_actor,
@@ -237,6 +243,126 @@ def compare(
     if not print_comparison(console, finished):
         console.print("interrupted: repeat the command with --resume and this folder as --out", soft_wrap=True)
         raise typer.Exit(130)
+
+
+@app.command()
+def tune(
+    experiment: _Experiment = None,
+    strategies: _Strategies = "",
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ROW:]KEY=VALUES",
+            help="A setting and what is tried: train.lr=0.05,0.1,0.2, or for Optuna also train.lr=log:0.01..1; ROW: in "
+            "front makes it that row's own. May be repeated.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="N|A,B,…",
+            help="Tuning seeds, which `compare` refuses: how many (counted from the experiment's + 1000), or which "
+            "(one: 7,).",
+        ),
+    ] = "1",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials of every row; by default all points of the grids.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="grid, or optuna (TPE; extra sweep).")] = "grid",
+    validation: Annotated[
+        float | None,
+        typer.Option(help="Training examples to choose on: so many, or below 1 this part (data.validation); 0.1."),
+    ] = None,
+    set_: _Overrides = None,
+    use: _Use = None,
+    data_dir: _DataDir = None,
+    out: _Out = None,
+    actors: _Actors = None,
+    gpus_per_actor: _Gpus = 0.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the tuning in --out.")] = False,
+    trust: _Trust = False,
+    ray_address: _RayAddress = None,
+    track: _Track = None,
+    log_format: _LogFormat = LogFormat.TEXT,
+) -> None:
+    """Choose settings for every row on validation splits, with equal budgets, for `compare --tuned`."""
+    from fedmaestro.config.base import parse_assignment
+    from fedmaestro.flower.tune import Tuning
+    from fedmaestro.flower.tune import tune as run_tuning
+    from fedmaestro.report.tuning import edge_notes
+    from fedmaestro.runs.records import Tuned
+    from fedmaestro.terminal.display import ComparisonDisplay
+    from fedmaestro.terminal.json_lines import RunLines
+    from fedmaestro.terminal.tuning import tuning_table
+    from fedmaestro.trackers import trackers_of
+
+    json = log_format is LogFormat.JSON
+    console = Terminal(quiet=json)
+    trackers = trackers_of(track or [])
+    overrides = dict(parse_assignment(text) for text in set_ or [])
+    names = _named(strategies)
+    try:
+        with RunLines() if json else ComparisonDisplay(console) as display:
+            finished = run_tuning(
+                experiment,
+                names,
+                search or [],
+                _seeds(seeds),
+                trials=trials,
+                sampler=sampler,
+                validation=validation if validation is None or validation < 1 else _whole(validation),
+                use=use,
+                overrides=overrides,
+                data_dir=data_dir,
+                out=out,
+                actors=actors,
+                gpus_per_actor=gpus_per_actor,
+                resume=resume,
+                trust=trust,
+                ray_address=ray_address,
+                observers=[display, *trackers],
+            )
+    except KeyboardInterrupt:
+        console.print("interrupted before the first trial was finished: go on with --resume and the same --out")
+        raise typer.Exit(130) from None
+    except UntrainedError as error:
+        console.print(tuning_table(Tuned(**Tuning(error.path).results)))
+        raise
+    tuned = Tuned(**finished.results)
+    console.print(tuning_table(tuned))
+    for note in edge_notes(tuned):
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(f"results: {finished.path} (tuning.md, tuned.toml)", soft_wrap=True)
+    console.print(f"use them: fedmaestro compare … --tuned {finished.path}", soft_wrap=True, markup=False)
+    if not tuned.complete:
+        console.print("interrupted: repeat the command with --resume and this folder as --out", soft_wrap=True)
+        raise typer.Exit(130)
+
+
+def _named(strategies: str) -> list[str]:
+    """Return the rows of ``--strategies``."""
+    names = [name for name in strategies.split(",") if name.strip()]
+    if not names:
+        raise UserError("--strategies is empty: name some, for example --strategies nested,zero-pad")
+    return names
+
+
+def _seeds(text: str) -> int | list[int]:
+    """Return how many seeds are meant, or which."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise UserError(f"--seeds {text!r}: say how many (2), or which (10,11; a single one 10,)")
+    return numbers if "," in text else numbers[0]
+
+
+def _whole(number: float) -> int:
+    """Return a number of examples."""
+    if not number.is_integer():
+        raise UserError(f"--validation {number}: a share below 1, or a whole number of examples")
+    return int(number)
 
 
 @app.command()

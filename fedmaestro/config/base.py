@@ -41,6 +41,10 @@ LONGEST_TEXT = 4096
 """Characters of a setting."""
 
 
+HeldOut = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+"""How many examples are held out: a number, or below 1 a share of all."""
+
+
 @dataclass(frozen=True)
 class Unset:
     """Annotation of a setting ``T | None``: the word that stands for ``None`` in text."""
@@ -218,7 +222,7 @@ def read(
         tables["use"] = located_use(tables["use"], absolute(file).parent)
     if isinstance(data := tables.get("data"), dict) and isinstance(data.get("file"), str) and file:
         data["file"] = located_files(data["file"], absolute(file).parent)
-    if isinstance(fleet := tables.get("fleet"), dict) and isinstance(fleet.get("file"), str) and file:
+    if isinstance(fleet := tables.get("fleet"), dict) and isinstance(fleet.get("file"), str) and fleet["file"] and file:
         beside = absolute(fleet["file"], absolute(file).parent)
         fleet["file"] = str(beside) if exists(beside) else fleet["file"]
     settings = dict(settings or {})

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fedmaestro.config.base import (
     FilesSetting,
+    HeldOut,
     NumbersSetting,
     PathSetting,
     Positive,
@@ -90,6 +91,11 @@ class DataConfig(Table):
         lt=1,
         description="part of its examples that every device keeps to test the models on; 0: the test examples of its "
         "users, where the data name users",
+    )
+    validation: HeldOut = Field(
+        0,
+        description="training examples held out before they are spread, on which the tiers are evaluated instead of "
+        "the test set: so many, or below 1 this part of all; 0: the test set is",
     )
     augment: str = Field("none", description="random changes of training examples (`fedmaestro list augmentations`)")
     normalize: Literal["dataset", "unit"] = Field(

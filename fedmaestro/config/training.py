@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedmaestro.config.base import FilesSetting, PathSetting, Positive, Settings, Table, Unset, UseSetting
+from fedmaestro.config.base import FilesSetting, HeldOut, PathSetting, Positive, Settings, Table, Unset, UseSetting
 
 ALL = Unset("all")
 """Unset: no limit, all examples."""
@@ -38,8 +38,10 @@ class TrainingData(Table):
     test_limit: Annotated[Positive | None, ALL] = Field(
         None, description="score only this many test examples, the first, or all (for smoke runs)"
     )
-    validation: int = Field(
-        0, ge=0, description="training examples held out and scored after each epoch; 0: the test set is"
+    validation: HeldOut = Field(
+        0,
+        description="training examples held out and scored after each epoch: so many, or below 1 this part of all; 0: "
+        "the test set is",
     )
     min_count: Positive = Field(
         3, description="multi30k: tokens that are rarer in the training sentences become unknown"

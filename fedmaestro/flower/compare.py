@@ -6,9 +6,9 @@ by side, with the ranks of the strategies over them on top. A comparison that wa
 ``resume``: finished cells are kept, the one in work continues from its checkpoint, and the tables come out the same.
 """
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,34 +20,42 @@ from flwr.serverapp import Grid
 from fedmaestro.config.experiment import ExperimentConfig
 from fedmaestro.errors import UntrainedError, UserError
 from fedmaestro.extend import given
-from fedmaestro.flower.cells import Cell, Plan, Variant, parse_variant, plan_of, shared_settings
+from fedmaestro.flower.cells import (
+    COMPARISON,
+    Cell,
+    Experiment,
+    Plan,
+    Variant,
+    base_of,
+    check_kept,
+    check_place,
+    parse_variant,
+    plan_of,
+    run_cell,
+    seeds_from,
+    was_interrupted,
+)
 from fedmaestro.flower.client_app import app as default_client_app
-from fedmaestro.flower.federation import FREE_ON_RESUME, Federation
 from fedmaestro.flower.run import check_trained, prepare, to_all
 from fedmaestro.flower.simulation import checked_actors, simulate
-from fedmaestro.interrupt import InterruptedRunError
 from fedmaestro.places import absolute, file_name, new_folder
 from fedmaestro.report.compare_files import EXPERIMENTS, RANKS, RESULTS, parts_of, write_files, write_parts
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.analysis import Asked
-from fedmaestro.runs.code import activate
-from fedmaestro.runs.folder import RunFolder, write_atomically, write_record
+from fedmaestro.runs.folder import write_atomically, write_record
 from fedmaestro.runs.frames import rounds_frame
-from fedmaestro.runs.history import check_seal
 from fedmaestro.runs.ranking import Ranking
 from fedmaestro.runs.reader import read_json
-from fedmaestro.runs.records import Results
-from fedmaestro.runs.start import check_folder, code_of, name_of, resolve
+from fedmaestro.runs.records import Results, Tuned
+from fedmaestro.runs.start import name_of
 from fedmaestro.runs.trust import honoured
+from fedmaestro.runs.tuned import check_comparable, chosen_for, read_tuned
 from fedmaestro.tasks.task import metric_facts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Comparison", "Experiment", "Variant", "compare", "parse_variant"]
-
-Experiment = str | Path | ExperimentConfig | None
-"""TOML file or configuration; None: the demo on embedded data."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ def compare(
     use: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
+    tuned: str | os.PathLike[str] | None = None,
     out: str | Path | None = None,
     actors: int | None = None,
     gpus_per_actor: float = 0.0,
@@ -140,6 +149,8 @@ def compare(
         use: files or modules of user code.
         overrides: dotted settings for all cells.
         data_dir: folder of local data.
+        tuned: what ``tune`` has returned, or the file or folder that it has written: every row runs with the settings
+            that were chosen for it, on other seeds than they were chosen on.
         out: the comparison's folder; a new one under ``runs/`` by default.
         actors: Ray actors, one per free CPU by default; 0: all work is done in this process.
         gpus_per_actor: GPUs of each actor, also parts of one; with ``actors=0``, of this process; 0: the CPU.
@@ -155,7 +166,8 @@ def compare(
         UntrainedError: a cell in which no update counted; everything was written then.
         KeyboardInterrupt: Ctrl-C before anything was finished.
     """
-    variants = [parse_variant(text) for text in strategies]
+    tuning = None if tuned is None else read_tuned(tuned)
+    variants = [_as_tuned(parse_variant(text), tuning) for text in strategies]
     objects = {"model": model, "dataset": data, "task": task, "partition": partition, "fleet": fleet}
     overrides = given(objects, use, overrides)
     asked = Asked(baseline=baseline, margin=margin, last=last, target=target)
@@ -164,25 +176,23 @@ def compare(
     root = _root(out, overrides, several)
     plans = []
     for name, source in sources:
-        base = _base(source, variants, overrides, data_dir)
-        numbers = list(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+        base = base_of(source, variants, overrides, data_dir)
         name = name or name_of(source, base)
         folder = root / name if several and root else root or absolute(base.out or new_folder(f"{name}-compare"))
-        plan = plan_of(name, base, variants, numbers, folder)
+        plan = plan_of(name, base, variants, seeds_from(base.seed, seeds), folder, tuning)
+        _check_tuned(plan, several)
         asked.check([variant.label for variant in variants], plan.evaluated_rounds)
         # Everything that can be wrong with a strategy shows here, before anything is written or started.
         plans.append(_checked(plan, asked, resume, observers, part=several))
     top = root if several and root else plans[0].folder
     if several:
-        _check_folder(top, EXPERIMENTS, resume)
+        check_place(top, EXPERIMENTS, resume)
     work = _Work(plans=plans, folder=top, observers=observers)
-    new = work.describe(several=several)
-    try:
-        interrupted = work.carry_out(client_app, actors, gpus_per_actor, ray_address)
-    except UserError:
-        if not resume and not work.has_begun():
-            _withdraw(new)
-        raise
+    interrupted = was_interrupted(
+        lambda: work.carry_out(client_app, actors, gpus_per_actor, ray_address),
+        work.describe(several=several),
+        resume=resume,
+    )
     comparisons = {plan.name: _written(plan) for plan in plans}
     if interrupted and not any(row.seeds for results in comparisons.values() for row in results.strategies):
         raise KeyboardInterrupt
@@ -206,17 +216,13 @@ class _Work:
 
     def describe(self, *, several: bool) -> list[Path]:
         """Write what is compared; return the files."""
-        texts = {plan.folder / "compare.toml": plan.description for plan in self.plans}
+        texts = {plan.folder / COMPARISON: plan.description for plan in self.plans}
         if several:
             names = [plan.name for plan in self.plans]
             texts[self.folder / EXPERIMENTS] = tomli_w.dumps({"experiments": names})
         for path, text in texts.items():
             write_atomically(path, text)
         return list(texts)
-
-    def has_begun(self) -> bool:
-        """Return whether a cell has left anything."""
-        return any(cell.folder.path.exists() for plan in self.plans for cell in plan.cells)
 
     def tell_cells(self) -> None:
         """Tell how many cells are finished."""
@@ -227,8 +233,8 @@ class _Work:
 
     def carry_out(
         self, client_app: ClientApp, actors: int | None, gpus_per_actor: float, ray_address: str | None
-    ) -> bool:
-        """Run the cells that are not finished; return whether that was interrupted."""
+    ) -> None:
+        """Run the cells that are not finished; InterruptedRunError where Ctrl-C ends them."""
         todo = [(plan, cell) for plan in self.plans for cell in plan.cells if cell.finished() is None]
         stop = threading.Event()
 
@@ -237,17 +243,13 @@ class _Work:
                 self.tell_cells()
                 for observer in self.observers:
                     observer.on_cell(self._label(plan, cell), cell.seed)
-                _run_cell(cell, grid, stop, self.observers, plan.name)
+                run_cell(cell, grid, stop, self.observers, plan.name)
                 _written(plan)
 
         if todo:
-            try:
-                simulate(
-                    server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
-                )
-            except InterruptedRunError:
-                return True
-        return False
+            simulate(
+                server, client_app, actors=actors, gpus_per_actor=gpus_per_actor, stop=stop, ray_address=ray_address
+            )
 
     def _label(self, plan: Plan, cell: Cell) -> str:
         return cell.variant.label if len(self.plans) == 1 else f"{plan.name}: {cell.variant.label}"
@@ -304,13 +306,22 @@ def _root(out: str | Path | None, overrides: Mapping[str, Any], several: bool) -
     return new_folder("comparison") if several else None
 
 
-def _base(
-    source: Experiment, variants: Sequence[Variant], overrides: Mapping[str, Any], data_dir: str | Path | None
-) -> ExperimentConfig:
-    """Load the user's code of an experiment and return what all its cells share."""
-    words = " ".join(f"{variant.strategy} {' '.join(map(str, variant.changes.values()))}" for variant in variants)
-    activate(code_of(resolve(ExperimentConfig, source, overrides, data_dir, None, False), more=words))
-    return shared_settings(source, overrides, data_dir, variants)
+def _as_tuned(variant: Variant, tuning: Tuned | None) -> Variant:
+    """Return the variant with the settings that were chosen for it."""
+    if tuning is None:
+        return variant
+    chosen = chosen_for(tuning, variant.label, variant.strategy, variant.changes)
+    return replace(variant, changes={**variant.changes, **chosen})
+
+
+def _check_tuned(plan: Plan, several: bool) -> None:
+    """Raise UserError where the rows were tuned for another experiment, or with one of the plan's seeds."""
+    if plan.tuning is None:
+        return
+    try:
+        check_comparable(plan.tuning, plan.base.flat(), plan.seeds, [variant.label for variant in plan.variants])
+    except UserError as error:
+        raise UserError(f"experiment {plan.name!r}: {error}" if several else str(error)) from None
 
 
 def _checked(plan: Plan, asked: Asked, resume: bool, observers: Sequence[ComparisonObserver], *, part: bool) -> Plan:
@@ -323,55 +334,15 @@ def _checked(plan: Plan, asked: Asked, resume: bool, observers: Sequence[Compari
         observers: are told about the decoding of data.
         part: whether it is one of several, which may be added to others.
     """
-    _check_folder(plan.folder, "compare.toml", resume, new=part)
+    check_place(plan.folder, COMPARISON, resume, new=part)
     for cell in plan.cells:
-        if cell.folder.holds_run():
-            check_folder(cell.folder, cell.config, resume=True, free=FREE_ON_RESUME)
-            if cell.folder.summary.exists():
-                check_seal(cell.folder)
+        check_kept(cell)
     for cell in plan.cells[: len(plan.variants)]:
         _, env = prepare(cell.config, plan.name, resume=cell.folder.holds_run(), on_data=to_all(observers))
     return replace(plan, analysis=asked.analysis(metric_facts(env.task)))
-
-
-def _check_folder(folder: Path, marker: str, resume: bool, *, new: bool = False) -> None:
-    """Check that the comparison may use ``folder``; the cells' own folders are checked one by one.
-
-    Args:
-        folder: of the comparison.
-        marker: the file that says that there is one.
-        resume: whether to go on.
-        new: whether there need not be one to go on with.
-    """
-    RunFolder(folder).check_usable()
-    held = [name for name in ("compare.toml", EXPERIMENTS) if (folder / name).exists()]
-    if resume and marker not in held and (held or not new):
-        raise UserError(f"{folder} holds no {_KINDS[marker]} to resume: leave --resume out")
-    if not resume and (held or RunFolder(folder).holds_run()):
-        raise UserError(f"{folder} already holds a comparison or a run: add --resume, or choose another --out")
-
-
-_KINDS = {"compare.toml": "comparison", EXPERIMENTS: "comparison of several experiments"}
-
-
-def _withdraw(files: Sequence[Path]) -> None:
-    """Remove what was written of a comparison that could not start."""
-    for path in files:
-        path.unlink()
-        with suppress(OSError):
-            path.parent.rmdir()
 
 
 def _written(plan: Plan) -> Results:
     results = plan.results()
     write_record(plan.folder / RESULTS, results)
     return results
-
-
-def _run_cell(
-    cell: Cell, grid: Grid, stop: threading.Event, observers: Sequence[ComparisonObserver], name: str
-) -> None:
-    resume = cell.folder.holds_run()
-    folder, env = prepare(cell.config, name, resume=resume)
-    if Federation(grid, env, folder, stop, observers, resume=resume).run().interrupted:
-        raise InterruptedRunError(f"stopped in {folder.path}")

@@ -254,6 +254,7 @@ class Federation:
             seed=env.config.seed,
             dataset=env.task.name,
             model=env.config.model.name,
+            split="validation" if env.config.data.validation else "test",
             interrupted=interrupted,
             stopped=self.stopped,
             delta=None if env.privacy is None else env.privacy.delta,

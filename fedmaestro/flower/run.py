@@ -161,15 +161,19 @@ def run(
 
 def check_trained(summary: Summary, folder: RunFolder) -> None:
     """Raise UntrainedError unless a run that was not interrupted has learnt something."""
-    if summary.interrupted:
-        return
-    why = summary.stopped
-    if why is None and summary.rounds and not summary.updates.trained:
-        lost = [f"{count} {kind}" for kind, count in summary.failed_by.items()]
-        lost += [f"{summary.updates.dropped} dropped"] if summary.updates.dropped else []
-        why = f"no update counted in {summary.rounds} rounds ({', '.join(lost) or 'no device was sampled'})"
-    if why is not None:
+    if (why := why_untrained(summary)) is not None:
         raise UntrainedError(f"{why}: {folder.log} says more, what was reached is in {folder.path}", folder.path)
+
+
+def why_untrained(summary: Summary) -> str | None:
+    """Return why a run that was not interrupted has learnt nothing; None: it has."""
+    if summary.interrupted or summary.stopped is not None:
+        return None if summary.interrupted else summary.stopped
+    if not summary.rounds or summary.updates.trained:
+        return None
+    lost = [f"{count} {kind}" for kind, count in summary.failed_by.items()]
+    lost += [f"{summary.updates.dropped} dropped"] if summary.updates.dropped else []
+    return f"no update counted in {summary.rounds} rounds ({', '.join(lost) or 'no device was sampled'})"
 
 
 class _Retiring(Observer):

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 @plot_style()
-def tier_accuracy_figure(rounds: Sequence[RoundRecord], title: str = "") -> "Figure":
+def tier_accuracy_figure(rounds: Sequence[RoundRecord], title: str = "", split: str = "test") -> "Figure":
     """Draw the main metric (shares in %) per tier over rounds, virtual time if simulated, and ε if private.
 
     Args:
         rounds: Lines of ``rounds.jsonl``.
         title: Shown above the panels.
+        split: What the values are of: ``test``, or ``validation``.
 
     """
     curves, show = tier_curves(rounds), Shown(metric_of(rounds))
-    panels, y = _panels(curves), value_scale(curves, show)
+    panels, y = _panels(curves), value_scale(curves, show, split)
     figure = new_figure(3.0 + 4.3 * len(panels), max(4.4, 0.25 * len(curves) + 0.9), title)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     y.apply(grid[0], "y")
@@ -52,10 +53,10 @@ def tier_accuracy_figure(rounds: Sequence[RoundRecord], title: str = "") -> "Fig
     return figure
 
 
-def value_scale(curves: Sequence[Curve], show: Shown) -> Scale:
-    """Return the axis of the metric."""
+def value_scale(curves: Sequence[Curve], show: Shown, split: str = "test") -> Scale:
+    """Return the axis of the metric on a split."""
     traces = [Trace(rounds=c.rounds, values=[[show.factor * value] for value in c.values]) for c in curves]
-    return settled_scale(traces, show, "Test {metric}")
+    return settled_scale(traces, show, f"{split.capitalize()} {{metric}}")
 
 
 def _panels(curves: Sequence[Curve]) -> dict[str, list[Sequence[float]]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedmaestro.report.axis import Scale, followed, metric_scale
 from fedmaestro.report.compare_figure import FAMILIES, NOTHING, failed, family_legend, ranked, titled_figure
-from fedmaestro.report.compare_table import Values, family, is_whole, overall_stat, seeds_text, tier_stat
+from fedmaestro.report.compare_table import Values, family, is_whole, overall_stat, seeds_text, split, tier_stat
 from fedmaestro.report.figure import BLACK, GREY, NOTE, key, marker, plot_style, short_name, tier_colors, top_legend
 from fedmaestro.report.format import Shown
 from fedmaestro.report.labels import place_labels
@@ -31,7 +31,7 @@ def tier_accuracy_figure(results: Results) -> "Figure":
     stats = [[tier_stat(results, row, tier, "final") for tier in tiers] for row in rows]
     pairs = [(stat, row in lost) for row, line in zip(rows, stats, strict=True) for stat in line]
     edges = [(edge, far) for stat, far in pairs for edge in _interval(stat)]
-    scale = metric_scale(followed(edges, show.metric), show, "Final test {metric}")
+    scale = metric_scale(followed(edges, show.metric), show, f"Final {split(results)} {{metric}}")
     row_inches = max(0.3, 0.085 * len(tiers) + 0.06)  # the tiers of a row lie below each other
     figure = titled_figure(results, 9.6, row_inches * len(rows) + 1.6)
     axes = figure.subplots()
@@ -58,7 +58,7 @@ def worst_mean_figure(results: Results) -> "Figure":
         metric_scale(
             followed([(at[axis], row in lost) for row, at in points], show.metric),
             show,
-            f"Final test {{metric}}, {over}",
+            f"Final {split(results)} {{metric}}, {over}",
             room=0.1,
         )
         for axis, over in enumerate(("mean of tiers", "worst tier"))

@@ -17,6 +17,7 @@ from fedmaestro.report.curves import as_number
 from fedmaestro.report.difference_table import difference_tables, target_table
 from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_share, lost_text
 from fedmaestro.report.text_table import Entry, Number, TextTable, md, to_latex, to_markdown
+from fedmaestro.report.tuning import tuned_line, tuned_table
 from fedmaestro.runs.differences import has_own_tests, tiers_differ_in_size
 from fedmaestro.runs.records import OwnTest, Results, Scores, Stat, Updates
 from fedmaestro.runs.records import StrategyResults as Row
@@ -197,11 +198,16 @@ def score_note(results: Results) -> str:
     """Return what the numbers of the result table are."""
     show = Shown(results.metric)
     direction = "" if show.metric.higher_is_better else " (lower is better)"
-    note = f"Test {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
+    note = f"{split(results).capitalize()} {show.name}{' in %' if show.metric.percent else ''}{direction}, {SCORE_NOTE}"
     if tiers_differ_in_size(results):
         note += " Mean of devices: tiers weighted by how many devices they have."
     last = results.analysis.last
     return note if last == 1 else f"{note} Last {last}: mean of the last {last} evaluated rounds."
+
+
+def split(results: Results) -> str:
+    """Return what the values are of: ``test``, or ``validation`` (``data.validation``)."""
+    return "validation" if results.protocol.get("data.validation") else "test"
 
 
 def protocol(results: Results) -> dict[str, str]:
@@ -210,7 +216,8 @@ def protocol(results: Results) -> dict[str, str]:
         key: value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in results.protocol.items()
     }
-    return {**settings, "MACs matched between families": "yes" if results.matched_macs else "no"}
+    tuned = {} if results.tuned is None else {"Tuned": tuned_line(results.tuned)}
+    return {**settings, "MACs matched between families": "yes" if results.matched_macs else "no", **tuned}
 
 
 def table_markdown(results: Results) -> str:
@@ -367,8 +374,9 @@ def own_test_table(results: Results) -> TextTable | None:
 
 
 def further_tables(results: Results) -> list[TextTable]:
-    """Return the tables that say what may be said of the results: differences, target, devices' own tests."""
-    more = (target_table(results), own_test_table(results))
+    """Return the tables that say what may be said of the results: differences, target, own tests, tuning."""
+    tuned = None if results.tuned is None else tuned_table(results.tuned)
+    more = (target_table(results), own_test_table(results), tuned)
     return [*difference_tables(results), *(table for table in more if table is not None)]
 
 

@@ -73,7 +73,16 @@ class RunFacts:
     def title(self) -> str:
         """The headline as one line: ``mnist · lenet · nested · own-prefix · seed 0``."""
         facts = {key: value for key, value in self.headline.items() if value != MISSING}
-        return " · ".join(f"seed {value}" if key == "seed" else value for key, value in facts.items())
+        names = [f"seed {value}" if key == "seed" else value for key, value in facts.items()]
+        return " · ".join([*names, *(["validation split, not test"] if self.split == "validation" else [])])
+
+    @property
+    def split(self) -> str:
+        """What the run's values are of: ``test``, or ``validation`` (``data.validation``)."""
+        if self.record.summary is not None:
+            return self.record.summary.split
+        held_out = as_number(flatten(self.record.config).get("data.validation"))
+        return "validation" if held_out > 0 else "test"
 
     @property
     def show(self) -> Shown:

@@ -40,7 +40,7 @@ def html_report(run_dirs: Sequence[Path | str]) -> str:
         title=runs[0].title if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         runs=runs,
         **_comparison(runs),
-        accuracy_svg=lambda run: svg_text(tier_accuracy_figure(run.record.rounds)),
+        accuracy_svg=lambda run: svg_text(tier_accuracy_figure(run.record.rounds, split=run.split)),
         rank_svg=lambda run: svg_text(rank_figure(run.rank_history, full=run.full_ranks)),
         partition=_partition,
         costs=_COSTS,
@@ -64,7 +64,9 @@ def write_run_report(run_dir: Path | str) -> tuple[Path, Path, Path]:
     """
     run = RunFacts(read_run(run_dir))
     path = run.record.path
-    png, svg = save_figure(tier_accuracy_figure(run.record.rounds, run.title), path / "plots" / "tier_accuracy")
+    png, svg = save_figure(
+        tier_accuracy_figure(run.record.rounds, run.title, run.split), path / "plots" / "tier_accuracy"
+    )
     if history := run.rank_history:
         save_figure(rank_figure(history, full=run.full_ranks, title=run.title), path / "plots" / "tier_ranks")
     return png, svg, write_report([path], path / "report.html")

@@ -30,7 +30,7 @@ from fedmaestro.runs.code import NO_CODE, Code, activate, shipped, user_code
 from fedmaestro.strategies.base import equally, factor_layers
 from fedmaestro.strategies.entry_mean import ENTRY_MEAN
 from fedmaestro.tasks.fitting import fitted
-from fedmaestro.tasks.opening import as_asked, open_data
+from fedmaestro.tasks.opening import as_asked, held_out_by, open_data
 from fedmaestro.tasks.task import Task
 
 
@@ -118,9 +118,10 @@ class Environment:
     def fingerprint(self) -> str:
         """Hash of data, partition, fleet and the user's code: whoever differs in it would train something else."""
         tiers = [(plan.tier.model_dump_json(), plan.serves.size.describe()) for plan in self.plan.tiers]
+        held = f" validation {self.config.data.validation}" if self.config.data.validation else ""
         devices = f"{self.parts.fingerprint} {hashlib.sha256(self.tier_of.astype('<i8').tobytes()).hexdigest()}"
         code = f" {self.code.fingerprint}" if self.code else ""
-        return hashlib.sha256(f"{self.task.fingerprint} {devices} {tiers}{code}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.task.fingerprint}{held} {devices} {tiers}{code}".encode()).hexdigest()
 
 
 def open_environment(
@@ -161,6 +162,8 @@ def open_environment(
         data_fingerprint=data_fingerprint,
         augment=data.augment,
         normalize=data.normalize,
+        choose=held_out_by(data.validation, config.seed, users_stay=data.partition == "natural"),
+        spares_test=True,
         file=data.file,
         columns=data.columns,
     )
@@ -201,9 +204,10 @@ def open_environment(
         per_tier=method.per_tier,
     )
     _check_needs(config, plan, method)
+    _check_left(config, task, devices)
     with user_code(f"partition {data.partition!r}"):
         parts = cached_partition(
-            task.fingerprint,
+            f"{task.fingerprint} less {data.validation}" if data.validation else task.fingerprint,
             task.labels,
             groups=task.groups,
             count=task.examples,
@@ -260,6 +264,17 @@ def _device_tests(config: ExperimentConfig, task: Task, parts: Parts) -> tuple[P
     place = np.minimum(np.searchsorted(users, task.test_groups), len(users) - 1)
     owners = np.where(users[place] == task.test_groups, device_of[first[place]], -1)
     return parts, DeviceTests(examples=DealtParts.of_owners(owners, len(parts)))
+
+
+def _check_left(config: ExperimentConfig, task: Task, devices: int) -> None:
+    """Refuse a validation split that leaves too little to be dealt: other errors would not say that it is the cause."""
+    data = config.data
+    needed = data.share_examples or devices * data.min_examples
+    if data.validation and task.examples < needed:
+        raise UserError(
+            f"data.validation={data.validation} leaves {task.examples} training examples, and {devices} devices need "
+            f"{needed} (data.min-examples, data.share-examples): lower it"
+        )
 
 
 def _check_correction(config: ExperimentConfig, method: Method) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary
+from fedmaestro.runs.records import DeviceRecord, RoundRecord, Summary, Trial
 
 
 class Observer:
@@ -30,10 +30,13 @@ class Observer:
 
 
 class ComparisonObserver(Observer):
-    """Is told about a comparison and the run of each of its cells."""
+    """Is told about a comparison, or a tuning, and the run of each of its cells."""
 
     def on_cells(self, path: Path, done: int, total: int) -> None:
         """``done`` of ``total`` cells are finished; results go to ``path``."""
 
     def on_cell(self, label: str, seed: int) -> None:
         """A cell starts or goes on."""
+
+    def on_trial(self, row: str, trial: Trial) -> None:
+        """A tuning has tried these settings for a row with all its seeds; of a resumed one, all so far are told."""

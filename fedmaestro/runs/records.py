@@ -184,6 +184,8 @@ class Summary(Record):
     seed: int
     dataset: str
     model: str
+    split: str = "test"
+    """What the values are of: ``test``, or ``validation`` with ``data.validation``."""
     interrupted: bool = False
     """Whether the run can go on: the last round was not reached."""
     tiers: dict[str, TierSummary]
@@ -443,6 +445,86 @@ class Analysis(Record):
 AS_IT_IS = Analysis()
 
 
+class TuningCost(Record):
+    """What trials have cost, all their runs together."""
+
+    runs: int = 0
+    """Those that were run to their end."""
+    updates: int = 0
+    """Of devices, that count: how often a device has trained."""
+    download_bytes: int = 0
+    upload_bytes: int = 0
+    virtual_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    def __add__(self, other: "TuningCost") -> "TuningCost":
+        return TuningCost(**{key: getattr(self, key) + getattr(other, key) for key in TuningCost.model_fields})
+
+
+class Trial(Record):
+    """Settings that a row was tried with, once with every tuning seed."""
+
+    number: int
+    """From 1 on."""
+    settings: dict[str, Value]
+    values: list[float] = Field(default_factory=list)
+    """Of the runs that succeeded: the main metric on the validation split in the last round, mean over tiers."""
+    value: float | None = None
+    """Their mean; None: a run failed, so the trial is worse than all that did not."""
+    failed: str = ""
+    """Why."""
+    cost: TuningCost = TuningCost()
+
+
+class TunedRow(Record):
+    """One row of a tuning."""
+
+    name: str
+    strategy: str
+    set: dict[str, Value] = Field(default_factory=dict)
+    """What the row changes anyway."""
+    searched: dict[str, str]
+    """What was declared for each setting, in words."""
+    chosen: dict[str, Value] = Field(default_factory=dict)
+    """The settings of the best trial, of equal ones the first; none where all failed."""
+    trial: int | None = None
+    """Its number."""
+    value: float | None = None
+    """Its value."""
+    edges: dict[str, str] = Field(default_factory=dict)
+    """Chosen settings that lie at an end of what was declared, and at which: a better value may lie beyond."""
+    cost: TuningCost = TuningCost()
+    """Of all trials."""
+    trials: list[Trial] = Field(default_factory=list)
+
+
+class Tuned(Record):
+    """``tuned.toml``: what a tuning has searched, at what cost, and what it has chosen."""
+
+    format: int = 1
+    experiment: str
+    complete: bool
+    """Whether every row has had all its trials."""
+    seeds: list[int]
+    """Of the trials; no comparison may use them."""
+    validation: int | float
+    """``data.validation`` of the trials."""
+    sampler: str
+    trials: int
+    """Of every row."""
+    metric: MetricFacts
+    rows: list[TunedRow]
+    versions: dict[str, str]
+    """Of what the trials ran with."""
+    settings: dict[str, Value]
+    """What all trials share, by dotted keys."""
+
+    @property
+    def cost(self) -> TuningCost:
+        """Of all rows."""
+        return sum((row.cost for row in self.rows), TuningCost())
+
+
 class Results(Record):
     """``results.json`` of a comparison: everything in its tables and plots."""
 
@@ -457,4 +539,6 @@ class Results(Record):
     protocol: dict[str, Value]
     """Settings that all cells share."""
     analysis: Analysis = Analysis()
+    tuned: Tuned | None = None
+    """How settings of the rows were chosen; None: nobody says."""
     strategies: list[StrategyResults]

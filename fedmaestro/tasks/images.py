@@ -19,6 +19,7 @@ def image_task(
     *,
     train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
+    spares_test: bool = False,
     test_limit: int | None = None,
     unit: bool = False,
 ) -> Task:
@@ -28,13 +29,17 @@ def image_task(
         dataset: the images.
         train: indices of the training examples to learn from; None: all.
         held_out: indices of those that the validation split consists of; None: there is none.
+        spares_test: whether they take the test set's place too, which nothing reads then.
         test_limit: score only this many test examples, the first.
         unit: leave pixels in [0, 1] instead of standardising them by the channels' moments.
     """
     channels = len(dataset.mean)
     mean, std = ((0.0,) * channels, (1.0,) * channels) if unit else (dataset.mean, dataset.std)
     chosen_labels = dataset.train_labels if train is None else dataset.train_labels[train]
-    test_examples = len(dataset.test_labels[:test_limit])
+    validation = None if held_out is None else (dataset.train_images, dataset.train_labels, held_out)
+    test = dataset.test_images, dataset.test_labels, np.arange(len(dataset.test_labels))[:test_limit]
+    if spares_test and validation is not None:
+        test = validation
 
     def make(images: np.ndarray, labels: np.ndarray) -> Batch:
         # Convolutions bring them into their weights' layout; a model that flattens them would have to bring them back.
@@ -45,15 +50,15 @@ def image_task(
         return make(dataset.train_images[chosen], dataset.train_labels[chosen])
 
     def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
-        if split == "validation" and held_out is not None:
-            images, labels, chosen = dataset.train_images, dataset.train_labels, held_out
-        else:
-            images, labels = dataset.test_images, dataset.test_labels
-            chosen = np.arange(test_examples)
+        images, labels, chosen = validation if split == "validation" and validation is not None else test
         chosen = chosen[first:last]
         for start in range(0, len(chosen), SCORED_BATCH):
             part = chosen[start : start + SCORED_BATCH]
             yield make(images[part], labels[part])
+
+    def tested(indices: np.ndarray) -> Batch:
+        images, labels, chosen = test
+        return make(images[chosen[indices]], labels[chosen[indices]])
 
     return Task(
         name=dataset.name,
@@ -65,8 +70,8 @@ def image_task(
         batch=lambda indices, _generator: plain(indices),
         plain=plain,
         scored=scored,
-        test_examples=test_examples,
-        tested=lambda indices: make(dataset.test_images[indices], dataset.test_labels[indices]),
+        test_examples=len(test[-1]),
+        tested=tested,
         labels=chosen_labels,
         has_validation=held_out is not None,
         fingerprint=dataset.fingerprint,

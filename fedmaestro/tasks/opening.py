@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmaestro import rng
 from fedmaestro.config.training import TrainingConfig
 from fedmaestro.data import DATASETS, TRANSLATION, DatasetRow, cache, data_folder, load_dataset, translation
 from fedmaestro.data.files import KINDS as FILE_KINDS
 from fedmaestro.data.files import file_row
+from fedmaestro.data.holdout import hold_out
 from fedmaestro.data.load import has_files
 from fedmaestro.data.own import OwnRow, own_dataset
 from fedmaestro.errors import UserError, check_name
@@ -27,12 +27,22 @@ Progress = Callable[[int, int], None]
 
 _KINDS = ", ".join(FILE_KINDS)
 
-Choice = Callable[[int], tuple[np.ndarray | None, np.ndarray | None]]
-"""``number of training examples -> (indices to train on, indices held out)``; None: all, or none."""
+Choice = Callable[[int, np.ndarray | None], tuple[np.ndarray | None, np.ndarray | None]]
+"""``(number of training examples, users of them) -> (indices to train on, indices held out)``; None: all, or none."""
 
 
-def _all(count: int) -> tuple[None, None]:  # noqa: ARG001
+def _all(count: int, users: np.ndarray | None) -> tuple[None, None]:  # noqa: ARG001
     return None, None
+
+
+def held_out_by(amount: float, seed: int, *, users_stay: bool) -> Choice:
+    """Return what holds out ``amount`` of the training examples; with ``users_stay``, each user keeps one."""
+
+    def choose(count: int, users: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+        rest, held = hold_out(count, amount, seed, users if users_stay else None)
+        return np.sort(rest), held
+
+    return choose if amount else _all
 
 
 def open_data(
@@ -46,6 +56,7 @@ def open_data(
     min_count: int = 3,
     test_limit: int | None = None,
     choose: Choice = _all,
+    spares_test: bool = False,
     file: str = "",
     columns: str = "",
 ) -> Task:
@@ -62,6 +73,7 @@ def open_data(
         min_count: tokens of a translation that are rarer in the training sentences become unknown.
         test_limit: score only this many test examples, the first.
         choose: which training examples to use.
+        spares_test: whether the examples that it holds out take the test set's place.
         file: ``data.file``.
         columns: ``data.columns``.
 
@@ -70,7 +82,7 @@ def open_data(
     """
     check_name("data.name", name, DATASETS)
     row = DATASETS[name]
-    picked: dict[str, Any] = {"test_limit": test_limit}
+    picked: dict[str, Any] = {"test_limit": test_limit, "spares_test": spares_test}
     if name in FILE_KINDS:
         row = file_row(name, file, columns)
     elif file or columns:
@@ -82,13 +94,14 @@ def open_data(
     if isinstance(row, OwnRow):
         with user_code(f"dataset {name!r}"):
             own = own_dataset(row, data_fingerprint)
-        train, held_out = choose(len(own.train.targets))
+        train, held_out = choose(len(own.train.targets), own.train.groups)
         return augmented(own_task(own, train=train, held_out=held_out, **picked), augment)
     if name == TRANSLATION:
         pairs = translation.load_translation(folder, min_count=min_count, fingerprint=data_fingerprint)
-        return augmented(translation_task(pairs, train=choose(len(pairs.train))[0], **picked), augment)
+        train, held_out = choose(len(pairs.train), None)
+        return augmented(translation_task(pairs, train=train, held_out=held_out, **picked), augment)
     images = load_dataset(name, folder, progress=progress, fingerprint=data_fingerprint)
-    train, held_out = choose(len(images.train_labels))
+    train, held_out = choose(len(images.train_labels), None)
     return augmented(image_task(images, train=train, held_out=held_out, unit=normalize == "unit", **picked), augment)
 
 
@@ -132,7 +145,7 @@ def open_task(config: TrainingConfig, progress: Progress | None = None) -> Task:
     if data.name == TRANSLATION and data.validation:
         raise UserError(f"data.validation={data.validation}: {TRANSLATION} has a validation split of its own")
 
-    def choose(count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def choose(count: int, users: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:  # noqa: ARG001
         train, held_out = _split(config, count)
         return train, held_out if len(held_out) else None
 
@@ -153,11 +166,8 @@ def open_task(config: TrainingConfig, progress: Progress | None = None) -> Task:
 
 def _split(config: TrainingConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices to train on and those held out; the latter depend on the seed only."""
-    held, limit = config.data.validation, config.data.limit
-    if held >= count:
-        raise UserError(f"data.validation={held} leaves nothing of {count} training examples: lower it")
-    order = rng.generator(config.seed, "split").permutation(count)
-    rest = order[held:]
+    limit = config.data.limit
+    rest, held = hold_out(count, config.data.validation, config.seed)
     if limit is not None and limit > len(rest):
         raise UserError(f"data.limit={limit} is more than the {len(rest)} training examples: lower it, or say all")
-    return np.sort(rest[:limit]), np.sort(order[:held])
+    return np.sort(rest[:limit]), held

@@ -21,6 +21,7 @@ def own_task(
     *,
     train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
+    spares_test: bool = False,
     test_limit: int | None = None,
 ) -> Task:
     """Return the task of a dataset.
@@ -29,12 +30,17 @@ def own_task(
         dataset: the data.
         train: indices of the training examples to learn from; None: all.
         held_out: indices of those that the validation split consists of; None: there is none.
+        spares_test: whether they take the test set's place too, which nothing reads then.
         test_limit: score only this many test examples, the first.
     """
     check_name(f"task of dataset {dataset.name!r}", dataset.task, TASKS)
     goal = TASKS[dataset.task]
     chosen = np.arange(len(dataset.train.targets)) if train is None else train
-    tested = np.arange(len(dataset.test.targets))[:test_limit]
+    validation = None if held_out is None else (dataset.train, held_out)
+    test = dataset.test, np.arange(len(dataset.test.targets))[:test_limit]
+    if spares_test and validation is not None:
+        test = validation
+    scored_on, tested = test
 
     def make(examples: Examples, indices: np.ndarray) -> Batch:
         inputs = tuple(_tensor(dataset, i, x[indices]) for i, x in enumerate(examples.inputs))
@@ -44,9 +50,7 @@ def own_task(
         return make(dataset.train, chosen[indices])
 
     def scored(split: Split, first: int, last: int | None) -> Iterable[Batch]:
-        examples, rows = (
-            (dataset.train, held_out) if split == "validation" and held_out is not None else (dataset.test, tested)
-        )
+        examples, rows = validation if split == "validation" and validation is not None else test
         rows = rows[first:last]
         for start in range(0, len(rows), SCORED_BATCH):
             yield make(examples, rows[start : start + SCORED_BATCH])
@@ -65,10 +69,10 @@ def own_task(
         plain=plain,
         scored=scored,
         test_examples=len(tested),
-        tested=lambda indices: make(dataset.test, tested[indices]),
+        tested=lambda indices: make(scored_on, tested[indices]),
         labels=np.asarray(labels[chosen]) if labels.ndim == 1 and goal.targets == "classes" else None,
         groups=None if groups is None else np.asarray(groups[chosen]),
-        test_groups=None if dataset.test.groups is None else np.asarray(dataset.test.groups[tested]),
+        test_groups=None if scored_on.groups is None else np.asarray(scored_on.groups[tested]),
         users=dataset.users,
         has_validation=held_out is not None,
         padding=dataset.padding,

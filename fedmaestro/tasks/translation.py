@@ -15,16 +15,27 @@ _SCORED_PAIRS = 100
 
 
 def translation_task(
-    dataset: TranslationDataset, *, train: np.ndarray | None = None, test_limit: int | None = None
+    dataset: TranslationDataset,
+    *,
+    train: np.ndarray | None = None,
+    held_out: np.ndarray | None = None,
+    spares_test: bool = False,
+    test_limit: int | None = None,
 ) -> Task:
     """Return the task of predicting each next English token from the German sentence and the tokens before it.
 
     Args:
         dataset: the sentences.
         train: indices of the training pairs to learn from; None: all.
+        held_out: indices of those that the validation split consists of; None: it has one of its own.
+        spares_test: whether the validation split takes the test set's place too, which nothing reads then.
         test_limit: score only this many pairs of a split, the first.
     """
     chosen = np.arange(len(dataset.train)) if train is None else train
+    validation = (dataset.val, np.arange(len(dataset.val))) if held_out is None else (dataset.train, held_out)
+    test = dataset.test, np.arange(len(dataset.test))
+    if spares_test and held_out is not None:
+        test = validation
 
     def pairs(split: TranslationSplit, indices: np.ndarray) -> Batch:
         """Cut the padding that no pair of the batch needs; PAD is the target that does not count."""
@@ -33,8 +44,9 @@ def translation_task(
         return Batch((torch.from_numpy(source.astype(np.int64)), target[:, :-1]), target[:, 1:])
 
     def scored(name: Split, first: int, last: int | None) -> Iterable[Batch]:
-        split = dataset.val if name == "validation" else dataset.test
-        by_length = np.argsort(split.source_lengths[:test_limit], kind="stable")[first:last]
+        split, rows = validation if name == "validation" else test
+        rows = rows[:test_limit]
+        by_length = rows[np.argsort(split.source_lengths[rows], kind="stable")][first:last]
         for start in range(0, len(by_length), _SCORED_PAIRS):
             yield pairs(split, by_length[start : start + _SCORED_PAIRS])
 
@@ -51,8 +63,8 @@ def translation_task(
         batch=lambda indices, _generator: pairs(dataset.train, chosen[indices]),
         plain=lambda indices: pairs(dataset.train, chosen[indices]),
         scored=scored,
-        test_examples=len(dataset.test.source_lengths[:test_limit]),
-        tested=lambda indices: pairs(dataset.test, indices),
+        test_examples=len(test[1][:test_limit]),
+        tested=lambda indices: pairs(test[0], test[1][indices]),
         has_validation=True,
         fingerprint=dataset.fingerprint,
         lengths=np.asarray(dataset.train.source_lengths[chosen]),

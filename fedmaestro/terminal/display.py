@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fedmaestro.config.search import settings_text
 from fedmaestro.report.curves import metric_of
 from fedmaestro.report.format import (
     MISSING,
@@ -25,7 +26,7 @@ from fedmaestro.report.format import (
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import MetricFacts, RoundRecord, Updates
+from fedmaestro.runs.records import MetricFacts, RoundRecord, Trial, Updates
 from fedmaestro.terminal.console import LogLines, Terminal
 
 
@@ -78,6 +79,12 @@ class LiveDisplay(ComparisonObserver):
             f"{config.model.name} · {env.method.name} with {env.method.objective.name} · seed {config.seed}",
             soft_wrap=True,
         )
+        if held := config.data.validation:
+            self.console.print(
+                f"evaluated on {env.task.test_examples} training examples that are held out (data.validation={held}), "
+                "not on the test set",
+                soft_wrap=True,
+            )
         if dense := env.plan.architecture.kept_dense if env.plan.architecture.own else {}:
             said = ", ".join(f"{layer} ({why})" for layer, why in dense.items())
             self.console.print(f"layers that stay dense: {said}", soft_wrap=True)
@@ -132,7 +139,7 @@ class LiveDisplay(ComparisonObserver):
 
 
 class ComparisonDisplay(LiveDisplay):
-    """Observer of a comparison: cells on top, the rounds of the cell in work below."""
+    """Observer of a comparison or a tuning: cells on top, the rounds of the cell in work below."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
@@ -149,6 +156,14 @@ class ComparisonDisplay(LiveDisplay):
         self._rounds, self._started = [], time.monotonic()
         self._label = f"{label}, seed {seed}"
         self._bars.update(self._bar, description=self._label, completed=0, total=None)
+
+    def on_trial(self, row: str, trial: Trial) -> None:
+        """Show what came of a trial."""
+        value = (
+            "failed" if trial.value is None else f"validation {self._shown.heading} {self._shown.number(trial.value)}"
+        )
+        line = f"{row}, trial {trial.number}: {settings_text(trial.settings)}: {value}"
+        self.console.print(line, soft_wrap=True, markup=False)
 
     def on_start(self, env: Environment, folder: RunFolder, first_round: int) -> None:  # noqa: ARG002
         """Show where the cell begins."""
@@ -203,7 +218,8 @@ def tier_table(summary: dict[str, Any]) -> Table:
     """
     show = _shown_of(summary)
     main = "" if show.name == "accuracy" else f" · {show.name}"
-    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}"
+    split = " · validation split" if summary.get("split") == "validation" else ""
+    title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}{split}"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("tier", no_wrap=True)
     updates = {name: Updates(**tier.get("updates", {})) for name, tier in summary["tiers"].items()}

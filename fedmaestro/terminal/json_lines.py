@@ -11,7 +11,7 @@ from fedmaestro.config.training import TrainingConfig
 from fedmaestro.rounds.environment import Environment
 from fedmaestro.rounds.observer import ComparisonObserver
 from fedmaestro.runs.folder import RunFolder
-from fedmaestro.runs.records import EpochRecord, RoundRecord, Summary
+from fedmaestro.runs.records import EpochRecord, RoundRecord, Summary, Trial
 from fedmaestro.tasks.task import Task
 from fedmaestro.terminal.console import drop_output
 from fedmaestro.training.run import TrainingObserver
@@ -44,7 +44,7 @@ class JsonLines(logging.Handler):
 
 
 class RunLines(JsonLines, ComparisonObserver):
-    """Of a run, or of a comparison."""
+    """Of a run, of a comparison or of a tuning."""
 
     def on_data(self, done: int, total: int) -> None:
         """Tell that data are decoded, at the beginning and at the end."""
@@ -81,6 +81,10 @@ class RunLines(JsonLines, ComparisonObserver):
     def on_cell(self, label: str, seed: int) -> None:
         """Tell of a cell that starts."""
         self.event("cell", label=label, seed=seed)
+
+    def on_trial(self, row: str, trial: Trial) -> None:
+        """Tell what came of a trial."""
+        self.event("trial", row=row, **trial.to_dict())
 
 
 class TrainingLines(JsonLines, TrainingObserver):

@@ -11,6 +11,7 @@ import pytest
 from fedmaestro.data import TranslationDataset, load_translation
 from fedmaestro.data.translation import BOS, EOS, PAD, SPECIAL, SPLITS, UNK, tokenize
 from fedmaestro.errors import UserError
+from fedmaestro.tasks.translation import translation_task
 
 TRAIN = [
     ("Ein Mann geht.", "A man walks."),
@@ -174,3 +175,14 @@ def test_multi30k(shared_data: Path, session_cache: Path) -> None:
             unknown = (ids == UNK).sum() / (lengths - 2).sum()
             assert 0.01 < unknown < 0.06
             assert 12 < (lengths - 2).mean() < 14
+
+
+def test_held_out_pairs_take_the_place_of_both_other_splits(load: Callable[..., TranslationDataset]) -> None:
+    data = load()
+    task = translation_task(data, train=np.array([0, 2]), held_out=np.array([1]), spares_test=True)
+    assert (task.examples, task.test_examples) == (2, 1)
+    [tested], [validated] = task.split("test"), task.split("validation")
+    for batch in (tested, validated, task.tested(np.array([0]))):
+        assert words(data, batch.inputs[0].numpy()[0]) == words(data, data.train.source[1])
+    own = translation_task(data, spares_test=True)
+    assert [len(next(iter(own.split(name))).targets) for name in ("test", "validation")] == [2, 1]  # type: ignore[arg-type]
