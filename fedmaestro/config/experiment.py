@@ -165,6 +165,12 @@ class FleetConfig(Table):
     match_macs: bool = Field(
         False, description="give rank and width submodels of a tier the same MACs (within 3 %), to compare them"
     )
+    match_by: Literal["macs", "train-macs", "bytes", "time"] = Field(
+        "macs",
+        description="what match-macs makes equal: macs; train-macs: those of training, all passes of the objective; "
+        "bytes: of a round; time: virtual seconds of a round. But for macs, each tier gets the largest size that "
+        "spends no more than its ranks would with one pass",
+    )
 
 
 class TrainConfig(Table):

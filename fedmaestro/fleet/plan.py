@@ -17,6 +17,7 @@ from fedmaestro.fleet.budgets import (
     without_fraction,
 )
 from fedmaestro.fleet.cost import Cost, cost, with_kept_entries
+from fedmaestro.fleet.equal import Quantity, Spend, fit_equal, spent
 from fedmaestro.fleet.match import Matched, matched_sizes, ranks_of_macs
 from fedmaestro.fleet.rule import OWN_PASS, Passes, SubmodelRule
 from fedmaestro.fleet.tiers import Tier
@@ -140,6 +141,8 @@ def make_plan(
     slots: int = 0,
     passes: Passes = OWN_PASS,
     match_macs: bool = False,
+    match_by: Quantity = "macs",
+    examples: int = 1,
     per_tier: Collection[str] = (),
 ) -> Plan:
     """Fit every tier's size to its budgets: one rank fraction (or width) per tier.
@@ -155,6 +158,8 @@ def make_plan(
             are the coarser of the two, so ranks follow them, layer by layer (not uniform any more). Tiers that cut both
             take the largest width whose chain fits these MACs, and then as many ranks more. Of other sizes, the largest
             that has no more; masked entries save none.
+        match_by: what is to be the same instead of MACs.
+        examples: that a device trains on in a round, for the same time.
         per_tier: kinds of tensors of which each tier has its own (``models.kinds``).
 
     Raises:
@@ -166,20 +171,29 @@ def make_plan(
     dense = replace(architecture, form="dense")
     fractions = _fit_fractions(architecture, [_at_width(tier, architecture, setting) for tier in tiers], setting)
     sizes, full = [architecture.size_at(fraction) for fraction in fractions], architecture.full_size
-    if rule.form == "dense" or rule.narrows or match_macs:
+    if match_macs and match_by != "macs":
+        costs = [_cost(architecture, size, setting) for size in sizes]
+        limits = [spent(match_by, tier, [x], OWN_PASS, examples) for tier, x in zip(tiers, costs, strict=True)]
+        architecture = _formed(architecture, rule)
+        sizes = _equal_sizes(
+            architecture, tiers, setting, limits, lambda i, levels: spent(match_by, tiers[i], levels, passes, examples)
+        )
+        full = max(sizes, key=lambda size: _cost(architecture, size, setting).params)
+    elif rule.form == "dense" or rule.narrows or match_macs:
         costs, pairs = [_cost(architecture, size, setting) for size in sizes], list[Matched]()
         if match_macs:
             macs = [x.macs_per_example for x in costs]
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
         if rule.form == "dense":
-            architecture = replace(dense, scales=rule.scales, exits=rule.exits)
+            architecture = _formed(architecture, rule)
             sizes, full = _dense_sizes(architecture, tiers, setting, costs, pairs), architecture.full_size
         elif rule.narrows:
-            limits = [_cost(dense, pair.width, setting) for pair in pairs] if pairs else costs
-            architecture = replace(architecture, narrows=True)
-            sizes, full = _narrow_sizes(architecture, tiers, setting, limits), architecture.full_size
+            macs = [_cost(dense, pair.width, setting).macs_per_example for pair in pairs]
+            macs = macs or [x.macs_per_example for x in costs]
+            architecture = _formed(architecture, rule)
+            sizes, full = _narrow_sizes(architecture, tiers, setting, macs), architecture.full_size
             if match_macs:
-                sizes = _filled(architecture, sizes, [limit.macs_per_example for limit in limits])
+                sizes = _filled(architecture, sizes, macs)
         else:
             sizes = [pair.ranks for pair in pairs]
         if match_macs and rule.form == "lod":
@@ -393,11 +407,34 @@ def _trained(rule: SubmodelRule, own: Submodel, smallest: Submodel, whole: Submo
     return {"own": own, "affordable": own, "smallest": smallest}.get(rule.trains, whole)
 
 
-def _narrow_sizes(
-    architecture: Architecture, tiers: Sequence[Tier], setting: Setting, limits: Sequence[Cost]
+def _formed(architecture: Architecture, rule: SubmodelRule) -> Architecture:
+    """Return the LoD architecture in the form that a rule cuts, as it cuts it."""
+    if rule.form == "dense":
+        return replace(architecture, form="dense", scales=rule.scales, exits=rule.exits)
+    return replace(architecture, narrows=rule.narrows)
+
+
+def _equal_sizes(
+    architecture: Architecture, tiers: Sequence[Tier], setting: Setting, limits: Sequence[float], spend: Spend
 ) -> list[Size]:
-    """Return the largest narrower LoD sizes that have no more MACs than ``limits``, and fit all budgets."""
-    by_macs = [with_macs_budget(tier, limit.macs_per_example) for tier, limit in zip(tiers, limits, strict=True)]
+    """Return the largest sizes that spend no more than ``limits``, and fit all budgets but the rank fraction."""
+    chain = architecture.fractions()
+    free = [tier.model_copy(update={"rank_fraction": None, "width": None}) for tier in tiers]
+    reach = [chain.index(fraction) + 1 for fraction in _fit_fractions(architecture, free, setting)]
+
+    @cache
+    def cost_at(position: int) -> Cost:
+        return _cost(architecture, architecture.size_at(chain[position]), setting)
+
+    found = fit_equal(limits, reach, lambda own, smaller: [cost_at(i) for i in (own, *smaller)], spend)
+    return [architecture.size_at(chain[position]) for position in found]
+
+
+def _narrow_sizes(
+    architecture: Architecture, tiers: Sequence[Tier], setting: Setting, macs: Sequence[int]
+) -> list[Size]:
+    """Return the largest narrower LoD sizes that have no more than these MACs, and fit all budgets."""
+    by_macs = [with_macs_budget(tier, limit) for tier, limit in zip(tiers, macs, strict=True)]
     return [architecture.size_at(fraction) for fraction in _fit_fractions(architecture, by_macs, setting)]
 
 

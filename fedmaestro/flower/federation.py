@@ -18,6 +18,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmaestro.errors import UserError
+from fedmaestro.fleet.clock import device_timing
 from fedmaestro.fleet.plan import Plan, TierPlan
 from fedmaestro.flower.hosts import exchange, find_hosts
 from fedmaestro.flower.tiered_strategy import TieredStrategy
@@ -342,7 +343,21 @@ def _figures(env: Environment, plan: Plan, tier: TierPlan) -> TierFigures:
         train_memory_bytes=tier.step_memory_bytes,
         download_bytes=sum(x.cost.download_bytes + control_bytes(env, x) for x in submodels),
         upload_bytes=round(sum(uploads) / 2),
+        round_seconds=sum(_seconds(env, tier, part, number) for part in trained for number in (1, 2)) / 2,
     )
+
+
+def _seconds(env: Environment, tier: TierPlan, part: TierPlan, server_round: int) -> float:
+    """Return what a device of ``tier`` with a mean number of examples takes for the submodel of ``part``."""
+    assert part.trains is not None
+    examples = round(env.config.train.local_epochs * float(env.parts.sizes.mean()))
+    more = control_bytes(env, part.trains)
+    cost = replace(
+        part.trains.cost,
+        download_bytes=part.trains.cost.download_bytes + more,
+        upload_bytes=upload_bytes(env, part.trains, server_round),
+    )
+    return device_timing(tier.tier, cost, examples, env.method.step_macs(part, server_round)).total
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fedmaestro.report.curves import as_number
 from fedmaestro.report.difference_table import difference_tables, target_table
-from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, lost_share, lost_text
+from fedmaestro.report.format import MISSING, Shown, format_bytes, format_count, format_seconds, lost_share, lost_text
 from fedmaestro.report.text_table import Entry, Number, TextTable, md, to_latex, to_markdown
 from fedmaestro.report.tuning import tuned_line, tuned_table
 from fedmaestro.runs.differences import has_own_tests, tiers_differ_in_size
@@ -33,6 +33,7 @@ BUDGETS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Up per round and device", "upload_bytes", format_bytes),
     ("Peak training memory", "train_memory_bytes", format_bytes),
     ("Training MACs per example", "train_macs_per_example", format_count),
+    ("Virtual time per round", "round_seconds", format_seconds),
 )
 """Heading, key in a tier's budget, formatter."""
 
@@ -51,6 +52,7 @@ _CSV_BUDGETS = (
     "train_memory_bytes",
     "download_bytes",
     "upload_bytes",
+    "round_seconds",
 )
 _CSV_UPDATES = ("sampled", "failed", "dropped")
 _CSV_OWN = ("own_test_mean", "own_test_worst_decile")
@@ -184,7 +186,7 @@ def macs_gap(results: Results) -> MacsGap | None:
 def macs_remark(results: Results) -> str:
     """Return `macs_gap` as a sentence; empty where there is none."""
     gap = macs_gap(results)
-    if gap is None:
+    if gap is None or results.protocol.get("fleet.match-by", "macs") != "macs":
         return ""
     more, less = (f"{row.name} ({family(row)})" for row in (gap.more, gap.less))
     limit = f"{100 * _SAME_MACS:.0f} %"

@@ -190,6 +190,11 @@ def open_environment(
         raise UserError(
             f"fleet.attack={config.fleet.attack!r} changes classes, and task {task.goal.name!r} has none: use another"
         )
+    if config.fleet.match_by != "macs" and not config.fleet.match_macs:
+        raise UserError(
+            f"fleet.match-by={config.fleet.match_by} has no effect: fleet.match-macs is false: set it to true, or "
+            "leave match-by out"
+        )
     architecture, task = _architecture(config, method, task)
     if config.train.per_tier is None:
         method = _of_model(method, architecture)
@@ -201,6 +206,8 @@ def open_environment(
         slots=method.optimizer.slots(train.momentum),
         passes=method.objective.passes,
         match_macs=config.fleet.match_macs,
+        match_by=config.fleet.match_by,
+        examples=task.examples * train.local_epochs // devices,
         per_tier=method.per_tier,
     )
     _check_needs(config, plan, method)

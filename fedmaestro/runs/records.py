@@ -160,6 +160,8 @@ class TierFigures(Record):
     train_memory_bytes: int
     download_bytes: int
     upload_bytes: int
+    round_seconds: float | None = None
+    """Virtual, of a device with a mean number of examples; None in files of earlier versions."""
 
 
 class TierSummary(TierFigures):

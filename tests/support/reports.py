@@ -59,6 +59,7 @@ def figures(index: int, form: str = "lod") -> TierFigures:
         train_memory_bytes=1_900_000 >> index,
         download_bytes=246824 >> index,
         upload_bytes=123412 >> index,
+        round_seconds=0.5 / (1 + index),
     )
 
 
