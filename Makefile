@@ -37,6 +37,7 @@ types: $(STAMP)
 # Tables and figures of the pages, from the stored results (experiments/results/*.json).
 results: $(STAMP)
 	$(BIN)/python experiments/book.py pages
+	$(BIN)/python docs/methods.py
 
 # The documentation site, into site/. Its reference is read from the files that a wheel installs.
 docs: $(STAMP)

@@ -20,6 +20,7 @@ import argparse
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -63,17 +64,17 @@ class Stored(Record):
     results: Results
 
 
-def store(name: str, sources: Sequence[str], command: str) -> Path:
-    """Write ``results/NAME.json`` of a comparison, or of runs by label."""
+def store(name: str, sources: Sequence[str], command: str, commit: str = "") -> Path:
+    """Write ``results/NAME.json`` of a comparison, or of runs by label; of this commit, unless another one made it."""
     if len(sources) == 1 and "=" not in sources[0]:
         results, seconds = _of_comparison(Path(sources[0]))
     else:
         results, seconds = _of_runs(name, dict(source.split("=", 1) for source in sources))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT).stdout
     stored = Stored(
         name=name,
         command=command,
-        commit=commit.stdout.strip(),
+        commit=commit or head.strip(),
         date=datetime.now(UTC).date().isoformat(),
         python=platform.python_version(),
         versions={package: version(package) for package in PACKAGES},
@@ -180,11 +181,35 @@ def textwrap_command(command: str) -> list[str]:
     return [*lines, line]
 
 
+def published(stored: Stored) -> str:
+    """Return what is published beside what the largest tier reached here, in its best round, row by row."""
+    known = read_toml(HERE / "validation" / "published.toml")[stored.name]
+    lines = [
+        "| setting | published | ours, best round | difference | ours, final | seeds |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for row in stored.results.strategies:
+        if row.name in known:
+            scores = next(iter(row.tiers.values()))
+            best, final = ([100 * x for x in stat.values if x is not None] for stat in (scores.best, scores.final))
+            theirs, spread = known[row.name]["value"], known[row.name].get("std")
+            text = f"{theirs:.2f}" if spread is None else f"{theirs:.2f} ± {spread:.2f}"
+            gap, seeds = f"{statistics.fmean(best) - theirs:+.2f}", ", ".join(map(str, row.seeds))
+            lines.append(f"| {row.name} | {text} | {_mean(best)} | {gap} | {_mean(final)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
 VIEWS: Mapping[str, Callable[[Stored], str]] = {
     "scores": scores,
     "differences": differences,
     "budgets": budgets,
     "provenance": provenance,
+    "published": published,
 }
 FIGURES = {"figure-tiers": tier_accuracy_figure, "figure-differences": difference_figure}
 BLOCK = re.compile(r"<!-- results (\S+) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -251,6 +276,7 @@ def main() -> int:
     keep.add_argument("name")
     keep.add_argument("sources", nargs="+")
     keep.add_argument("--by", required=True, help="the command that made it")
+    keep.add_argument("--commit", default="", help="of the code that made it; this one by default")
     write = commands.add_parser("pages")
     write.add_argument("--check", action="store_true")
     again = commands.add_parser("rerun")
@@ -259,7 +285,7 @@ def main() -> int:
     again.add_argument("--out", default="")
     asked = parser.parse_args()
     if asked.command == "store":
-        print(store(asked.name, asked.sources, asked.by))
+        print(store(asked.name, asked.sources, asked.by, asked.commit))
         return 0
     if asked.command == "rerun":
         return rerun(asked.name, asked.data_dir, asked.out)

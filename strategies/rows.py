@@ -70,6 +70,12 @@ class Strategy:
     """Settings of the row that do not hold in an experiment where another one has a certain value."""
     summary: str
     source: str
+    paper: str = ""
+    """Whose method it is; empty: of this project, or of user code."""
+    code: str = ""
+    """The public code that it was checked against, besides the paper; empty: none."""
+    departures: tuple[str, ...] = ()
+    """Where it differs from both; none: it is faithful. Files of its parts say more."""
 
     def value(self, key: str) -> Value | None:
         """Return the row's value of a setting; None: it has none."""
@@ -124,89 +130,133 @@ _ROWS = (
         settings={"train.objective": "self-distillation"},
         summary="each tier trains its rank prefix and smaller ones; every column is averaged over its holders",
         source="per-column mean of RBLA and PreLort (2606.15963), here for LoD layers trained from scratch",
+        paper="RBLA (2408.08699), PreLort (2606.15963)",
+        departures=(
+            "LoD layers trained from scratch in the place of LoRA adapters",
+            "smaller prefixes learn by distillation",
+        ),
     ),
     Strategy(
         name="partitioned",
         summary="each tier trains its rank prefix; every column is averaged over its holders, in factor space",
         source="RBLA; PreLort (2606.15963) without its nested training",
+        paper="RBLA (2408.08699), PreLort (2606.15963)",
+        departures=(
+            "LoD layers trained from scratch in the place of LoRA adapters",
+            "without PreLort's nested training",
+        ),
     ),
     Strategy(
         name="partitioned-product",
         settings={"train.aggregation": "partitioned-product"},
         summary="each tier trains its rank prefix; rank segments are averaged over their holders as products, then SVD",
         source="raFLoRA (2602.13486)",
+        paper="raFLoRA (2602.13486)",
+        departures=("LoD layers trained from scratch",),
     ),
     Strategy(
         name="block-product",
         settings={"train.aggregation": "block-product"},
         summary="as partitioned-product, but each segment is refactored within itself: no tier's columns are re-mixed",
         source="tier-preserving variant of raFLoRA (2602.13486), FedMaestro",
+        paper="raFLoRA (2602.13486)",
+        departures=("segments are factored within themselves: ours",),
     ),
     Strategy(
         name="reordered",
         settings={"train.aggregation": "reordered"},
         summary="per-column mean, then every layer's columns re-ordered by the SVD of their product",
         source="FedMaestro's pilot; truncation by SVD as in FedHM (2111.14655)",
+        paper="FedHM (2111.14655)",
+        departures=("the mean over holders is re-ordered, and nothing is truncated: ours",),
     ),
     Strategy(
         name="product-svd",
         settings={"train.aggregation": "product-svd"},
         summary="products of all devices averaged, then SVD (the tail shrinks: rank collapse)",
         source="FlexLoRA, FedHM (2111.14655)",
+        paper="FedHM (2111.14655), FlexLoRA",
+        departures=("LoD layers trained from scratch",),
     ),
     Strategy(
         name="zero-pad",
         settings={"train.aggregation": "zero-pad"},
         summary="prefixes padded with zeros and averaged over all devices (rank collapse)",
         source="baseline of HetLoRA (2401.06432)",
+        paper="HetLoRA (2401.06432), its baseline",
+        departures=("LoD layers trained from scratch",),
     ),
     Strategy(
         name="hetlora",
         settings={"train.aggregation": "hetlora"},
         summary="zero-padded, weighted by the norm of each device's products instead of its examples",
         source="HetLoRA (2401.06432) without its rank self-pruning",
+        paper="HetLoRA (2401.06432)",
+        departures=(
+            "no rank self-pruning",
+            "LoD layers trained from scratch",
+        ),
     ),
     Strategy(
         name="alternating",
         settings={"train.freeze": "alternating"},
         summary="per-column mean; devices train V in one round, U in the next: exact per round, half the upload",
         source="RoLoRA (2502.01755), for LoD layers trained from scratch",
+        paper="RoLoRA (2502.01755)",
+        departures=(
+            "LoD layers trained from scratch",
+            "tiers of different rank, which the paper has not",
+        ),
     ),
     Strategy(
         name="fedprox",
         settings={"train.proximal": 0.01},
         summary="per-column mean; devices are held near what they were sent by a proximal term",
         source="FedProx (1812.06127), on rank prefixes",
+        paper="FedProx (1812.06127)",
+        departures=("on rank prefixes",),
     ),
     Strategy(
         name="scaffold",
         settings={"train.correction": "scaffold"},
         summary="per-column mean; devices correct their steps by control variates, which double the traffic",
         source="SCAFFOLD (1910.06378), on rank prefixes",
+        paper="SCAFFOLD (1910.06378)",
+        departures=(
+            "on rank prefixes, counted entry by entry",
+            "means weighted by examples",
+        ),
     ),
     Strategy(
         name="fedlmt",
         settings={"train.submodel": "smallest"},
         summary="every device trains the smallest tier's low-rank model, which then serves all tiers",
         source="FedLMT (ICML 2024)",
+        paper="FedLMT (ICML 2024)",
+        departures=("the smallest tier's ranks in every layer, by this project's budgets",),
     ),
     Strategy(
         name="fedavg-small",
         settings={"train.submodel": "width-smallest"},
         summary="every device trains one dense model, as narrow as the smallest tier needs, which serves all tiers",
         source="FedAvg (1602.05629)",
+        paper="FedAvg (1602.05629)",
+        code="Flower's baselines/niid_bench",
     ),
     Strategy(
         name="fedavg-full",
         settings={"train.submodel": "full"},
         summary="oracle: every device trains the full model whatever its budget; tiers are served its prefixes",
         source="FedAvg (1602.05629)",
+        paper="FedAvg (1602.05629)",
+        departures=("ignores budgets: an oracle",),
     ),
     Strategy(
         name="capable-only",
         settings={"train.submodel": "capable"},
         summary="only devices that afford the full model train; tiers are served its prefixes",
         source="FedAvg (1602.05629) on the capable devices",
+        paper="FedAvg (1602.05629)",
     ),
     Strategy(
         name="exclusive",
@@ -215,12 +265,18 @@ _ROWS = (
         "and then every smaller one, and pays for all of them",
         source="exclusive learning, the baseline of DepthFL (ICLR 2023), on ranks; in one federation, so that sizes "
         "share a round's devices",
+        paper="DepthFL (ICLR 2023), its baseline",
+        departures=(
+            "sizes are ranks",
+            "sizes share the devices of a round, so each has fewer than in runs of its own",
+        ),
     ),
     Strategy(
         name="exclusive-tier",
         settings={"train.submodel": "separate"},
         summary="each tier trains a model of its own, with the ranks it affords, on its own devices only",
         source="FedAvg (1602.05629) per tier",
+        paper="FedAvg (1602.05629)",
     ),
     Strategy(
         name="heterofl",
@@ -233,18 +289,39 @@ _ROWS = (
         },
         summary="leading channels; scaler, static normalisation, and a head that learns a device's own classes only",
         source="HeteroFL (2010.01264); means weighted by examples",
+        paper="HeteroFL (2010.01264)",
+        code="Flower's baselines/heterofl",
+        departures=(
+            "means weighted by examples, theirs are plain",
+            "statistics of norms from a sample of the training set, theirs from all of it",
+            "the scaler divides by the channels kept, theirs by the nominal width",
+            "without norm layers (lenet, mlp) neither scaler nor statistics act",
+        ),
     ),
     Strategy(
         name="fjord",
         settings={"train.submodel": "width", "train.objective": "ordered-prefixes"},
         summary="leading channels; each step trains one random width that the device affords (ordered dropout)",
         source="FjORD (2102.13451) without distillation",
+        paper="FjORD (2102.13451)",
+        code="Flower's baselines/fjord",
+        departures=(
+            "GroupNorm instead of one BatchNorm for each width",
+            "widths are those of the fleet's tiers",
+        ),
     ),
     Strategy(
         name="fjord-kd",
         settings={"train.submodel": "width", "train.objective": "self-distillation"},
         summary="leading channels; the own width learns from labels, a random smaller one from its soft targets",
         source="FjORD (2102.13451) with self-distillation",
+        paper="FjORD (2102.13451)",
+        code="Flower's baselines/fjord",
+        departures=(
+            "GroupNorm instead of one BatchNorm for each width",
+            "the teacher is the own width, the student never; Flower's baseline draws the largest width as student too",
+            "temperature 1, equal weights of labels and teacher",
+        ),
     ),
     Strategy(
         name="fedrolex",
@@ -258,6 +335,13 @@ _ROWS = (
         summary="a window of channels as wide as the tier affords, which moves on by one channel a round; scaler, "
         "static normalisation and masked head as in heterofl",
         source="FedRolex (2212.01548) with the parts of HeteroFL that its release keeps; means weighted by examples",
+        paper="FedRolex (2212.01548)",
+        code="the authors' release",
+        departures=(
+            "means weighted by examples",
+            "tiers are served the window trained last, which the paper leaves open",
+            "one channel a round in every layer",
+        ),
     ),
     Strategy(
         name="depthfl",
@@ -265,6 +349,13 @@ _ROWS = (
         summary="the first blocks with a classifier after each, which learn from each other; tiers are served the "
         "ensemble of theirs",
         source="DepthFL (Kim et al., ICLR 2023) with FedAvg; means weighted by examples",
+        paper="DepthFL (ICLR 2023)",
+        code="Flower's baselines/depthfl",
+        departures=(
+            "FedAvg instead of FedDyn",
+            "distillation has its whole weight from the first round on",
+            "classifiers without convolutions of their own",
+        ),
     ),
     Strategy(
         name="scalefl",
@@ -276,6 +367,13 @@ _ROWS = (
         },
         summary="width and depth scaled together; early exits learn from the last one, which serves the tier",
         source="ScaleFL (Ilhan et al., CVPR 2023); means weighted by examples",
+        paper="ScaleFL (CVPR 2023)",
+        code="the authors' release",
+        departures=(
+            "width and depth in one proportion, theirs are options",
+            "distillation from the first round on, at temperature 1",
+            "means weighted by examples",
+        ),
     ),
     Strategy(
         name="nefl",
@@ -283,6 +381,13 @@ _ROWS = (
         summary="leading channels, and in residual networks fewer blocks with learnt step sizes; norms and step sizes "
         "are each tier's own, where the model has them",
         source="NeFL (2308.07761); means weighted by examples, each device trains its tier's size",
+        paper="NeFL (2308.07761)",
+        code="the authors' release",
+        departures=(
+            "blocks are left out from the last one on",
+            "means weighted by examples",
+            "where a network has no residual blocks, width alone",
+        ),
     ),
     Strategy(
         name="fiarse",
@@ -290,6 +395,12 @@ _ROWS = (
         summary="the weights of the largest magnitude, as many as the tier's ranks have parameters; saves traffic, "
         "and no MACs without sparse kernels",
         source="FIARSE (Wu et al., NeurIPS 2024); means weighted by examples",
+        paper="FIARSE (NeurIPS 2024)",
+        code="the authors' release",
+        departures=(
+            "only weights are masked, biases are kept",
+            "means weighted by examples",
+        ),
     ),
 )
 
