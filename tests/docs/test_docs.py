@@ -94,3 +94,10 @@ def test_scripts_run(where: str, text: str, tmp_path: Path) -> None:
         pytest.skip("needs the data sets")
     done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_methods_is_that_of_the_rows() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "methods.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
