@@ -155,6 +155,8 @@ class Aggregation(Generic[S]):
     so that the server weighs them itself."""
     mixes: bool = False
     """Whether the rule moves entries that no device covered (a re-ordering does)."""
+    whole_factors: bool = False
+    """Whether the rule takes products of devices' factors, which must then be whole but for their columns."""
     rebases: bool = False
     """Whether the rule gives trained factor pairs another basis, in which nobody's memory of them holds."""
     changed_rows: Callable[[Block[S], str], Tensor] | None = None

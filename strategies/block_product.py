@@ -46,6 +46,7 @@ BLOCK_PRODUCT = Aggregation(
     finish=finish,
     reduction=SEGMENT_STACKS,
     rebases=True,
+    whole_factors=True,
     summary="products averaged per rank segment over the devices that hold it, factored within the segment",
     source="raFLoRA (2602.13486) without its re-ordering across tiers",
 )

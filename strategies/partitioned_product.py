@@ -229,6 +229,7 @@ PARTITIONED_PRODUCT = Aggregation(
     reduction=SEGMENT_STACKS,
     mixes=True,
     rebases=True,
+    whole_factors=True,
     summary="products averaged per rank segment over the devices that hold it, then cut to full rank by SVD",
     source="raFLoRA (2602.13486)",
 )

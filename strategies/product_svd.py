@@ -112,6 +112,7 @@ PRODUCT_SVD = Aggregation(
     reduction=STACKS,
     mixes=True,
     rebases=True,
+    whole_factors=True,
     summary="products averaged over all devices, then cut to full rank by SVD (shrinks the tail: rank collapse)",
     source="FlexLoRA, FedHM (2111.14655)",
 )

@@ -66,8 +66,8 @@ class Strategy:
     name: str
     settings: Mapping[str, Value] = field(default_factory=dict)
     """Dotted settings that differ from ``PLAIN``."""
-    unless: Mapping[str, tuple[str, Value]] = field(default_factory=dict)
-    """Settings of the row that do not hold in an experiment where another one has a certain value."""
+    unless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Settings of the row that do not hold in an experiment that asks for something in one of others."""
     summary: str
     source: str
     paper: str = ""
@@ -115,14 +115,22 @@ _ROWS = (
     Strategy(
         name="fedmaestro",
         settings={
+            "train.submodel": "rank-and-width",
             "train.objective": "self-distillation",
             "train.logit-adjustment": 1.0,
-            "server.reorder-every": 1,
-            "server.tail-start": 4.0,
+            "server.optimizer": "momentum",
+            "server.momentum": 0.5,
+            "server.space": "product",
+            "server.tail-start": 10.0,
         },
-        unless={"server.tail-start": ("ranks.rule", "learned")},
-        summary="own prefix learns from labels (logit-adjusted), a smaller one from its soft targets; per-column mean "
-        "over holders, then columns re-ordered by SVD; columns of few holders start small",
+        unless={
+            "server.tail-start": ("ranks.rule",),
+            # What needs prefixes of whole layers.
+            "train.submodel": ("ranks.rule", "ranks.shrink-threshold", "train.group-lasso", "server.tail-decay"),
+        },
+        summary="smaller tiers have fewer channels and lower ranks; the own submodel learns from labels (logit-"
+        "adjusted), a smaller one from its soft targets; mean over holders, momentum on products, columns ordered by "
+        "SVD; what few devices hold starts small",
         source="FedMaestro: the switches that paid in our ablation (experiments/README.md)",
     ),
     Strategy(

@@ -150,7 +150,7 @@ def make_plan(
     Args:
         architecture: the LoD form; ``rule.form`` turns it into the dense one where needed.
         tiers: the fleet.
-        rule: see ``SubmodelRule``.
+        rule: see ``SubmodelRule``. Where a network has no narrower form, one that cuts both cuts ranks only.
         batch_size: see ``Setting``, as for ``slots`` and ``passes``.
         slots: see there.
         passes: see there.
@@ -167,6 +167,8 @@ def make_plan(
             tensors that the model does not have.
     """
     _check_ranked(architecture, tiers)
+    if rule.narrows and not architecture.can_narrow:
+        rule = replace(rule, narrows=False)
     setting = Setting(rule=rule, batch_size=batch_size, slots=slots, passes=passes)
     dense = replace(architecture, form="dense")
     fractions = _fit_fractions(architecture, [_at_width(tier, architecture, setting) for tier in tiers], setting)

@@ -138,6 +138,11 @@ class Architecture:
         return any(isinstance(x, nn.GroupNorm | LeadingGroupNorm | StaticNorm) for x in self.full.modules())
 
     @cached_property
+    def can_narrow(self) -> bool:
+        """Whether there is a narrower form of the network."""
+        return bool(self._channel_counts())
+
+    @cached_property
     def needs_calibration(self) -> bool:
         """Whether evaluation needs the statistics of ``static_norm.calibrate``."""
         return has_static_norms(self.full)

@@ -178,6 +178,7 @@ def open_environment(
     _check_correction(config, method)
     _check_dynamic(config, method)
     _check_per_tier(method)
+    _check_whole_factors(method)
     _check_masks(method)
     privacy = find_privacy(config, method, devices)
     if privacy is not None:
@@ -336,6 +337,16 @@ def _check_masks(method: Method) -> None:
         )
 
 
+def _check_whole_factors(method: Method) -> None:
+    """Refuse products of factors where devices of different tiers send different rows of them."""
+    if method.submodel.narrows and method.aggregation.whole_factors:
+        raise UserError(
+            f"train.aggregation={method.aggregation.name!r} takes products of whole factors, and under "
+            f"train.submodel={method.settings['train.submodel']!r} smaller tiers have some of their rows: use another "
+            "aggregation, or train.submodel=own"
+        )
+
+
 def _check_per_tier(method: Method) -> None:
     """Refuse own tensors of tiers where tiers do not train sizes of their own within one model."""
     rule = method.submodel
@@ -447,7 +458,7 @@ def _check_needs(config: ExperimentConfig, plan: Plan, method: Method) -> None:
                 f"{setting.key}={value} needs LoD layers, and under {cuts} model {config.model.name!r} has none: leave "
                 "it out, or use another strategy, train.submodel or model.keep-dense"
             )
-        if not method.trains_prefixes:
+        if not method.trains_prefixes or (setting.needs == PREFIXES and method.submodel.narrows):
             raise UserError(
                 f"{setting.key}={value} needs tiers that are prefixes of one model whose factors all devices train, "
                 f"and those of {cuts if method.freeze == 'none' else row} are not: leave it out, or use another "

@@ -114,11 +114,12 @@ def method_of(config: ExperimentConfig) -> Method:
     """
     check_name("train.strategy", config.train.strategy, STRATEGIES)
     row = STRATEGIES[config.train.strategy]
+    unset = ExperimentConfig()
 
     def value(key: str) -> Value | None:
         if (own := config.get(key)) is not None:
             return cast(Value, own)
-        if key in row.unless and config.get(row.unless[key][0]) == row.unless[key][1]:
+        if any(config.get(other) not in (None, unset.get(other)) for other in row.unless.get(key, ())):
             return PLAIN.get(key)
         return row.value(key)
 
