@@ -17,7 +17,8 @@ from fedmaestro.runs.records import StrategyResults as Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAMILIES = {"rank": (SERIES_COLORS[0], "o"), "width": (SERIES_COLORS[1], "s")}  # colour and marker
+# Colour and marker.
+FAMILIES = dict(zip(("rank", "width", "rank and width", "other"), zip(SERIES_COLORS, "os^D", strict=True), strict=True))
 NOTHING = "nothing has been recorded yet"
 _FAR = 4.0  # times the lead of the best over the median: a strategy this far below the median has failed
 _MIN_LEAD = 1.0  # percentage points, or percent of the median

@@ -130,8 +130,9 @@ def values_of(results: Results, stat: Stat | None) -> Values:
 
 
 def family(row: Row) -> str:
-    """Return what a strategy cuts to fit a budget: ``rank`` or ``width``."""
-    return "rank" if row.form == "lod" else "width"
+    """Return what a strategy cuts to fit a budget: ``rank``, ``width``, ``rank and width``, or ``other``."""
+    cut = row.submodel.partition(",")[0]
+    return cut if cut in ("rank", "width", "rank and width") else "other"
 
 
 def seeds_text(row: Row, results: Results) -> str:

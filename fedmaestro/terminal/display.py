@@ -243,10 +243,10 @@ def tier_table(summary: dict[str, Any]) -> Table:
 
 
 def _ranks(ranks: dict[str, float]) -> str:
-    if parts := [f"{key} {ranks[key]}" for key in ("width", "depth", "share") if key in ranks]:
-        return ", ".join(parts)
-    values = list(ranks.values())
-    return "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
+    parts = [f"{key} {ranks[key]:.3g}" for key in ("width", "depth", "share") if key in ranks]
+    values = [rank for key, rank in ranks.items() if key not in ("width", "depth", "share")]
+    some = "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
+    return ", ".join([*([some] if values else []), *parts])
 
 
 def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
