@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmaestro.fleet.plan import Plan
+from fedmaestro.fleet.plan import Plan, Submodel
 
 
 def expected_holders(plan: Plan, devices_of: Mapping[int, int], devices_per_round: int) -> dict[str, Tensor]:
@@ -25,10 +25,15 @@ def expected_holders(plan: Plan, devices_of: Mapping[int, int], devices_per_roun
     sampled = min(devices_per_round, reachable) / reachable
     holders = {layer: torch.zeros(rank, dtype=torch.float64) for layer, rank in (plan.full.size.ranks or {}).items()}
     for name, shape in plan.full.shapes.items():
-        if len(shape) > 1 and not name.endswith(".u") and any(of.shapes[name][1] < shape[1] for _, of in trained):
+        if len(shape) > 1 and not name.endswith(".u") and any(_inputs(of, name) < shape[1] for _, of in trained):
             holders[name] = torch.zeros(shape[1], dtype=torch.float64)
     for devices, submodel in trained:
         for name, held in holders.items():
             ranks = submodel.size.ranks or {}
-            held[: ranks[name] if name in ranks else submodel.shapes[name][1]] += sampled * devices
+            held[: ranks[name] if name in ranks else _inputs(submodel, name)] += sampled * devices
     return holders
+
+
+def _inputs(submodel: Submodel, name: str) -> int:
+    """Return the length of axis 1 of a tensor; 0 of a tensor that the submodel lacks."""
+    return submodel.shapes[name][1] if name in submodel.shapes else 0

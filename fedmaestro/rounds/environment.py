@@ -90,7 +90,7 @@ class Environment:
         if self.config.fleet.assignment == "fixed":
             return self.tier_of
         shares = np.array([self.plan.by_index(index).tier.share for index in range(len(self.plan.tiers))])
-        drawn = rng.generator(self.config.seed, "tiers", server_round).random(len(self.tier_of))
+        drawn = rng.generator(self.config.seed, "tiers-of-round", server_round).random(len(self.tier_of))
         return np.minimum(np.searchsorted(np.cumsum(shares), drawn, side="right"), len(shares) - 1)
 
     @cached_property

@@ -50,7 +50,7 @@ class Draws:
     @cached_property
     def examples(self) -> np.random.Generator:
         """Of augmentation."""
-        return rng.generator(self.seed, "augment", *self.indices)
+        return rng.generator(self.seed, "device-augment", *self.indices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,9 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "curve.latency": False,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
-        patch.setattr(run, "plot_ranks", lambda *_, **__: None)
+        patch.setattr(run, "cost_figure", lambda *_, **__: None)
+        patch.setattr(run, "rank_figure", lambda *_, **__: None)
+        patch.setattr(run, "save_figure", lambda *_, **__: None)
         train(overrides={**overrides, "model.keep-dense": "head"}, out=folder / "lod")
         train(overrides={**overrides, "model.form": "dense"}, out=folder / "dense")
     return {name: folder / name for name in ("lod", "dense")}

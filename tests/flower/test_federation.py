@@ -83,7 +83,7 @@ def test_number_of_hosts_and_order_of_replies_change_nothing(federate: Federate)
     assert first["model_sha256"] == second["model_sha256"]
 
 
-@pytest.mark.parametrize("strategy", ["fedmaestro", "partitioned-product", "product-svd", "heterofl", "exclusive"])
+@pytest.mark.parametrize("strategy", ["fedmaestro", "partitioned-product", "product-svd", "heterofl", "exclusive-tier"])
 def test_cohort_size_changes_messages_and_not_a_bit_of_the_result(federate: Federate, strategy: str) -> None:
     """A rule of each kind: entries, stacks with and without segments, changed rows, separate models."""
     overrides = {"train.strategy": strategy, "train.devices-per-round": 20, "train.record-bias": True}

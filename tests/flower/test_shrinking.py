@@ -22,6 +22,7 @@ from fedmaestro.runs.folder import RunFolder
 from fedmaestro.runs.model import read_model
 from fedmaestro.runs.records import RoundRecord
 from fedmaestro.strategies.base import SUMS
+from fedmaestro.strategies.product_space import with_products
 from fedmaestro.submodel import shapes_of
 from fedmaestro.tasks.task import evaluate
 
@@ -146,7 +147,7 @@ def test_the_checkpoint_holds_memory_and_counts_of_the_models_size(federate: Fed
     _, folder, _ = federate(CHANGING | MOMENTUM)
     server = state_of(folder, CHANGING | MOMENTUM)
     full = folder.read_rounds()[4].full_ranks
-    assert shapes_of(server.memory[None]["optimizer"]["momentum"]) == shapes_of(server.models[None])
+    assert shapes_of(server.memory[None]["optimizer"]["momentum"]) == shapes_of(with_products(server.models[None]))
     assert {layer: len(counts) for layer, counts in server.updates.items()} == full
     for counts in server.updates.values():
         assert int(counts[0]) == 60, "every device holds the first column"
@@ -179,7 +180,6 @@ def test_tiers_that_share_no_trained_factors_are_refused(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train.submodel": "width"}, r"under train\.submodel='width' model 'mlp' has none"),
         ({"train.submodel": "separate"}, r"those of train\.submodel='separate' are not"),
         ({"train.strategy": "alternating", "train.submodel": "smallest"}, r"those of strategy 'alternating' are not"),
     ],

@@ -36,7 +36,14 @@ from fedmaestro.submodel import cut, load, state_of
 
 Federate = Callable[..., Any]
 
-SHAPES = {"mlp": (1, 8, 8), "lenet": (1, 28, 28), "cnn": (3, 16, 16), "resnet18": (3, 8, 8), "vgg19": (3, 32, 32)}
+SHAPES = {
+    "mlp": (1, 8, 8),
+    "lenet": (1, 28, 28),
+    "cnn": (3, 16, 16),
+    "conv": (1, 9, 8),
+    "resnet18": (3, 8, 8),
+    "vgg19": (3, 32, 32),
+}
 SMALL = ("mlp", "lenet", "cnn")
 DEPTH, BOTH = SUBMODELS["depth"], SUBMODELS["width-depth"]
 
@@ -251,7 +258,7 @@ def test_hosts_and_stacks_change_nothing(federate: Federate, strategy: str) -> N
 
 def test_devices_of_all_depths_train_what_they_hold() -> None:
     env = open_environment(load_config(None, {"train.strategy": "depthfl", "model.name": "cnn"}))
-    from fedmaestro.rounds.training import train_device
+    from fedmaestro.rounds.training import Draws, train_device
 
     settings = LocalTraining(epochs=1, batch_size=16, lr=0.05, momentum=0.0, weight_decay=0.0)
     state = env.plan.architecture.initial_state(0)
@@ -259,7 +266,7 @@ def test_devices_of_all_depths_train_what_they_hold() -> None:
         assert tier.trains is not None
         prefixes, start = resident_prefixes(env, env.plan, tier.trains), cut(state, tier.trains.shapes)
         batch = env.task.plain(env.parts[0])
-        train_device(prefixes, start, env.method.objective, batch, settings, np.random.default_rng(0))
+        train_device(prefixes, start, env.method.objective, batch, settings, Draws(0, ()))
         assert prefixes.state.keys() == start.keys()
         assert all(not torch.equal(x, start[name]) for name, x in prefixes.state.items())
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +22,7 @@ from fedmaestro.rounds import storage
 from fedmaestro.rounds.device import resident_prefixes
 from fedmaestro.rounds.environment import open_environment
 from fedmaestro.rounds.server import start
-from fedmaestro.rounds.training import local_training, train_device
+from fedmaestro.rounds.training import Draws, local_training, train_device
 from fedmaestro.runs.model import read_card
 from fedmaestro.strategies import SUBMODELS
 from fedmaestro.submodel import State, state_of
@@ -80,7 +79,7 @@ def test_a_device_moves_its_own_entries_only() -> None:
     )
     prefixes = resident_prefixes(env, env.plan, tier.trains)
     batch = env.task.plain(env.parts[0])
-    train_device(prefixes, sent, env.method.objective, batch, local_training(env, 1), np.random.default_rng(0))
+    train_device(prefixes, sent, env.method.objective, batch, local_training(env, 1), Draws(0, ()))
     for name, tensor in prefixes.state.items():
         if maskable(tensor.shape):
             assert torch.equal(tensor[sent[name] == 0], sent[name][sent[name] == 0])

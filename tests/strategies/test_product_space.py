@@ -126,7 +126,6 @@ def test_a_product_is_that_of_flattened_factors() -> None:
 @pytest.mark.parametrize(
     ("row", "space"),
     [
-        ("fedmaestro", "product"),
         ("reordered", "product"),
         ("partitioned-product", "product"),
         ("block-product", "product"),

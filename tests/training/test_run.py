@@ -42,8 +42,9 @@ Train = Callable[..., TrainingRun]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Train:
     """Train in few steps and draw nothing; other settings come as ``quick({"train.epochs": 1}, out=…)``."""
-    monkeypatch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
-    monkeypatch.setattr(run, "plot_ranks", lambda *_, **__: None)
+    monkeypatch.setattr(run, "cost_figure", lambda *_, **__: None)
+    monkeypatch.setattr(run, "rank_figure", lambda *_, **__: None)
+    monkeypatch.setattr(run, "save_figure", lambda *_, **__: None)
 
     def call(overrides: dict[str, Any] | None = None, **options: Any) -> TrainingRun:
         return train(overrides={**QUICK, **(overrides or {})}, **options)
@@ -232,8 +233,9 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path: Pa
 def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """A run of three epochs that shrinks, not interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "plot_accuracy_cost", lambda *_, **__: None)
-        patch.setattr(run, "plot_ranks", lambda *_, **__: None)
+        patch.setattr(run, "cost_figure", lambda *_, **__: None)
+        patch.setattr(run, "rank_figure", lambda *_, **__: None)
+        patch.setattr(run, "save_figure", lambda *_, **__: None)
         return train(overrides=SHRINKING, out=tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -427,8 +429,9 @@ def test_comparison_with_a_folder_without_a_curve(content: str | None, tmp_path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the plots show."""
     curves: list[dict[str, Any]] = []
-    monkeypatch.setattr(run, "plot_accuracy_cost", lambda curve, *_, **__: curves.append(curve))
-    monkeypatch.setattr(run, "plot_ranks", lambda *_, **__: None)
+    monkeypatch.setattr(run, "cost_figure", lambda curve, *_, **__: curves.append(curve.to_dict()))
+    monkeypatch.setattr(run, "rank_figure", lambda *_, **__: None)
+    monkeypatch.setattr(run, "save_figure", lambda *_, **__: None)
     return curves
 
 
