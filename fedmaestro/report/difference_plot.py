@@ -2,10 +2,11 @@
 
 import math
 import textwrap
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from fedmaestro.report.axis import Scale
-from fedmaestro.report.compare_figure import titled_figure
+from fedmaestro.report.compare_figure import failed, titled_figure
 from fedmaestro.report.difference_table import difference_text, seeds_note
 from fedmaestro.report.figure import BLACK, MUTED, NOTE, SERIES_COLORS, new_figure, plot_style, short_name
 from fedmaestro.report.format import Shown
@@ -47,7 +48,9 @@ def difference_figure(results: Results) -> "Figure":
     for axes in grid.flat[len(families) :]:
         axes.remove()
     band = "" if margin_of(results) is None else "; band: margin of equivalence"
-    note = f"dots: seeds; diamond and bar: mean and its 95 % t interval{band}; dark: a claim, grey: none"
+    note = f"dots: seeds; diamond and bar: mean and its 95 % t interval{band}; blue: a claim, grey: none"
+    if {x.row for x in rows} & {row.name for row in failed(results)}:
+        note += "; triangles: beyond the axis"
     figure.supxlabel("\n".join(filter(None, (note, seeds_note(families)))), **NOTE)
     return figure
 
@@ -79,14 +82,14 @@ def critical_difference_figure(ranks: Ranking) -> "Figure":
 
 def _draw_family(axes: "Axes", results: Results, family: Compared, *, named: bool) -> None:
     show, margin = Shown(results.metric), margin_of(results)
-    scale = _scale(show, family, margin)
+    scale = _scale(show, family, margin, {row.name for row in failed(results)})
     scale.apply(axes, "x")
     axes.set_title(family.measure.heading, loc="left", fontweight="bold")
     if margin is not None:
         axes.axvspan(-show.factor * margin, show.factor * margin, color=_BAND, linewidth=0, zorder=0)
     axes.axvline(0, color=MUTED, linewidth=1.0, zorder=1)
     for index, difference in enumerate(family.differences):
-        _draw_difference(axes, index, difference, show)
+        _draw_difference(axes, index, difference, show, scale)
     names = [f"{short_name(x.row)}" for x in family.differences]
     axes.set_yticks(range(len(names)), names if named else [""] * len(names))
     axes.tick_params(axis="y", length=0)
@@ -94,7 +97,7 @@ def _draw_family(axes: "Axes", results: Results, family: Compared, *, named: boo
     axes.grid(visible=True, axis="x")
 
 
-def _draw_difference(axes: "Axes", y: int, difference: Difference, show: Shown) -> None:
+def _draw_difference(axes: "Axes", y: int, difference: Difference, show: Shown, scale: Scale) -> None:
     """Draw one row and write below its name what is known in words above the bar."""
     if difference.mean is None:
         axes.text(0.02, y, "unknown", transform=axes.get_yaxis_transform(), va="center", **NOTE)
@@ -104,18 +107,21 @@ def _draw_difference(axes: "Axes", y: int, difference: Difference, show: Shown) 
     seeds = [show.factor * x for x in difference.differences]
     axes.plot([mean - half, mean + half], [y, y], color=color, linewidth=1.8, solid_capstyle="butt", zorder=2)
     axes.plot(seeds, [y + 0.2] * len(seeds), "o", color=color, markersize=3, alpha=0.55, markeredgewidth=0, zorder=2)
-    axes.plot(mean, y, "D", color=color, markersize=6, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+    inside = scale.holds(mean)
+    marker = "D" if inside else "<" if mean < scale.low else ">"
+    edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3, "clip_on": inside}
+    axes.plot(scale.clip(mean), y, marker, color=color, markersize=6, **edge)
     words = difference_text(show, difference) + (f"  {difference.verdict.value}" if color == _CLAIMED else "")
     place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
     behind = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6}
     axes.text(0.995, y - 0.3, words, fontsize=8, bbox=behind, zorder=4, **place)
 
 
-def _scale(show: Shown, family: Compared, margin: float | None) -> Scale:
-    """Return an axis that holds zero, the margin, every seed and every interval."""
+def _scale(show: Shown, family: Compared, margin: float | None, far: Collection[str]) -> Scale:
+    """Return an axis that holds zero, the margin, every seed and every interval but of rows that have failed."""
     ends = [0.0] if margin is None else [-margin, margin]
     for x in family.differences:
-        if x.mean is not None:
+        if x.mean is not None and not (x.row in far and any(other.row not in far for other in family.differences)):
             half = x.half_width or 0.0
             ends += [x.mean - half, x.mean + half, *x.differences]
     shown = [show.factor * end for end in ends if math.isfinite(end)]
