@@ -243,10 +243,11 @@ def tier_table(summary: dict[str, Any]) -> Table:
 
 
 def _ranks(ranks: dict[str, float]) -> str:
-    parts = [f"{key} {ranks[key]:.3g}" for key in ("width", "depth", "share") if key in ranks]
     values = [rank for key, rank in ranks.items() if key not in ("width", "depth", "share")]
     some = "/".join(map(str, values)) if len(values) <= 4 else f"{min(values)}…{max(values)}"
-    return ", ".join([*([some] if values else []), *parts])
+    if values:  # one line of the table, also with a width
+        return f"{some} w{ranks['width']:.2g}" if "width" in ranks else some
+    return ", ".join(f"{key} {ranks[key]:.3g}" for key in ("width", "depth", "share") if key in ranks)
 
 
 def print_closing(console: Console, path: str, summary: dict[str, Any]) -> None:
