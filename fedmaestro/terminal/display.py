@@ -220,7 +220,7 @@ def tier_table(summary: dict[str, Any]) -> Table:
     main = "" if show.name == "accuracy" else f" · {show.name}"
     split = " · validation split" if summary.get("split") == "validation" else ""
     title = f"{summary['dataset']} · {summary['strategy']} · after round {summary['rounds']}{main}{split}"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("tier", no_wrap=True)
     updates = {name: Updates(**tier.get("updates", {})) for name, tier in summary["tiers"].items()}
     lost = any(counts.lost for counts in updates.values())
