@@ -6,9 +6,10 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fedmaestro.report.text_table import TextTable, to_markdown
 from fedmaestro.strategies import AGGREGATIONS, STRATEGIES
 from fedmaestro.strategies.rows import Strategy
 
@@ -41,7 +42,7 @@ def methods() -> str:
 
     lines = [
         (
-            f"`{row.name}`",
+            row.name,
             row.submodel.describe(),
             row.objective + (" + logit adjustment" if row.value("train.logit-adjustment") else ""),
             f"{row.aggregation.name}, by {weights(row)}",
@@ -77,15 +78,13 @@ def _departures(row: Strategy) -> str:
 
 def robust() -> str:
     """Return the table of the aggregations against attackers, which go with every row of one shared model."""
-    lines = [
-        (f"`{name}`", row.summary, row.source) for name, row in AGGREGATIONS.items() if row.summary.startswith("robust")
-    ]
-    return _table(("`train.aggregation`", "what it is", "source"), lines)
+    lines = [(name, row.summary, row.source) for name, row in AGGREGATIONS.items() if row.summary.startswith("robust")]
+    return _table(("train.aggregation", "what it is", "source"), lines)
 
 
-def _table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    escaped = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *escaped])
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the table alone: the page has headings and notes of its own."""
+    return to_markdown(TextTable(heading="", note="", header=header, rows=list(rows))).partition("\n\n")[2]
 
 
 def page(markdown: str) -> str:

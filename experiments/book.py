@@ -23,6 +23,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -162,23 +163,12 @@ def provenance(stored: Stored) -> str:
     """Return where a result comes from."""
     runs = [seconds for of_row in stored.seconds.values() for seconds in of_row]
     versions = ", ".join(f"{name} {number}" for name, number in stored.versions.items() if name != "fedmaestro")
-    command = "\n".join(textwrap_command(stored.command))
+    lines = textwrap.wrap(stored.command, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    command = " \\\n".join(lines)
     seeds = ", ".join(map(str, stored.results.seeds))
     took = f"{len(runs)} runs of {format_seconds(min(runs))} to {format_seconds(max(runs))}"
     code = f"commit `{stored.commit[:10]}`, {stored.date}, Python {stored.python}, {versions}"
     return f"```sh\n{command}\n```\n\nSeeds {seeds}; {took}; {code}; {stored.processor}."
-
-
-def textwrap_command(command: str) -> list[str]:
-    """Return a command in lines of a readable length, each but the last one with a backslash at its end."""
-    lines, line = [], ""
-    for word in command.split(" "):
-        if line and len(line) + len(word) > 110:
-            lines.append(f"{line} \\")
-            line = "  " + word
-        else:
-            line = f"{line} {word}".strip() if not line.startswith("  ") else f"{line} {word}"
-    return [*lines, line]
 
 
 def published(stored: Stored) -> str:

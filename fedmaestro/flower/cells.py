@@ -49,7 +49,9 @@ _FIXED = (
     "train.strategy",
     "fleet.preset",
     "fleet.file",
+    "fleet.assignment",
     "fleet.match-macs",
+    "fleet.match-by",
     "model.name",
 )
 """What all variants share: settings, or tables with a dot at the end."""

@@ -40,7 +40,8 @@ def _draw_partition(env: Environment, folder: RunFolder) -> None:
     shown = np.unique(np.linspace(0, devices - 1, min(devices, SHOWN)).astype(int)).tolist()
     figure = partition_figure(
         class_counts(env.task.labels, [env.parts[device] for device in shown], env.task.num_classes),
-        tiers=[env.tier(device).tier.name for device in shown],
+        # Where devices draw a tier in every round, none is their own.
+        tiers=[env.tier(device).tier.name for device in shown] if env.config.fleet.assignment == "fixed" else None,
         tier_order=[tier.tier.name for tier in env.plan.tiers],
         title=f"{env.task.name}: examples of each device by class",
         devices=devices,
