@@ -172,20 +172,22 @@ def provenance(stored: Stored) -> str:
 
 
 def published(stored: Stored) -> str:
-    """Return what is published beside what the largest tier reached here, in its best round, row by row."""
+    """Return what is published beside what was reached here, row by row."""
     known = read_toml(HERE / "validation" / "published.toml")[stored.name]
     lines = [
-        "| setting | published | ours, best round | difference | ours, final | seeds |",
+        "| setting | published | ours, best round | ours, final | difference | seeds |",
         "|---|--:|--:|--:|--:|---|",
     ]
     for row in stored.results.strategies:
         if row.name in known:
-            scores = next(iter(row.tiers.values()))
+            of_tiers = known[row.name].get("of") == "tiers"
+            scores = row.mean if of_tiers else next(iter(row.tiers.values()))
             best, final = ([100 * x for x in stat.values if x is not None] for stat in (scores.best, scores.final))
             theirs, spread = known[row.name]["value"], known[row.name].get("std")
             text = f"{theirs:.2f}" if spread is None else f"{theirs:.2f} ± {spread:.2f}"
-            gap, seeds = f"{statistics.fmean(best) - theirs:+.2f}", ", ".join(map(str, row.seeds))
-            lines.append(f"| {row.name} | {text} | {_mean(best)} | {gap} | {_mean(final)} | {seeds} |")
+            gap = f"{statistics.fmean(final if of_tiers else best) - theirs:+.2f}"
+            seeds = ", ".join(map(str, row.seeds))
+            lines.append(f"| {row.name} | {text} | {_mean(best)} | {_mean(final)} | {gap} | {seeds} |")
     return "\n".join(lines)
 
 

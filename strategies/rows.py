@@ -27,6 +27,8 @@ SUBMODELS: dict[str, SubmodelRule] = {
     "rank-and-width": SubmodelRule(narrows=True),
     "width": SubmodelRule(form="dense"),
     "width-smallest": SubmodelRule(form="dense", trains="smallest"),
+    "width-full": SubmodelRule(form="dense", trains="full"),
+    "width-capable": SubmodelRule(form="dense", trains="capable"),
     "width-separate": SubmodelRule(form="dense", separate=True),
     "width-rolling": SubmodelRule(form="dense", rolls=True),
     "depth": SubmodelRule(form="dense", scales="depth", exits="ensemble"),

@@ -184,7 +184,7 @@ def make_plan(
     elif rule.form == "dense" or rule.narrows or match_macs:
         costs, pairs = [_cost(architecture, size, setting) for size in sizes], list[Matched]()
         if match_macs:
-            macs = [x.macs_per_example for x in costs]
+            macs = _macs_to_match(dense, tiers, costs, setting)
             pairs = matched_sizes(dense, trace_of(architecture), macs, trace_of)
         if rule.form == "dense":
             architecture = _formed(architecture, rule)
@@ -198,9 +198,9 @@ def make_plan(
                 sizes = _filled(architecture, sizes, macs)
         else:
             sizes = [pair.ranks for pair in pairs]
-        if match_macs and rule.form == "lod":
+        if match_macs and (rule.form == "lod" or rule.trains in ("full", "capable")):
             # What no tier can train is no part of the model to be compared.
-            full = max(sizes, key=lambda size: sum((size.ranks or {}).values()))
+            full = max(sizes, key=lambda size: _cost(architecture, size, setting).params)
     if per_tier:
         setting = replace(setting, own=tensors_of(architecture.full, per_tier, architecture.name))
     plan = _assemble(architecture, list(enumerate(tiers)), sizes, full, setting)
@@ -459,6 +459,18 @@ def _at_width(tier: Tier, architecture: Architecture, setting: Setting) -> Tier:
     sizes = (dense, dense.size_at(exact(tier.width))), (architecture, architecture.size_at(architecture.fractions()[0]))
     macs = max(_cost(of, size, setting).macs_per_example for of, size in sizes)
     return tier.model_copy(update={"macs": macs if tier.macs is None else min(macs, tier.macs)})
+
+
+def _macs_to_match(dense: Architecture, tiers: tuple[Tier, ...], ranked: Sequence[Cost], setting: Setting) -> list[int]:
+    """Return the MACs of each tier's ranks; of the width itself where a tier is given by one."""
+    macs = [x.macs_per_example for x in ranked]
+    if all(tier.width is None for tier in tiers):
+        return macs
+    widths = [dense.size_at(fraction) for fraction in _fit_fractions(dense, tiers, setting)]
+    return [
+        own if tier.width is None else _cost(dense, width, setting).macs_per_example
+        for own, tier, width in zip(macs, tiers, widths, strict=True)
+    ]
 
 
 def _fit_fractions(architecture: Architecture, tiers: Sequence[Tier], setting: Setting) -> list[Fraction]:

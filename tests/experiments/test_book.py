@@ -68,6 +68,27 @@ def test_runs_become_a_row_for_each_label(copied: Path, tmp_path: Path) -> None:
     assert [line.count("±") > 0 for line in lines] == [True, False]
 
 
+def test_published_figures_stand_beside_the_largest_tier_or_the_mean_over_tiers(copied: Path, tmp_path: Path) -> None:
+    result = fedmaestro.compare(None, ["a:fjord", "b:fjord"], 1, overrides=SMALL, out=tmp_path / "compare", actors=0)
+    book("store", "mine", str(tmp_path / "compare"), "--by", "x", script=copied)
+    (copied.parent / "validation").mkdir()
+    rows = '"a" = { value = 10.0, std = 0.5 }', '"b" = { value = 20.0, of = "tiers" }', '"other" = { value = 1.0 }'
+    (copied.parent / "validation" / "published.toml").write_text("\n".join(["[mine]", *rows]))
+    page = page_of(copied, "published")
+    assert book("pages", script=copied).returncode == 0
+    lines = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith(("| a", "| b"))]
+    a, b = result.results["strategies"]
+    largest, mean = 100 * a["tiers"]["flagship"]["best"]["mean"], 100 * b["mean"]["final"]["mean"]
+    assert [lines[0][i] for i in (0, 1, 2, 4, 5)] == [
+        "a",
+        "10.00 ± 0.50",
+        f"{largest:.2f}",
+        f"{largest - 10:+.2f}",
+        "0",
+    ]
+    assert [lines[1][i] for i in (0, 1, 3, 4, 5)] == ["b", "20.00", f"{mean:.2f}", f"{mean - 20:+.2f}", "0"]
+
+
 @pytest.mark.parametrize(
     ("name", "view", "message"), [("gone", "scores", "there is no"), ("../gone", "scores", "there is no")]
 )

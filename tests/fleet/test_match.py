@@ -1,5 +1,8 @@
 """Rank and width submodels of equal MACs."""
 
+from fractions import Fraction
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,9 +39,15 @@ def test_ranks_and_widths_cost_the_same_and_tiers_stay_distinct_and_nested(model
     assert ranks.full is ranks.tiers[0].serves, "what nobody can afford is no part of a matched model"
 
 
-def test_capable_devices_of_a_matched_plan_are_those_of_the_largest_tier() -> None:
-    plan = planned("lenet", "five-tiers", SubmodelRule(trains="capable"))
+@pytest.mark.parametrize("form", ["lod", "dense"])
+def test_capable_devices_of_a_matched_plan_are_those_of_the_largest_tier(form: Literal["lod", "dense"]) -> None:
+    plan = planned("lenet", "five-tiers", SubmodelRule(form=form, trains="capable"))
     assert [tier.tier.name for tier in plan.tiers if tier.trains is not None] == ["flagship"]
+
+
+def test_tiers_that_are_given_by_widths_keep_them_as_far_as_ranks_can_match_them() -> None:
+    plan = planned("lenet", "five-widths", SubmodelRule(form="dense"))
+    assert [tier.serves.size.width for tier in plan.tiers[:3]] == [Fraction(1, 2**i) for i in range(3)]
 
 
 def layer(name: str, rank: int, price: int) -> LayerTrace:
