@@ -184,6 +184,13 @@ class TrainConfig(Table):
     submodel: Annotated[str | None, BY_STRATEGY] = Field(
         None, description="submodel rule (`fedmaestro list submodels`); default: the strategy's own"
     )
+    rank_power: float = Field(
+        1.0,
+        ge=0,
+        le=4,
+        description="for submodel = rank-and-width: at width w, a layer has the part w to this power of its ranks; 0: "
+        "channels alone are cut",
+    )
     aggregation: Annotated[str | None, BY_STRATEGY] = Field(
         None, description="aggregation rule (`fedmaestro list aggregations`); default: the strategy's own"
     )

@@ -413,7 +413,7 @@ def _formed(architecture: Architecture, rule: SubmodelRule) -> Architecture:
     """Return the LoD architecture in the form that a rule cuts, as it cuts it."""
     if rule.form == "dense":
         return replace(architecture, form="dense", scales=rule.scales, exits=rule.exits)
-    return replace(architecture, narrows=rule.narrows)
+    return replace(architecture, narrows=rule.narrows, rank_power=rule.rank_power)
 
 
 def _equal_sizes(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -17,6 +18,7 @@ class SubmodelRule:
         separate: each size is a model of its own instead of the leading block of one (exclusive training).
         narrows: channels are cut together with ranks (``Architecture.narrows``): a tier's submodel has the leading
             channels of every layer, and of their factors the leading columns; LoD only.
+        rank_power: how much ranks are cut with them (``Architecture.rank_power``).
         scales: what makes a dense model smaller (``models.architecture``): width, depth (early exits), both, width and
             residual blocks, or entries that are zero.
         exits: what a network with early exits puts out: the ensemble of its classifiers, or the last one.
@@ -27,6 +29,7 @@ class SubmodelRule:
     trains: Literal["own", "smallest", "full", "capable", "affordable"] = "own"
     separate: bool = False
     narrows: bool = False
+    rank_power: Fraction = Fraction(1)
     scales: Literal["width", "depth", "both", "blocks", "entries"] = "width"
     exits: Literal["none", "ensemble", "last"] = "none"
     rolls: bool = False

@@ -23,7 +23,7 @@ from fedmaestro.models.scaler import add_scalers
 from fedmaestro.models.shape import Inputs, example_inputs, inputs_of
 from fedmaestro.models.static_norm import StaticNorm, has_static_norms, use_static_batch_norms, use_static_norms
 from fedmaestro.models.steps import leave_out, use_steps
-from fedmaestro.models.width import LeadingGroupNorm, Scale
+from fedmaestro.models.width import LeadingGroupNorm, Scale, part_of_rank
 from fedmaestro.submodel import Shapes, State, load, shapes_of, state_of
 from fedmaestro.threads import one_thread
 
@@ -76,7 +76,9 @@ class Architecture:
         norm: what image models normalise by: GroupNorm, or BatchNorm without running statistics (``static_norm``),
             which ``calibrate`` prepares for evaluation. The state has the same names and shapes under both.
         narrows: whether the sizes of the LoD form cut channels together with ranks: at width ``w``, the ranks are the
-            part ``w`` of what the narrower network's layers can have, so a layer costs about ``w³``.
+            part ``w ** rank_power`` of what the narrower network's layers can have, so a layer costs about
+            ``w ** (2 + rank_power)``.
+        rank_power: see there; 0: channels alone are cut.
         width: part of the model's channels that the whole network has; widths of sizes are parts of it.
     """
 
@@ -92,6 +94,7 @@ class Architecture:
     inputs: Inputs = ()
     width: Fraction = FULL
     narrows: bool = False
+    rank_power: Fraction = FULL
     spec: ModelSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,8 +180,9 @@ class Architecture:
     def size_at(self, fraction: Fraction) -> Size:
         """Return the size at ``fraction`` of the chain.
 
-        Ranks ``max(1, ⌊fraction · R⌋)``; that width; that depth, ``max(1, ⌊fraction · D⌋)`` of ``D`` blocks; or that
-        width and depth ``⌈fraction · D⌉``, or as many of ``D`` blocks that it can do without; that share of entries.
+        Ranks ``max(1, ⌊fraction · R⌋)``; that width, with ranks if ``narrows``; that depth, ``max(1, ⌊fraction · D⌋)``
+        of ``D`` blocks; or that width and depth ``⌈fraction · D⌉``, or as many of ``D`` blocks that it can do without;
+        that share of entries.
         """
         if self.form == "dense" and self.scales == "entries":
             return Size(share=fraction)
@@ -187,9 +191,12 @@ class Architecture:
         if self.form == "dense":
             blocks = {"both": self.spec.blocks, "blocks": self.spec.optional}.get(self.scales, ())
             return Size(width=fraction, depth=math.ceil(fraction * len(blocks)) if blocks else None)
-        full = lod.max_ranks(self._narrowed(fraction) if self.narrows else self.full)
-        ranks = {name: max(1, math.floor(fraction * rank)) for name, rank in full.items()}
-        return Size(ranks=ranks, width=fraction if self.narrows else None)
+        if not self.narrows:
+            ranks = {name: max(1, math.floor(fraction * rank)) for name, rank in lod.max_ranks(self.full).items()}
+            return Size(ranks=ranks)
+        full = lod.max_ranks(self._narrowed(fraction))
+        ranks = {name: max(1, part_of_rank(rank, fraction, self.rank_power)) for name, rank in full.items()}
+        return Size(ranks=ranks, width=fraction)
 
     def fractions(self) -> list[Fraction]:
         """Return, ascending, every fraction at which the size changes."""

@@ -1,6 +1,7 @@
 """Width scaling: how many leading channels a narrower copy of a model keeps."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +20,13 @@ class Scale:
     def __call__(self, channels: int) -> int:
         """Return the number of leading channels, at least 1 (HeteroFL, section 3; FjORD, section 3.1)."""
         return max(1, math.ceil(self.width * channels))
+
+
+def part_of_rank(rank: int, width: Fraction, power: Fraction) -> int:
+    """Return ``⌊rank · width ** power⌋``, in integers: a root's rounding may not depend on the machine."""
+    p, q = power.as_integer_ratio()
+    limit = rank**q * width.numerator**p
+    return bisect_right(range(1, rank + 1), limit, key=lambda n: n**q * width.denominator**p)
 
 
 class LeadingGroupNorm(nn.Module):

@@ -197,6 +197,7 @@ def open_environment(
             "leave match-by out"
         )
     architecture, task = _architecture(config, method, task)
+    _check_rank_power(config, method, architecture)
     if config.train.per_tier is None:
         method = _of_model(method, architecture)
     plan = make_plan(
@@ -344,6 +345,23 @@ def _check_whole_factors(method: Method) -> None:
             f"train.aggregation={method.aggregation.name!r} takes products of whole factors, and under "
             f"train.submodel={method.settings['train.submodel']!r} smaller tiers have some of their rows: use another "
             "aggregation, or train.submodel=own"
+        )
+
+
+def _check_rank_power(config: ExperimentConfig, method: Method, architecture: Architecture) -> None:
+    """Refuse a power for ranks that nothing would read."""
+    power = f"train.rank-power={config.train.rank_power}"
+    if config.train.rank_power == 1:
+        return
+    if not method.submodel.narrows:
+        raise UserError(
+            f"{power} is for submodels with fewer channels and lower ranks, and those of train.submodel="
+            f"{method.settings['train.submodel']!r} have not both: leave it out, or use train.submodel=rank-and-width"
+        )
+    if not architecture.can_narrow:
+        raise UserError(
+            f"{power} is for submodels with fewer channels and lower ranks, and model {config.model.name!r} has no "
+            "narrower form: leave it out, or give the model's class a parameter scale"
         )
 
 

@@ -1,7 +1,8 @@
 """A method: a row of ``STRATEGIES`` with the experiment's settings laid over it."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, cast
 
 from fedmaestro.clients import OBJECTIVES, Objective
@@ -147,7 +148,9 @@ def method_of(config: ExperimentConfig) -> Method:
         summary=row.summary,
         source=row.source,
         settings=settings,
-        submodel=SUBMODELS[str(settings["train.submodel"])],
+        submodel=replace(
+            SUBMODELS[str(settings["train.submodel"])], rank_power=Fraction(train.rank_power).limit_denominator(100)
+        ),
         objective=OBJECTIVES[str(settings["train.objective"])],
         aggregation=aggregation.of(config.get),
         server=server,
