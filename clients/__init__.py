@@ -9,7 +9,7 @@ if __name__ != "fedmaestro.clients":
 from fedmaestro.clients.base import Objective
 from fedmaestro.clients.exit_distillation import EXIT_DISTILLATION, EXITS_FROM_LAST
 from fedmaestro.clients.masked_cross_entropy import MASKED_CROSS_ENTROPY
-from fedmaestro.clients.mutual_distillation import MUTUAL_DISTILLATION
+from fedmaestro.clients.mutual_distillation import MUTUAL_DISTILLATION, SKEW_DISTILLATION
 from fedmaestro.clients.ordered_prefixes import ORDERED_PREFIXES
 from fedmaestro.clients.own_prefix import OWN_PREFIX
 from fedmaestro.clients.paired_prefixes import PAIRED_PREFIXES
@@ -21,6 +21,7 @@ _ROWS = (
     PAIRED_PREFIXES,
     SELF_DISTILLATION,
     MUTUAL_DISTILLATION,
+    SKEW_DISTILLATION,
     MASKED_CROSS_ENTROPY,
     EXIT_DISTILLATION,
     EXITS_FROM_LAST,

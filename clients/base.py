@@ -1,5 +1,6 @@
 """What a local objective sees of a device, and what a row of the table of objectives is."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,7 @@ class Prefixes:
         goal: what is learnt.
         classes: bool ``(num_classes,)``, the classes of the device; None: all of them count.
         offsets: ``(num_classes,)``, what ``label_loss`` adds to the logits; None: nothing.
+        skew: ``label_skew`` of the device, a scalar; None: none.
         state: the tensors of the model's state, which share its memory. Found once: walking through the modules takes
             a good part of the time that a small model trains.
         parameters: the model's.
@@ -44,6 +46,7 @@ class Prefixes:
     goal: Goal = CLASSIFICATION
     classes: Tensor | None = None
     offsets: Tensor | None = None
+    skew: Tensor | None = None
     threshold: float | None = None
     """The smallest magnitude of weights that count; None: all do."""
     state: State = field(default_factory=dict)
@@ -54,18 +57,23 @@ class Prefixes:
             object.__setattr__(self, "state", state_of(self.model))
             object.__setattr__(self, "parameters", dict(self.model.named_parameters()))
 
-    def of_device(self, labels: Tensor, *, masked: bool, logit_adjustment: float) -> "Prefixes":
-        """Return the same models with what a device's ``labels (N,)`` say.
+    def of_device(self, labels: Tensor, objective: "Objective", logit_adjustment: float) -> "Prefixes":
+        """Return the same models with what a device's ``labels (N,)`` say, as far as it is read.
 
         Args:
             labels: of all its examples.
-            masked: whether its objective reads ``classes``.
+            objective: what the device minimises.
             logit_adjustment: τ of ``logit_offsets``.
         """
-        if not (masked or logit_adjustment):
+        if not (objective.masked or objective.by_skew or logit_adjustment):
             return self
         counts = torch.bincount(labels, minlength=self.num_classes)
-        return replace(self, classes=counts > 0 if masked else None, offsets=logit_offsets(counts, logit_adjustment))
+        return replace(
+            self,
+            classes=counts > 0 if objective.masked else None,
+            offsets=logit_offsets(counts, logit_adjustment),
+            skew=label_skew(counts) if objective.by_skew else None,
+        )
 
     @property
     def levels(self) -> int:
@@ -130,6 +138,8 @@ class Objective:
     even that); None: it may draw anything, so that devices cannot be stacked (``rounds.stacked``)."""
     masked: bool = False
     """Whether ``loss`` reads ``Prefixes.classes``: for classification only."""
+    by_skew: bool = False
+    """Whether ``loss`` reads ``Prefixes.skew``: for classification only."""
 
 
 OWN_AND_SMALLER = Passes(
@@ -158,3 +168,13 @@ def logit_offsets(counts: Tensor, strength: float) -> Tensor | None:
         return None
     smoothed = counts + 1.0
     return strength * (smoothed / smoothed.sum()).log()
+
+
+def label_skew(counts: Tensor) -> Tensor:
+    """Return ``1 - H(π) / log C`` of the class frequencies ``π``: 0 where all classes are as frequent, 1 for one class.
+
+    Args:
+        counts: ``(C,)``, examples of each class.
+    """
+    frequencies = counts / counts.sum()
+    return 1 + torch.special.xlogy(frequencies, frequencies).sum() / math.log(max(len(counts), 2))

@@ -2,6 +2,7 @@
 
     python experiments/book.py store NAME COMPARISON           what `fedmaestro compare` has left
     python experiments/book.py store NAME LABEL=RUN[,RUN…] …   what `fedmaestro run` has left, a row for each label
+                               … --add                         as further rows of a result that is stored already
     python experiments/book.py pages                           writes tables and figures anew (`make results`)
     python experiments/book.py pages --check                   says whether the pages match, and changes nothing
     python experiments/book.py rerun NAME --data-dir DIR       runs the command behind a result again
@@ -29,6 +30,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import Field
+
 from fedmaestro.report.compare_plots import tier_accuracy_figure
 from fedmaestro.report.compare_table import budget_table, result_table
 from fedmaestro.report.difference_plot import difference_figure
@@ -55,6 +58,8 @@ class Stored(Record):
     command: str
     """What made it, from the root of the repository; without the folders of data and results."""
     commit: str
+    commits: dict[str, str] = Field(default_factory=dict)
+    """Of rows that another commit has made, by row."""
     date: str
     """Of storing."""
     python: str
@@ -65,8 +70,11 @@ class Stored(Record):
     results: Results
 
 
-def store(name: str, sources: Sequence[str], command: str, commit: str = "") -> Path:
-    """Write ``results/NAME.json`` of a comparison, or of runs by label; of this commit, unless another one made it."""
+def store(name: str, sources: Sequence[str], command: str, commit: str = "", *, add: bool = False) -> Path:
+    """Write ``results/NAME.json`` of a comparison, or of runs by label; of this commit, unless another one made it.
+
+    With ``add``, rows join those that are stored: long comparisons are made a few rows at a time.
+    """
     if len(sources) == 1 and "=" not in sources[0]:
         results, seconds = _of_comparison(Path(sources[0]))
     else:
@@ -85,8 +93,27 @@ def store(name: str, sources: Sequence[str], command: str, commit: str = "") -> 
     )
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_record(path, stored)
+    write_record(path, _joined(read_json(path, Stored), stored) if add else stored)
     return path
+
+
+def _joined(earlier: Stored, more: Stored) -> Stored:
+    """Return a result with the rows of another, which must have the same settings and seeds."""
+    for key in ("experiment", "seeds", "tiers", "metric", "matched_macs", "protocol", "analysis"):
+        before, now = getattr(earlier.results, key), getattr(more.results, key)
+        if before != now:
+            sys.exit(f"{more.name}: {key} of the stored rows is {before}, of these {now}: take another name for these")
+    if twice := earlier.seconds.keys() & more.seconds.keys():
+        sys.exit(f"{more.name}: rows {', '.join(sorted(twice))} are stored already")
+    rows = [*earlier.results.strategies, *more.results.strategies]
+    results = more.results.model_copy(update={"strategies": rows})
+    commits = {row: commit for row, commit in _commits(earlier).items() if commit != more.commit}
+    return more.model_copy(update={"results": results, "seconds": earlier.seconds | more.seconds, "commits": commits})
+
+
+def _commits(stored: Stored) -> dict[str, str]:
+    """Return the commit that has made each row."""
+    return {row.name: stored.commits.get(row.name, stored.commit) for row in stored.results.strategies}
 
 
 def processor() -> str:
@@ -167,8 +194,14 @@ def provenance(stored: Stored) -> str:
     command = " \\\n".join(lines)
     seeds = ", ".join(map(str, stored.results.seeds))
     took = f"{len(runs)} runs of {format_seconds(min(runs))} to {format_seconds(max(runs))}"
-    code = f"commit `{stored.commit[:10]}`, {stored.date}, Python {stored.python}, {versions}"
+    others = [f"`{commit[:10]}` for {_rows_of(stored, commit)}" for commit in dict.fromkeys(stored.commits.values())]
+    commits = ", ".join([f"commit `{stored.commit[:10]}`", *others])
+    code = f"{commits}, {stored.date}, Python {stored.python}, {versions}"
     return f"```sh\n{command}\n```\n\nSeeds {seeds}; {took}; {code}; {stored.processor}."
+
+
+def _rows_of(stored: Stored, commit: str) -> str:
+    return ", ".join(row for row, of_row in stored.commits.items() if of_row == commit)
 
 
 def published(stored: Stored) -> str:
@@ -269,6 +302,7 @@ def main() -> int:
     keep.add_argument("sources", nargs="+")
     keep.add_argument("--by", required=True, help="the command that made it")
     keep.add_argument("--commit", default="", help="of the code that made it; this one by default")
+    keep.add_argument("--add", action="store_true", help="rows join those that are stored; --by makes all of them")
     write = commands.add_parser("pages")
     write.add_argument("--check", action="store_true")
     again = commands.add_parser("rerun")
@@ -277,7 +311,7 @@ def main() -> int:
     again.add_argument("--out", default="")
     asked = parser.parse_args()
     if asked.command == "store":
-        print(store(asked.name, asked.sources, asked.by, asked.commit))
+        print(store(asked.name, asked.sources, asked.by, asked.commit, add=asked.add))
         return 0
     if asked.command == "rerun":
         return rerun(asked.name, asked.data_dir, asked.out)

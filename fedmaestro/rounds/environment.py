@@ -390,7 +390,7 @@ def _users(task: Task) -> int:
 
 
 def _of_task(config: ExperimentConfig, method: Method, task: Task) -> Method:
-    """Return the method as it goes with the task: adjusting logits and masking classes is for classification."""
+    """Return the method as it goes with the task: what the classes of a device's labels say is for classification."""
     if task.labels is not None and task.goal.targets == "classes":
         return method
     if config.train.logit_adjustment:
@@ -399,12 +399,13 @@ def _of_task(config: ExperimentConfig, method: Method, task: Task) -> Method:
             "out"
         )
     objective = method.objective
-    if objective.masked:
+    if objective.masked or objective.by_skew:
         if config.train.objective is not None:
             raise UserError(
-                f"train.objective={objective.name!r} masks classes, and task {task.goal.name!r} has none: use another"
+                f"train.objective={objective.name!r} reads the classes of labels, and task {task.goal.name!r} has "
+                "none: use another"
             )
-        objective = OBJECTIVES["own-prefix"]
+        objective = OBJECTIVES["own-prefix" if objective.masked else "self-distillation"]
     return replace(
         method,
         logit_adjustment=0.0,

@@ -36,6 +36,9 @@ SIZES = (8, 32)
 WORTH = 0.9
 """Of the time of one after the other: a stack that takes longer is not worth the other rounding."""
 
+_OF_LABELS = ("offsets", "classes", "skew")
+"""What a device's own labels say (``Prefixes``)."""
+
 Trained = tuple[State, float]
 """Tensors after training, and the mean loss of a step."""
 
@@ -152,24 +155,20 @@ def train_stack(
         neither need be finite.
     """
     stack = _Stack(prefixes.model.train(), start, settings, len(examples))
-    devices = [
-        prefixes.of_device(batch.targets, masked=objective.masked, logit_adjustment=settings.logit_adjustment)
-        for batch in examples
-    ]
-    offsets, classes = _stacked([x.offsets for x in devices]), _stacked([x.classes for x in devices])
+    devices = [prefixes.of_device(batch.targets, objective, settings.logit_adjustment) for batch in examples]
+    labels = [_stacked([getattr(x, key) for x in devices]) for key in _OF_LABELS]
     counts = [len(batch) for batch in examples]
     assert objective.choices is not None
     choices = objective.choices(prefixes.levels)
     totals = torch.zeros(len(examples), device=stack.where)
 
     def step(chosen: list[int], batches: Sequence[Batch], draw: int) -> None:
-        def loss(
-            trained: State, x: tuple[Tensor, ...], y: Tensor, offset: Tensor | None, own: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
+        def loss(trained: State, x: tuple[Tensor, ...], y: Tensor, *of_labels: Tensor | None) -> tuple[Tensor, Tensor]:
             """Return what a step minimises, and the loss that is reported."""
             parameters: Any = {**stack.fixed, **trained}
             model: Any = _Called(prefixes.model, parameters)
-            inner = replace(prefixes, model=model, parameters=parameters, offsets=offset, classes=own)
+            known: Any = dict(zip(_OF_LABELS, of_labels, strict=True))
+            inner = replace(prefixes, model=model, parameters=parameters, **known)
             of_step: Any = _Drawn(draw)
             with settings.passes(stack.where):
                 value = objective.loss(inner, x[0] if len(x) == 1 else x, y, of_step)
@@ -181,7 +180,7 @@ def train_stack(
         x = tuple(torch.stack(parts) for parts in zip(*(batch.inputs for batch in batches), strict=True))
         y = torch.stack([batch.targets for batch in batches])
         whole = len(chosen) == len(examples)
-        of = [t if t is None or whole else t[chosen] for t in (offsets, classes)]
+        of = [t if t is None or whole else t[chosen] for t in labels]
         dims = (0, 0, 0, *(None if t is None else 0 for t in of))
         gradients, (_, losses) = vmap(grad_and_value(loss, has_aux=True), in_dims=dims)(stack.of(chosen), x, y, *of)
         stack.move(chosen, gradients)

@@ -151,7 +151,7 @@ def train_device(
         model.train()
     load(prefixes.state, start)
     count = len(examples)
-    prefixes = prefixes.of_device(examples.targets, masked=objective.masked, logit_adjustment=settings.logit_adjustment)
+    prefixes = prefixes.of_device(examples.targets, objective, settings.logit_adjustment)
     if settings.masks:
         prefixes = replace(prefixes, threshold=threshold_of(start))
     for name, parameter in prefixes.parameters.items():

@@ -126,7 +126,7 @@ def test_ordered_prefixes_draws_every_level_equally_often(
     assert all(abs(count - draws / levels) < 5 * draws**0.5 / 2 for count in counts.values())  # 5 σ
 
 
-@pytest.mark.parametrize("name", ["paired-prefixes", "self-distillation"])
+@pytest.mark.parametrize("name", ["paired-prefixes", "self-distillation", "mutual-distillation"])
 def test_pairs_draw_every_smaller_level_equally_often(
     model: nn.Module, batch: tuple[Tensor, Tensor], name: str
 ) -> None:

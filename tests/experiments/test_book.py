@@ -68,6 +68,26 @@ def test_runs_become_a_row_for_each_label(copied: Path, tmp_path: Path) -> None:
     assert [line.count("±") > 0 for line in lines] == [True, False]
 
 
+def test_rows_join_those_that_are_stored_where_nothing_else_differs(copied: Path, tmp_path: Path) -> None:
+    for label, seeds in (("a", 1), ("b", 1), ("c", 2)):
+        fedmaestro.compare(None, [f"{label}:fjord"], seeds, overrides=SMALL, out=tmp_path / label, actors=0)
+    assert book("store", "mine", str(tmp_path / "a"), "--by", "one", script=copied).returncode == 0
+    more = ("--by", "two", "--add", "--commit", "0123456789abcdef")
+    assert book("store", "mine", str(tmp_path / "b"), *more, script=copied).returncode == 0
+    page = page_of(copied, "scores", "provenance")
+    assert book("pages", script=copied).returncode == 0
+    text = page.read_text()
+    assert [line[:3] for line in text.splitlines() if line.startswith("| ")][2:] == ["| a", "| b"]
+    assert "two" in text
+    assert "2 runs of" in text
+    assert "commit `0123456789`, `` for a, " in text, "this repository has no commit"
+    refused = {"b": "rows b are stored already", "c": "seeds of the stored rows is [0], of these [0, 1]"}
+    for label, message in refused.items():
+        done = book("store", "mine", str(tmp_path / label), "--by", "x", "--add", script=copied)
+        assert done.returncode == 1
+        assert message in done.stderr
+
+
 def test_published_figures_stand_beside_the_largest_tier_or_the_mean_over_tiers(copied: Path, tmp_path: Path) -> None:
     result = fedmaestro.compare(None, ["a:fjord", "b:fjord"], 1, overrides=SMALL, out=tmp_path / "compare", actors=0)
     book("store", "mine", str(tmp_path / "compare"), "--by", "x", script=copied)
