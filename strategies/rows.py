@@ -118,7 +118,7 @@ _ROWS = (
         name="fedmaestro",
         settings={
             "train.submodel": "rank-and-width",
-            "train.objective": "self-distillation",
+            "train.objective": "skew-distillation",
             "train.logit-adjustment": 1.0,
             "server.optimizer": "momentum",
             "server.momentum": 0.5,
@@ -131,8 +131,8 @@ _ROWS = (
             "train.submodel": ("ranks.rule", "ranks.shrink-threshold", "train.group-lasso", "server.tail-decay"),
         },
         summary="smaller tiers have fewer channels and lower ranks; the own submodel learns from labels (logit-"
-        "adjusted), a smaller one from its soft targets; mean over holders, momentum on products, columns ordered by "
-        "SVD; what few devices hold starts small",
+        "adjusted), a smaller one from its soft targets, and the other way round as far as labels are skewed; mean "
+        "over holders, momentum on products, columns ordered by SVD; what few devices hold starts small",
         source="FedMaestro: the switches that paid in our ablation (experiments/README.md)",
     ),
     Strategy(
