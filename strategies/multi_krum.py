@@ -11,7 +11,7 @@ update of a large tier is far from all others by its size alone.
 
 Each size loses its share of the ``f`` (largest remainders), those of its devices with the largest scores. What devices
 of a small tier learn in a block that they share with larger ones is far from what those learn: chosen from all
-together, Multi-Krum leaves the small tier out (experiments/README.md has what that costs).
+together, Multi-Krum leaves the small tier out (experiments/older.md has what that costs).
 
 Departures: each block chooses for itself, so that a device may count in one and not in another. The bound of the paper
 needs ``m ≥ 2f + 3``; where ``βm < 1``, as in the tail, ``f`` is 0 and the rule is the mean.

@@ -5,7 +5,7 @@ With ``p_j`` the weight share of a round's devices that hold column ``j`` and ``
 the rank collapse of ``product_svd``. In between, a tail lives as long as its holders train it faster than it fades.
 
 Why: where few devices hold the tail of a factor pair and their labels are skewed, it lags behind the columns before it,
-which everybody moves on, and costs the large tiers more than it gives them (experiments/README.md, comparison (b)). The
+which everybody moves on, and costs the large tiers more than it gives them (experiments/older.md, comparison (b)). The
 rules that collapse are good there because they collapse. Source: FedMaestro; the shares are those of raFLoRA (arXiv
 2602.13486), which names the collapse.
 
