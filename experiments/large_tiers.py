@@ -2,8 +2,9 @@
 
     python experiments/large_tiers.py --data-dir DIR --out FOLDER [--rounds 100] [--seed 10]
 
-`compare_cifar10_skewed.toml` with the default row (also damped, and with mutual distillation) and one small network for
-everybody; the default row where the four tiers have equal shares; and the whole network on every device, an oracle.
+`compare_cifar10_skewed.toml` with the default row, that row with self-distillation (also damped) and with mutual
+distillation, and one small network for everybody; self-distillation where the four tiers have equal shares; and the
+whole network on every device, an oracle.
 Seed 10 is one that no table uses. Runs lie in FOLDER/NAME/cells; `book.py store` takes them as rows.
 """
 
@@ -15,9 +16,11 @@ from fedmaestro.fleet.tiers import FLEETS
 
 EXPERIMENT = Path(__file__).with_name("compare_cifar10_skewed.toml")
 SMALL = "fedavg-small+train.logit-adjustment=1+server.optimizer=momentum+server.momentum=0.5"
+SELF = "fedmaestro+train.objective=self-distillation"
 ROWS = [
     "default:fedmaestro",
-    "damped:fedmaestro+server.damping=10+server.lr=2",
+    f"self:{SELF}",
+    f"damped:{SELF}+server.damping=10+server.lr=2",
     "mutual:fedmaestro+train.objective=mutual-distillation",
     f"small:{SMALL}",
 ]
@@ -42,7 +45,7 @@ def main() -> None:
     matched = {"fleet.match-macs": True, "train.rounds": asked.rounds, "train.evaluate-every": 10}
     for name, rows, settings in (
         ("skewed", ROWS, matched),
-        ("equal-shares", ["default:fedmaestro"], {**matched, "fleet.file": str(asked.out / "equal.toml")}),
+        ("equal-shares", [f"self:{SELF}"], {**matched, "fleet.file": str(asked.out / "equal.toml")}),
         ("oracle", [f"full:{SMALL}"], {**matched, "fleet.file": str(asked.out / "whole.toml")}),
     ):
         overrides = {**settings, "seed": asked.seed}
