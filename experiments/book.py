@@ -194,8 +194,8 @@ def provenance(stored: Stored) -> str:
     command = " \\\n".join(lines)
     seeds = ", ".join(map(str, stored.results.seeds))
     took = f"{len(runs)} runs of {format_seconds(min(runs))} to {format_seconds(max(runs))}"
-    others = [f"`{commit[:10]}` for {_rows_of(stored, commit)}" for commit in dict.fromkeys(stored.commits.values())]
-    commits = ", ".join([f"commit `{stored.commit[:10]}`", *others])
+    others = [f"`{commit[:10]}`: {_rows_of(stored, commit)}" for commit in dict.fromkeys(stored.commits.values())]
+    commits = f"commit `{stored.commit[:10]}`" + (f" ({'; '.join(others)})" if others else "")
     code = f"{commits}, {stored.date}, Python {stored.python}, {versions}"
     return f"```sh\n{command}\n```\n\nSeeds {seeds}; {took}; {code}; {stored.processor}."
 

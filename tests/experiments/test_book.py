@@ -80,7 +80,7 @@ def test_rows_join_those_that_are_stored_where_nothing_else_differs(copied: Path
     assert [line[:3] for line in text.splitlines() if line.startswith("| ")][2:] == ["| a", "| b"]
     assert "two" in text
     assert "2 runs of" in text
-    assert "commit `0123456789`, `` for a, " in text, "this repository has no commit"
+    assert "commit `0123456789` (``: a), " in text, "this repository has no commit"
     refused = {"b": "rows b are stored already", "c": "seeds of the stored rows is [0], of these [0, 1]"}
     for label, message in refused.items():
         done = book("store", "mine", str(tmp_path / label), "--by", "x", "--add", script=copied)
