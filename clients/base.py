@@ -177,4 +177,5 @@ def label_skew(counts: Tensor) -> Tensor:
         counts: ``(C,)``, examples of each class.
     """
     frequencies = counts / counts.sum()
-    return 1 + torch.special.xlogy(frequencies, frequencies).sum() / math.log(max(len(counts), 2))
+    skew: Tensor = 1 + torch.special.xlogy(frequencies, frequencies).sum() / math.log(max(len(counts), 2))
+    return skew
