@@ -34,7 +34,7 @@ class Prefixes:
         goal: what is learnt.
         classes: bool ``(num_classes,)``, the classes of the device; None: all of them count.
         offsets: ``(num_classes,)``, what ``label_loss`` adds to the logits; None: nothing.
-        skew: ``label_skew`` of the device, a scalar; None: none.
+        skew: ``label_skew`` of the device, a scalar; None: labels are not known, or nobody asks.
         state: the tensors of the model's state, which share its memory. Found once: walking through the modules takes
             a good part of the time that a small model trains.
         parameters: the model's.
